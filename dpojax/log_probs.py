@@ -1,0 +1,186 @@
+"""Log-probs of scored tokens from hidden states, without the [rows, length, vocabulary] logits.
+
+`token_log_probs` is the one primitive: every loss, metric, reference pass and evaluation uses it.
+It walks over the scored tokens in chunks, keeps one float32 log-normaliser a token for the
+backward pass, and recomputes a chunk's logits there.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once when no chunk size is given: 2**24 float32 values, 64 MiB."""
+
+
+class SequenceLogProbs(NamedTuple):
+  """Log-probs of responses: `sums` over tokens and `lengths` in tokens, both float32."""
+
+  sums: jax.Array
+  lengths: jax.Array
+
+
+def token_log_probs(
+    hidden: jax.Array, head: jax.Array, target: jax.Array, *, chunk_size: int | None = None
+) -> jax.Array:
+  """Returns log softmax(hidden head^T)[target] for each token, in float32.
+
+  Peak memory is chunk_size x V for each leading index, forward and backward, never S x V.
+
+  Args:
+    hidden: [..., S, D] hidden states that predict, in the compute dtype.
+    head: [V, D] output embedding; the input embedding itself when tied.
+    target: [..., S] int, the id each hidden state has to predict, in 0..V-1.
+    chunk_size: scored tokens a chunk, along S; by default as many as fit `CHUNK_ELEMENTS` logits.
+
+  Returns:
+    [..., S] log-probs, float32 (float64 for float64 inputs), differentiable in hidden and head.
+
+  Raises:
+    ValueError: the shapes do not belong together.
+  """
+  if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != head.shape[-1]:
+    raise ValueError(
+        f"hidden [..., S, D] {hidden.shape}, head [V, D] {head.shape} and target [..., S] "
+        f"{target.shape} do not belong together")
+  *leading, length, _ = hidden.shape
+  if chunk_size is None:
+    chunk_size = CHUNK_ELEMENTS // max(1, math.prod(leading) * head.shape[0])
+  chunk_size = min(max(1, chunk_size), max(1, length))
+  chunks = -(-length // chunk_size)
+  padding = chunks * chunk_size - length
+  pad = [(0, 0)] * len(leading) + [(0, padding)]
+  padded = _chunked_log_probs(
+      jnp.pad(hidden, pad + [(0, 0)]), head, jnp.pad(target, pad), chunks)
+  return padded[..., :length]
+
+
+def log_probs(
+    hidden: jax.Array, head: jax.Array, source: jax.Array, target: jax.Array, slot: jax.Array,
+    *, num_slots: int, chunk_size: int | None = None,
+) -> SequenceLogProbs:
+  """Returns the summed log-prob of every response of every row.
+
+  The gather and the sum are those of one row, lifted by `vmap`; the head is applied to the scored
+  tokens of all rows, chunk by chunk.
+
+  Args:
+    hidden: [R, L, D] hidden states.
+    head: [V, D] output embedding.
+    source: [R, S] where in its row the hidden state that predicts stands.
+    target: [R, S] the id to score.
+    slot: [R, S] the response a token belongs to, 0..num_slots-1; num_slots is padding.
+    num_slots: responses a row can hold, `P * K`.
+    chunk_size: see `token_log_probs`.
+
+  Returns:
+    `sums` and `lengths`, [R, num_slots] float32; 0 where a row holds no such response.
+  """
+  predicting = jax.vmap(lambda row, index: row[index])(hidden, source)
+  values = token_log_probs(predicting, head, target, chunk_size=chunk_size)
+  sums = jax.vmap(partial(sum_by_slot, num_slots=num_slots))(values, slot)
+  lengths = jax.vmap(partial(sum_by_slot, num_slots=num_slots))(jnp.ones_like(values), slot)
+  return SequenceLogProbs(sums, lengths)
+
+
+def sum_by_slot(values: jax.Array, slot: jax.Array, *, num_slots: int) -> jax.Array:
+  """Sums the [S] values of one row by slot into [num_slots]; slot num_slots is dropped."""
+  return jax.ops.segment_sum(values, slot, num_segments=num_slots + 1)[:-1]
+
+
+def sequence_log_prob(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the summed log-prob of the scored tokens of one sequence, from logits at hand.
+
+  For models that only give logits; it needs all of them in memory. `jax.vmap` lifts it to a batch,
+  as `sequence_log_probs` does.
+
+  Args:
+    logits: [T, V]; the logits at t predict the token at t + 1.
+    tokens: [T] int ids of the whole sequence, prompt and response.
+    mask: [T] bool, true where the token is scored. Token 0 has no prediction and is never scored.
+
+  Returns:
+    A float32 scalar.
+
+  Raises:
+    ValueError: the shapes do not belong together.
+  """
+  if logits.shape[:-1] != tokens.shape or tokens.shape != mask.shape:
+    raise ValueError(
+        f"logits [T, V] {logits.shape}, tokens [T] {tokens.shape} and mask [T] {mask.shape} "
+        "do not belong together")
+  logits = logits[:-1].astype(jnp.promote_types(logits.dtype, jnp.float32))
+  chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
+  values = chosen - jax.nn.logsumexp(logits, axis=-1)
+  return jnp.sum(values, where=mask[1:].astype(bool))
+
+
+sequence_log_probs = jax.vmap(sequence_log_prob)
+"""`sequence_log_prob` of a batch: [B, T, V], [B, T], [B, T] -> [B]."""
+
+
+def _to_chunks(x: jax.Array, chunks: int, axis: int) -> jax.Array:
+  """Splits the token axis and brings the chunks to the front: [..., S, :] -> [C, ..., S/C, :]."""
+  axis %= x.ndim
+  split = x.reshape(*x.shape[:axis], chunks, x.shape[axis] // chunks, *x.shape[axis + 1:])
+  return jnp.moveaxis(split, axis, 0)
+
+
+def _from_chunks(x: jax.Array, axis: int) -> jax.Array:
+  axis %= x.ndim - 1
+  x = jnp.moveaxis(x, 0, axis)
+  return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  """Logits [..., V] of the head in the dtype of the hidden states, accumulated in float32."""
+  return jnp.einsum(
+      "...d,vd->...v", hidden, head.astype(hidden.dtype),
+      preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked_log_probs(hidden, head, target, chunks):
+  return _forward(hidden, head, target, chunks)[0]
+
+
+def _forward(hidden, head, target, chunks):
+  def one_chunk(chunk):
+    hidden, target = chunk
+    logits = _logits(hidden, head)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return chosen - normaliser, normaliser
+
+  values, normaliser = jax.lax.map(
+      one_chunk, (_to_chunks(hidden, chunks, -2), _to_chunks(target, chunks, -1)))
+  return _from_chunks(values, -1), (hidden, head, target, _from_chunks(normaliser, -1))
+
+
+def _backward(chunks, residuals, cotangent):
+  hidden, head, target, normaliser = residuals
+  weights = head.astype(hidden.dtype)
+
+  def one_chunk(head_grad, chunk):
+    hidden, target, normaliser, cotangent = chunk
+    probs = jnp.exp(_logits(hidden, head) - normaliser[..., None])
+    hit = jnp.arange(head.shape[0]) == target[..., None]
+    logits_grad = ((hit - probs) * cotangent[..., None]).astype(hidden.dtype)
+    hidden_grad = jnp.einsum("...v,vd->...d", logits_grad, weights)
+    flat_grad = logits_grad.reshape(-1, logits_grad.shape[-1])
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    head_grad += jnp.einsum(
+        "tv,td->vd", flat_grad, flat_hidden, preferred_element_type=head_grad.dtype)
+    return head_grad, hidden_grad
+
+  zero = jnp.zeros(head.shape, jnp.promote_types(head.dtype, jnp.float32))
+  head_grad, hidden_grad = jax.lax.scan(one_chunk, zero, (
+      _to_chunks(hidden, chunks, -2), _to_chunks(target, chunks, -1),
+      _to_chunks(normaliser, chunks, -1), _to_chunks(cotangent, chunks, -1)))
+  return _from_chunks(hidden_grad, -2), head_grad.astype(head.dtype), None
+
+
+_chunked_log_probs.defvjp(_forward, _backward)
