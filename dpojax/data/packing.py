@@ -1,0 +1,271 @@
+"""Which comparisons are in which step and row, and the arrays a row is made of. NumPy only.
+
+A step holds exactly `batch_size` comparisons, whatever the packing: packing never changes the
+optimisation. Within a step comparisons are packed first-fit, longest first, into rows of fixed
+length; the number of rows is rounded up to one of a few buckets, so that a run compiles few shapes.
+"""
+
+import math
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+BUCKETS = 3
+"""Row counts a plan uses, rare overflows aside: the shapes a run compiles."""
+
+
+class PackingError(ValueError):
+  """Comparisons cannot be packed as asked; the message names the value and the fix."""
+
+
+class Rows(NamedTuple):
+  """A batch of packed rows, int32. See the legend in `dpojax`.
+
+  Attributes:
+    tokens: [R, L] ids; 0 on padding.
+    positions: [R, L] position of a token in its own sequence; every response continues its prompt.
+    comparison: [R, L] which comparison of the row, 1..P; 0 is padding.
+    branch: [R, L] 0 is the prompt, k the k-th response.
+    source: [R, S] where in the row the hidden state stands that predicts a scored token.
+    target: [R, S] the id to score.
+    slot: [R, S] (comparison - 1) * K + (branch - 1); P * K is padding.
+    example: [R, P] the example's id in the data set, -1 is padding.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  comparison: np.ndarray
+  branch: np.ndarray
+  source: np.ndarray
+  target: np.ndarray
+  slot: np.ndarray
+  example: np.ndarray
+
+
+class RowShape(NamedTuple):
+  """What a row can hold: `length` L tokens, `scored` S scored tokens, `comparisons` P."""
+
+  length: int
+  scored: int
+  comparisons: int
+
+
+class Plan(NamedTuple):
+  """The steps of an epoch.
+
+  Attributes:
+    index: [steps, B] position in `lengths` of each comparison, -1 for none (last step of an
+      evaluation only).
+    row: [steps, B] the row each comparison is in.
+    rows: [steps] rows of the step, a bucket.
+    shape: what a row can hold, the same in every step and epoch of a data set.
+  """
+
+  index: np.ndarray
+  row: np.ndarray
+  rows: np.ndarray
+  shape: RowShape
+
+
+def plan(
+    lengths: np.ndarray, seed: int, epoch: int, batch_size: int, row_length: int, *,
+    row_multiple: int = 1,
+) -> Plan:
+  """Returns the steps of one epoch: a pure function of its arguments.
+
+  Comparisons are shuffled by (seed, epoch) and cut into steps of `batch_size`; the remainder, a
+  different one each epoch, is left out.
+
+  Args:
+    lengths: [N, 1 + K] tokens of the prompt and of each response, 0 for an absent response.
+    seed: of the shuffle.
+    epoch: which pass over the data, from 0.
+    batch_size: comparisons a step.
+    row_length: tokens a row holds.
+    row_multiple: the number of rows is a multiple of it (devices times accumulation steps).
+
+  Raises:
+    PackingError: a comparison is longer than a row, or there are fewer than `batch_size`.
+  """
+  lengths = _checked(lengths, row_length)
+  steps = len(lengths) // batch_size
+  if steps == 0:
+    raise PackingError(
+        f"batch_size is {batch_size} but there are {len(lengths)} comparisons; "
+        "lower batch_size or add data")
+  order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+  index = order[:steps * batch_size].reshape(steps, batch_size)
+  shape = row_shape(lengths, row_length)
+  row, needed = _first_fit(lengths, index, shape)
+  buckets = row_buckets(lengths, batch_size, row_length, row_multiple=row_multiple)
+  return Plan(index, row, _round_up(needed, buckets), shape)
+
+
+def plan_in_order(
+    lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1
+) -> Plan:
+  """Returns the steps of one evaluation: every comparison once, in order, the last step partial."""
+  lengths = _checked(lengths, row_length)
+  steps = -(-len(lengths) // batch_size)
+  index = np.full(steps * batch_size, -1)
+  index[:len(lengths)] = np.arange(len(lengths))
+  index = index.reshape(steps, batch_size)
+  shape = row_shape(lengths, row_length)
+  row, needed = _first_fit(lengths, index, shape)
+  most = max(1, int(needed.max(initial=1)))
+  return Plan(index, row, np.full(steps, -(-most // row_multiple) * row_multiple), shape)
+
+
+def row_shape(lengths: np.ndarray, row_length: int) -> RowShape:
+  """Returns what a row holds: room for a tenth more scored tokens than rows have on average.
+
+  Scored tokens are what the output head costs, so a row has no more room for them than it needs.
+  """
+  tokens, scored = lengths.sum(axis=1), _scored(lengths)
+  share = scored.sum() / max(1, tokens.sum())
+  room = max(int(scored.max(initial=1)), math.ceil(1.1 * share * row_length), 1)
+  room = min(-(-room // 8) * 8, max(row_length, int(scored.max(initial=1))))
+  return RowShape(row_length, room, max(1, math.ceil(1.5 * row_length / max(1.0, tokens.mean()))))
+
+
+def row_buckets(
+    lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1
+) -> tuple[int, ...]:
+  """Returns the row counts steps are rounded up to, ascending; they do not depend on the epoch.
+
+  512 random steps are packed and the `BUCKETS` counts chosen that leave the fewest rows empty
+  on average. Larger ones follow, up to one comparison a row, for steps that need more than any of
+  those did.
+  """
+  rng = np.random.default_rng(0)
+  index = rng.integers(len(lengths), size=(512, batch_size))
+  _, needed = _first_fit(lengths, index, row_shape(lengths, row_length))
+  needed = -(-needed // row_multiple) * row_multiple
+  counts, weights = np.unique(needed, return_counts=True)
+  buckets = _best_buckets(counts, weights, BUCKETS)
+  most = -(-batch_size // row_multiple) * row_multiple
+  while buckets[-1] < most:
+    larger = -(-math.ceil(buckets[-1] * 1.25) // row_multiple) * row_multiple
+    buckets.append(min(larger, most))
+  return tuple(buckets)
+
+
+def row_fill(plan: Plan, lengths: np.ndarray) -> float:
+  """Returns the share of the rows' tokens that are not padding."""
+  tokens = np.append(lengths.sum(axis=1), 0)[plan.index].sum()
+  return float(tokens / (plan.rows.sum() * plan.shape.length))
+
+
+def fill(
+    comparisons: Sequence[tuple[np.ndarray, list[np.ndarray]] | None], row: np.ndarray, rows: int,
+    shape: RowShape, *, num_responses: int, example: Sequence[int], first_row: int = 0,
+) -> Rows:
+  """Returns the arrays of a step's rows, or of the `rows` of them that start at `first_row`.
+
+  The first token of a response is predicted by the last of its prompt. With an empty prompt
+  nothing predicts it: it is read, not scored.
+
+  Args:
+    comparisons: prompt ids and the list of response ids of each comparison.
+    row: [B] the row of each comparison.
+    rows: how many rows to fill.
+    shape: what a row can hold.
+    num_responses: `K`.
+    example: [B] ids for `Rows.example`.
+    first_row: the first row to fill; comparisons of other rows are passed over.
+  """
+  full = lambda size, value: np.full((rows, size), value, np.int32)
+  out = Rows(
+      tokens=full(shape.length, 0), positions=full(shape.length, 0),
+      comparison=full(shape.length, 0), branch=full(shape.length, 0),
+      source=full(shape.scored, 0), target=full(shape.scored, 0),
+      slot=full(shape.scored, shape.comparisons * num_responses),
+      example=full(shape.comparisons, -1))
+  used = np.zeros((rows, 3), np.int64)  # tokens, scored tokens and comparisons in each row
+  for r, comparison, identity in zip(row - first_row, comparisons, example):
+    if comparison is None or not 0 <= r < rows:
+      continue
+    prompt, responses = comparison
+    start, scored, number = used[r]
+    out.example[r, number] = identity
+    _place(out, r, start, prompt, number + 1, 0, 0)
+    at = start + len(prompt)
+    for k, response in enumerate(responses):
+      _place(out, r, at, response, number + 1, k + 1, len(prompt))
+      source = np.arange(at - 1, at + len(response) - 1)
+      source[0] = start + len(prompt) - 1
+      skip = 0 if len(prompt) else 1
+      count = len(response) - skip
+      out.source[r, scored:scored + count] = source[skip:]
+      out.target[r, scored:scored + count] = response[skip:]
+      out.slot[r, scored:scored + count] = number * num_responses + k
+      at, scored = at + len(response), scored + count
+    used[r] = at, scored, number + 1
+  return out
+
+
+def _place(out: Rows, r: int, at: int, ids: np.ndarray, comparison: int, branch: int, position: int):
+  """Writes one prompt or response into row r."""
+  span = slice(at, at + len(ids))
+  out.tokens[r, span] = ids
+  out.positions[r, span] = np.arange(position, position + len(ids))
+  out.comparison[r, span] = comparison
+  out.branch[r, span] = branch
+
+
+def _checked(lengths: np.ndarray, row_length: int) -> np.ndarray:
+  lengths = np.asarray(lengths)
+  tokens = lengths.sum(axis=1)
+  if len(tokens) and tokens.max() > row_length:
+    longest = int(tokens.argmax())
+    raise PackingError(
+        f"comparison {longest} has {tokens[longest]} tokens (prompt and responses) but row_length "
+        f"is {row_length}; raise row_length or lower data.max_length")
+  return lengths
+
+
+def _scored(lengths: np.ndarray) -> np.ndarray:
+  """Scored tokens of each comparison: the first of a response has no prediction without a prompt."""
+  unpredicted = (lengths[:, :1] == 0) & (lengths[:, 1:] > 0)
+  return (lengths[:, 1:] - unpredicted).sum(axis=1)
+
+
+def _first_fit(
+    lengths: np.ndarray, index: np.ndarray, shape: RowShape
+) -> tuple[np.ndarray, np.ndarray]:
+  """Packs every step first-fit, longest first, all steps at once. Returns rows and row counts."""
+  sizes = np.stack([lengths.sum(axis=1), _scored(lengths), np.ones(len(lengths), np.int64)], -1)
+  sizes = np.concatenate([sizes, np.zeros((1, 3), sizes.dtype)])[index]  # -1: nothing, size 0
+  by_length = np.argsort(-sizes[:, :, 0], axis=1, kind="stable")
+  steps, batch_size = index.shape
+  free = np.broadcast_to(np.array(shape), (steps, batch_size, 3)).copy()
+  row, used = np.zeros((steps, batch_size), np.int32), 1
+  every = np.arange(steps)
+  for item in by_length.T:
+    size = sizes[every, item]
+    fits = np.all(free[:, :used + 1] >= size[:, None], axis=-1)
+    first = fits.argmax(axis=1)
+    free[every, first] -= size
+    row[every, item] = first
+    used = min(max(used, int(first.max()) + 1), batch_size - 1)
+  needed = np.where(index >= 0, row + 1, 1).max(axis=1)
+  return row, needed
+
+
+def _best_buckets(counts: np.ndarray, weights: np.ndarray, most: int) -> list[int]:
+  """Chooses at most `most` of the ascending counts, the last among them, with the least waste.
+
+  waste[i] is the least waste of rounding counts[:i + 1] up, with counts[i] itself a bucket.
+  """
+  cost = lambda i, j: float(np.sum(weights[i:j + 1] * (counts[j] - counts[i:j + 1])))
+  waste = [(cost(0, j), [int(counts[j])]) for j in range(len(counts))]
+  for _ in range(most - 1):
+    waste = [
+        min([waste[j]] + [(waste[i][0] + cost(i + 1, j), waste[i][1] + [int(counts[j])])
+                          for i in range(j)], key=lambda entry: entry[0])
+        for j in range(len(counts))]
+  return waste[-1][1]
+
+
+def _round_up(needed: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
+  return np.asarray(buckets)[np.searchsorted(buckets, needed)]

@@ -1,0 +1,162 @@
+"""What is minimised: (params, reference, rows) -> loss and metrics, as sums with their counts.
+
+An objective returns `Mean`s, a total and the count it is over. Totals and counts add over devices
+and accumulation steps before the one division, so a device with fewer comparisons weighs less.
+"""
+
+from functools import partial
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpojax import losses
+from dpojax.data.packing import Rows
+from dpojax.log_probs import log_probs
+from dpojax.models.transformer import Outputs
+
+Apply = Callable[[Any, Rows], Outputs]
+
+
+class Mean(NamedTuple):
+  """A mean in two parts that add: `total` / `count`, float32 scalars."""
+
+  total: jax.Array
+  count: jax.Array
+
+  def value(self) -> jax.Array:
+    return self.total / jnp.maximum(self.count, 1)
+
+
+class Objective(NamedTuple):
+  """A loss over packed rows.
+
+  Attributes:
+    evaluate: (params, reference, rows) -> (loss, metrics), a `Mean` and a dict of them. Its
+      gradient is taken with respect to `loss.total` and params.
+    num_responses: `K`, responses of each comparison in the rows.
+    needs_reference: whether `reference` is a param tree; None otherwise.
+  """
+
+  evaluate: Callable[[Any, Any, Rows], tuple[Mean, dict[str, Mean]]]
+  num_responses: int
+  needs_reference: bool
+
+
+def response_log_probs(outputs: Outputs, rows: Rows, *, num_responses: int, chunk_size=None):
+  """Returns `SequenceLogProbs` of [R, P, K]: the log-prob of each response and its length."""
+  comparisons = rows.example.shape[-1]
+  flat = log_probs(
+      outputs.hidden, outputs.head, rows.source, rows.target, rows.slot,
+      num_slots=comparisons * num_responses, chunk_size=chunk_size)
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], comparisons, num_responses), flat)
+
+
+def response_rewards(outputs: Outputs, rows: Rows, *, num_responses: int) -> jax.Array:
+  """Returns [R, P, K] float32 rewards: the reward head on the last token of each response."""
+  comparisons = rows.example.shape[-1]
+  num_slots = comparisons * num_responses
+
+  def one_row(hidden, comparison, branch):
+    slot = (comparison - 1) * num_responses + branch - 1
+    slot = jnp.where((comparison > 0) & (branch > 0), slot, num_slots)
+    last = jax.ops.segment_max(jnp.arange(slot.shape[0]), slot, num_segments=num_slots + 1)
+    return hidden[jnp.maximum(last[:-1], 0)]
+
+  last_hidden = jax.vmap(one_row)(outputs.hidden, rows.comparison, rows.branch)
+  rewards = jnp.einsum(
+      "rsd,d->rs", last_hidden.astype(outputs.reward_head.dtype), outputs.reward_head)
+  return rewards.reshape(-1, comparisons, num_responses)
+
+
+def mean_of_comparisons(values: jax.Array, rows: Rows) -> Mean:
+  """Returns the mean of [R, P] values over the comparisons that are there."""
+  there = rows.example >= 0
+  return Mean(jnp.sum(values, where=there), jnp.sum(there, dtype=jnp.float32))
+
+
+def sft_objective(apply: Apply, *, chunk_size: int | None = None) -> Objective:
+  """Minus the summed log-prob of each best response, averaged over comparisons.
+
+  The form of the reference implementation: a comparison weighs as much as its response is long.
+  """
+  return _sft(apply, chunk_size, lambda scores, rows: mean_of_comparisons(-scores.sums[..., 0], rows))
+
+
+def token_mean_sft_objective(apply: Apply, *, chunk_size: int | None = None) -> Objective:
+  """Minus the log-prob of the best responses, averaged over all their tokens in the step."""
+  return _sft(apply, chunk_size, lambda scores, rows: _token_mean(scores))
+
+
+def _token_mean(scores) -> Mean:
+  return Mean(-scores.sums[..., 0].sum(), scores.lengths[..., 0].sum())
+
+
+def _sft(apply: Apply, chunk_size: int | None, reduce: Callable) -> Objective:
+  def evaluate(params, reference, rows):
+    scores = response_log_probs(apply(params, rows), rows, num_responses=1, chunk_size=chunk_size)
+    loss = reduce(scores, rows)
+    metrics = {
+        "loss": loss,
+        "logps/chosen": mean_of_comparisons(scores.sums[..., 0], rows),
+        "nll_per_token": _token_mean(scores),
+    }
+    return loss, metrics
+
+  return Objective(evaluate, num_responses=1, needs_reference=False)
+
+
+def preference_objective(
+    apply: Apply, loss_fn: Callable, *, beta: float | jax.Array, chunk_size: int | None = None,
+    **options,
+) -> Objective:
+  """A pairwise loss of `dpojax.losses` between the first (chosen) and second (rejected) response.
+
+  Args:
+    apply: the model; it is applied to the policy's params and to the reference's.
+    loss_fn: (policy, reference, *, beta, **options) -> loss of each pair.
+    beta: strength of the pull to the reference.
+    chunk_size: see `dpojax.log_probs.token_log_probs`.
+    **options: further knobs of the loss.
+  """
+  score = partial(response_log_probs, num_responses=2, chunk_size=chunk_size)
+
+  def evaluate(params, reference, rows):
+    policy = _pair(score(apply(params, rows), rows).sums)
+    frozen = _pair(jax.lax.stop_gradient(score(apply(reference, rows), rows).sums))
+    loss = mean_of_comparisons(loss_fn(policy, frozen, beta=beta, **options), rows)
+    rewards = losses.Pair(*(
+        losses.implicit_reward(p, r, beta=beta) for p, r in zip(policy, frozen)))
+    metrics = {"loss": loss} | _reward_metrics(rewards, rows) | {
+        "logps/chosen": mean_of_comparisons(policy.chosen, rows),
+        "logps/rejected": mean_of_comparisons(policy.rejected, rows),
+        "log_ratios/chosen": mean_of_comparisons(policy.chosen - frozen.chosen, rows),
+        "log_ratios/rejected": mean_of_comparisons(policy.rejected - frozen.rejected, rows),
+    }
+    return loss, metrics
+
+  return Objective(evaluate, num_responses=2, needs_reference=True)
+
+
+def reward_objective(apply: Apply) -> Objective:
+  """The Bradley-Terry reward model (Rafailov et al. 2023, Eq. 2): a scalar head on last tokens."""
+  def evaluate(params, reference, rows):
+    rewards = _pair(response_rewards(apply(params, rows), rows, num_responses=2))
+    loss = mean_of_comparisons(losses.bradley_terry_loss(rewards.chosen, rewards.rejected), rows)
+    return loss, {"loss": loss} | _reward_metrics(rewards, rows)
+
+  return Objective(evaluate, num_responses=2, needs_reference=False)
+
+
+def _pair(values: jax.Array) -> losses.Pair:
+  return losses.Pair(values[..., 0], values[..., 1])
+
+
+def _reward_metrics(rewards: losses.Pair, rows: Rows) -> dict[str, Mean]:
+  margins = rewards.chosen - rewards.rejected
+  return {
+      "rewards/chosen": mean_of_comparisons(rewards.chosen, rows),
+      "rewards/rejected": mean_of_comparisons(rewards.rejected, rows),
+      "rewards/accuracies": mean_of_comparisons((margins > 0).astype(margins.dtype), rows),
+      "rewards/margins": mean_of_comparisons(margins, rows),
+  }

@@ -1,0 +1,187 @@
+"""Devices: how the pure step is lifted over them. The only file that knows them.
+
+Two lifts with one interface. `Replicas` is `pmap`: every device holds all parameters. `Mesh` is
+`jit` over a mesh of axes data, fsdp and tensor: parameters are cut over fsdp and tensor, rows over
+data and fsdp. Both give the gradients of one device. With several processes each reads and places
+the rows of its own devices only.
+"""
+
+import math
+from typing import Any, Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dpojax.data.packing import Rows
+
+STRATEGIES = ("pmap", "mesh")
+AXIS = "replica"
+
+PARTITION = {
+    "embed/embedding": ("tensor", "fsdp"),
+    "positions/embedding": (None, "fsdp"),
+    "head": ("tensor", "fsdp"),
+    "query/kernel": ("fsdp", "tensor", None),
+    "key/kernel": ("fsdp", "tensor", None),
+    "value/kernel": ("fsdp", "tensor", None),
+    "attention_out/kernel": ("tensor", None, "fsdp"),
+    "gate/kernel": ("fsdp", "tensor"),
+    "up/kernel": ("fsdp", "tensor"),
+    "down/kernel": ("tensor", "fsdp"),
+}
+"""Axes the trailing dimensions of a parameter are cut over, by the end of its path."""
+
+
+class Replicas:
+  """Every local device holds everything; gradients are summed by `pmap` over all devices."""
+
+  axis_name = AXIS
+
+  def __init__(self, devices: int | None = None):
+    self.devices = jax.local_devices()[:devices]
+    self.row_multiple = len(self.devices) * jax.process_count()
+    mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+    self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+  def place(self, tree: Any) -> Any:
+    """Returns the tree with a leading axis of devices."""
+    count = len(self.devices)
+    return jax.tree.map(
+        lambda x: jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding), tree)
+
+  def collect(self, tree: Any) -> Any:
+    """Returns a placed tree as NumPy arrays, from the first local device."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+
+  def restore_target(self, placed: Any) -> Any:
+    """Returns what to restore a collected tree into."""
+    return self.collect(placed)
+
+  def span(self, rows: int) -> tuple[int, int]:
+    """Returns the first row and the number of rows this process fills, of `rows`."""
+    count = rows // jax.process_count()
+    return jax.process_index() * count, count
+
+  def place_rows(self, rows: Rows, total: int) -> Rows:
+    """Places this process's rows, [R, ...] -> [devices, R / devices, ...]."""
+    del total
+    count = len(self.devices)
+    return Rows(*(
+        jax.device_put(x.reshape(count, -1, *x.shape[1:]), self._sharding) for x in rows))
+
+  def lift(self, step: Callable, *, donate_state: bool) -> Callable:
+    """Returns the step over placed arguments; it donates its first argument if asked."""
+    return jax.pmap(
+        step, axis_name=AXIS, devices=self.devices, donate_argnums=(0,) if donate_state else ())
+
+
+class Mesh:
+  """Rows cut over data and fsdp, parameters over fsdp and tensor, as `PARTITION` says."""
+
+  axis_name = None
+
+  def __init__(self, *, data: int = 0, fsdp: int = 1, tensor: int = 1):
+    """Makes the mesh; data = 0 takes the devices that fsdp and tensor leave.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    data = data or max(1, count // (fsdp * tensor))
+    if data * fsdp * tensor != count:
+      raise ValueError(
+          f"parallel.data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor} "
+          f"but there are {count} devices; change the axes to multiply to {count}")
+    self.mesh = jax.make_mesh(
+        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    self.row_multiple = data * fsdp
+    self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+  def shardings(self, tree: Any) -> Any:
+    """Returns the sharding of each leaf, from the end of its path and its shape."""
+    def sharding(path, leaf):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      axes = next((axes for end, axes in PARTITION.items()
+                   if name == end or name.endswith("/" + end)), ())
+      if len(axes) > len(leaf.shape):
+        axes = ()
+      axes = (None,) * (len(leaf.shape) - len(axes)) + axes
+      fits = (axis if axis and size % self.mesh.shape[axis] == 0 else None
+              for axis, size in zip(axes, leaf.shape))
+      return NamedSharding(self.mesh, PartitionSpec(*fits))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+  def place(self, tree: Any) -> Any:
+    """Returns the tree as global arrays, each device with its part."""
+    def place(leaf, sharding):
+      if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+      array = np.asarray(leaf)
+      return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree, self.shardings(tree))
+
+  def collect(self, tree: Any) -> Any:
+    """Returns the tree itself: global arrays are saved as they are."""
+    return tree
+
+  def restore_target(self, placed: Any) -> Any:
+    """Returns shapes with shardings, to restore into without a copy on one device."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+
+  def span(self, rows: int) -> tuple[int, int]:
+    """Returns the first row and the number of rows this process fills, of `rows`."""
+    indices = self._rows.addressable_devices_indices_map((rows,)).values()
+    bounds = [index[0].indices(rows)[:2] for index in indices]
+    first = min(start for start, _ in bounds)
+    return first, max(stop for _, stop in bounds) - first
+
+  def place_rows(self, rows: Rows, total: int) -> Rows:
+    """Places this process's rows as parts of global arrays of `total` rows."""
+    first, _ = self.span(total)
+    def place(x):
+      def local(index):
+        start, stop, _ = index[0].indices(total)
+        return x[start - first:stop - first]
+      return jax.make_array_from_callback((total, *x.shape[1:]), self._rows, local)
+    return Rows(*map(place, rows))
+
+  def lift(self, step: Callable, *, donate_state: bool) -> Callable:
+    """Returns the step under `jit`; a donated first argument keeps its shardings in the output."""
+    if not donate_state:
+      return jax.jit(step)
+
+    def pinned(state, *args):
+      state, metrics = step(state, *args)
+      return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
+
+    return jax.jit(pinned, donate_argnums=(0,))
+
+
+def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 1):
+  """Returns `Replicas` ('pmap') or `Mesh` ('mesh').
+
+  Raises:
+    ValueError: the strategy is unknown, or the axes do not fit it or the devices.
+  """
+  if strategy == "mesh":
+    return Mesh(data=data, fsdp=fsdp, tensor=tensor)
+  if strategy != "pmap":
+    raise ValueError(f"parallel.strategy is {strategy!r}; it must be one of {STRATEGIES}")
+  if (fsdp, tensor) != (1, 1) or data not in (0, jax.device_count()):
+    raise ValueError(
+        f"parallel.strategy is 'pmap' with data, fsdp, tensor = {data}, {fsdp}, {tensor}; pmap "
+        "holds everything on every device: set parallel.strategy='mesh' or leave them 0, 1, 1")
+  return Replicas()
+
+
+def device_bytes(tree: Any) -> int:
+  """Returns the bytes of a placed tree on the first local device."""
+  device = jax.local_devices()[0]
+  return sum(
+      math.prod(shard.data.shape) * shard.data.dtype.itemsize
+      for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
+      if shard.device == device)

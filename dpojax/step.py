@@ -1,0 +1,143 @@
+"""The train step, one pure function, and the optimizer it applies."""
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpojax.objectives import Mean, Objective
+
+OPTIMIZERS = ("rmsprop", "adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class TrainState(NamedTuple):
+  """All that training changes. The reference is not in it: it is an argument of the step."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def make_schedule(
+    name: str, *, learning_rate: float, warmup_steps: int, steps: int
+) -> optax.Schedule:
+  """Returns the learning rate of a step: linear warm-up, then constant, or decay to 0 at `steps`.
+
+  The warm-up is the reference implementation's, min(1, (step + 1) / (warmup_steps + 1)): the first
+  step already moves.
+  """
+  def schedule(step):
+    warm = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
+    done = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
+    decay = {"constant": 1.0, "linear": 1.0 - done,
+             "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}[name]
+    return learning_rate * warm * decay
+
+  return schedule
+
+
+def make_optimizer(
+    name: str, schedule: optax.Schedule, *, max_grad_norm: float, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+  """Returns clipping by global norm (0: none) followed by the optimizer.
+
+  'rmsprop' has the arguments that make it PyTorch's, as the paper used it: decay 0.99 and epsilon
+  1e-8 outside the square root. Weight decay ('adamw') leaves norms and biases alone.
+  """
+  optimizer = {
+      "rmsprop": lambda: optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False),
+      "adamw": lambda: optax.adamw(
+          schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=_decayed),
+      "sgd": lambda: optax.sgd(schedule),
+  }[name]()
+  if max_grad_norm > 0:
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+  return optimizer
+
+
+def _decayed(params):
+  names = ("scale", "bias", "reward_head")
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in names, params)
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def make_train_step(
+    objective: Objective, tx: optax.GradientTransformation, *,
+    schedule: optax.Schedule | None = None, accumulate: int = 1, axis_name: str | None = None,
+) -> Callable:
+  """Returns `train_step(state, reference, rows) -> (state, metrics)`, a pure function.
+
+  Gradients are of the loss summed over all rows, divided once by the number it is a mean over:
+  neither the packing, nor accumulation, nor the spread over devices changes them. An update that is
+  not finite is not applied: the state stays, `metrics["finite"]` is 0 and the caller decides.
+
+  Args:
+    objective: what to minimise.
+    tx: the optimizer.
+    schedule: the learning rate by step, for the metrics.
+    accumulate: parts the rows are cut into, one after the other; it divides the number of rows.
+    axis_name: the mapped axis gradients and metrics are summed over, under `pmap`.
+  """
+  def loss_total(params, reference, rows):
+    loss, metrics = objective.evaluate(params, reference, rows)
+    return loss.total, (loss.count, metrics)
+
+  def one_part(params, reference, rows):
+    (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(
+        params, reference, rows)
+    return grads, count, metrics
+
+  def train_step(state, reference, rows):
+    if accumulate == 1:
+      sums = one_part(state.params, reference, rows)
+    else:
+      parts = jax.tree.map(lambda x: _interleaved(x, accumulate), rows)
+      shapes = jax.eval_shape(
+          one_part, state.params, reference, jax.tree.map(lambda x: x[0], parts))
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      add = lambda sums, part: (
+          jax.tree.map(jnp.add, sums, one_part(state.params, reference, part)), None)
+      sums, _ = jax.lax.scan(add, zeros, parts)
+    if axis_name is not None:
+      sums = jax.lax.psum(sums, axis_name)
+    grads, count, metrics = sums
+    grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
+    metrics = _values(metrics)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    if schedule is not None:
+      metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["finite"] = finite.astype(jnp.float32)
+    updated = TrainState(state.step + 1, params, opt_state)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
+
+  return train_step
+
+
+def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> Callable:
+  """Returns `eval_step(params, reference, rows) -> metrics`, a dict of `Mean`s to be added up."""
+  def eval_step(params, reference, rows):
+    _, metrics = objective.evaluate(params, reference, rows)
+    return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
+
+  return eval_step
+
+
+def _values(metrics: dict[str, Mean]) -> dict[str, jax.Array]:
+  return {name: mean.value() for name, mean in metrics.items()}
+
+
+def _interleaved(x: jax.Array, parts: int) -> jax.Array:
+  """[R, ...] -> [parts, R / parts, ...], every part with rows of every shard."""
+  if x.shape[0] % parts:
+    raise ValueError(f"{x.shape[0]} rows cannot be cut into {parts} accumulation steps")
+  return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -1,0 +1,33 @@
+"""Eight CPU devices, no silent rank promotion, and the fixtures that several files use."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+  """The folder of real preference pairs, sentences and tokenizers; $DPOJAX_DATA moves it."""
+  folder = pathlib.Path(os.environ.get("DPOJAX_DATA", ROOT.parent / "shared" / "data"))
+  if not (folder / "hh_harmless_base_test.jsonl.gz").is_file():
+    pytest.fail(
+        f"no real data in {folder}: set DPOJAX_DATA to a folder with "
+        "hh_harmless_base_test.jsonl.gz and tokenizers/", pytrace=False)
+  return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  return np.random.default_rng(0)

@@ -1,0 +1,149 @@
+"""Packing: exact steps, packed rows that equal each sequence alone, and plans that are pure."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax import objectives
+from dpojax.data import packing
+from dpojax.models import transformer
+from tests import worlds
+
+
+def alone_log_probs(config, params, prompt, response):
+  """Summed log-prob of one response from the logits of that one sequence."""
+  tokens = jnp.asarray(np.concatenate([prompt, response]))[None]
+  positions = jnp.arange(tokens.shape[1])[None]
+  hidden = transformer.Transformer(config).apply(
+      {"params": params}, tokens, positions, jnp.ones_like(tokens), jnp.zeros_like(tokens))
+  logits = jnp.einsum("ld,vd->lv", hidden[0], transformer.output_head(params))
+  log_probs = jax.nn.log_softmax(logits)
+  first = max(len(prompt), 1)
+  return log_probs[jnp.arange(first - 1, tokens.shape[1] - 1), tokens[0, first:]].sum()
+
+
+def by_example(scores, rows, num_examples):
+  """[R, P, K] -> [examples, K] in the order of the examples."""
+  there = np.asarray(rows.example) >= 0
+  order = np.asarray(rows.example)[there]
+  assert sorted(order) == list(range(num_examples))
+  return jnp.zeros((num_examples, scores.shape[-1])).at[order].set(scores[there])
+
+
+@pytest.mark.parametrize("make_config", [worlds.llama, worlds.gpt2])
+@pytest.mark.parametrize("num_responses", [1, 2, 4])
+def test_packed_rows_equal_single_sequences(make_config, num_responses, rng):
+  config = make_config()
+  params = worlds.params_of(config)
+  examples = worlds.comparisons(rng, 8, num_responses)
+  rows = worlds.packed(examples, row_length=64)
+  assert rows.tokens.shape[0] < len(examples)
+  weights = jnp.asarray(rng.normal(size=(len(examples), num_responses)), jnp.float32)
+  apply = transformer.make_apply(config)
+
+  @jax.jit
+  def packed(params):
+    scores = objectives.response_log_probs(apply(params, rows), rows, num_responses=num_responses)
+    scores = by_example(scores.sums, rows, len(examples))
+    return jnp.sum(scores * weights), scores
+
+  @jax.jit
+  def alone(params):
+    scores = jnp.stack([
+        jnp.stack([alone_log_probs(config, params, prompt, response) for response in responses])
+        for prompt, responses in examples])
+    return jnp.sum(scores * weights), scores
+
+  (_, got), got_grads = jax.value_and_grad(packed, has_aux=True)(params)
+  (_, want), want_grads = jax.value_and_grad(alone, has_aux=True)(params)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(want_grads):
+    got_leaf = got_grads
+    for key in path:
+      got_leaf = got_leaf[key.key]
+    scale = np.abs(leaf).max()
+    np.testing.assert_allclose(got_leaf, leaf, rtol=1e-5, atol=1e-5 * scale, err_msg=str(path))
+
+
+def test_responses_never_see_each_other_nor_other_comparisons(rng):
+  config = worlds.llama()
+  params = worlds.params_of(config)
+  apply = transformer.make_apply(config)
+  examples = worlds.comparisons(rng, 6, 2)
+  changed = [(prompt, [responses[0], (responses[1] + 1) % worlds.VOCAB])
+             for prompt, responses in examples]
+  changed[0] = ((examples[0][0] + 1) % worlds.VOCAB, changed[0][1])
+  before, after = (
+      objectives.response_log_probs(apply(params, rows), rows, num_responses=2).sums
+      for rows in (worlds.packed(examples, 64), worlds.packed(changed, 64)))
+  np.testing.assert_array_equal(before[..., 0], after[..., 0])
+  assert np.any(before[..., 1] != after[..., 1])
+
+
+def random_lengths(rng, count, k=2):
+  return rng.integers(1, 60, size=(count, 1 + k))
+
+
+def test_every_step_holds_exactly_batch_size_comparisons_and_no_row_overflows(rng):
+  lengths = random_lengths(rng, 500)
+  plan = packing.plan(lengths, seed=3, epoch=0, batch_size=16, row_length=256)
+  assert plan.index.shape == (31, 16)
+  assert len(np.unique(plan.index)) == 31 * 16
+  for index, row, rows in zip(plan.index, plan.row, plan.rows):
+    assert row.max() < rows
+    assert np.bincount(row, lengths[index].sum(axis=1)).max() <= plan.shape.length
+    assert np.bincount(row, lengths[index, 1:].sum(axis=1)).max() <= plan.shape.scored
+    assert np.bincount(row).max() <= plan.shape.comparisons
+
+
+def test_a_plan_is_a_function_of_seed_and_epoch(rng):
+  lengths = random_lengths(rng, 200)
+  first = packing.plan(lengths, 0, 0, 8, 256)
+  for again, same in ((packing.plan(lengths, 0, 0, 8, 256), True),
+                      (packing.plan(lengths, 1, 0, 8, 256), False),
+                      (packing.plan(lengths, 0, 1, 8, 256), False)):
+    assert np.array_equal(first.index, again.index) == same
+
+
+def test_epochs_share_a_handful_of_shapes(rng):
+  lengths = random_lengths(rng, 2000)
+  shapes = {(rows, packing.plan(lengths, 0, epoch, 32, 256).shape)
+            for epoch in range(5) for rows in packing.plan(lengths, 0, epoch, 32, 256).rows}
+  assert len(shapes) <= packing.BUCKETS + 1
+
+
+def test_the_number_of_rows_is_a_multiple_of_the_devices(rng):
+  plan = packing.plan(random_lengths(rng, 200), 0, 0, 10, 256, row_multiple=8)
+  assert not np.any(plan.rows % 8)
+
+
+def test_an_evaluation_sees_every_comparison_once_in_order(rng):
+  lengths = random_lengths(rng, 21)
+  plan = packing.plan_in_order(lengths, 8, 256)
+  assert plan.index.ravel().tolist() == list(range(21)) + [-1] * 3
+
+
+def test_a_comparison_longer_than_a_row_is_named(rng):
+  lengths = random_lengths(rng, 20)
+  lengths[7] = 200
+  with pytest.raises(packing.PackingError, match="comparison 7 has 600 tokens.*row_length is 256"):
+    packing.plan(lengths, 0, 0, 4, 256)
+
+
+def test_too_few_comparisons_for_a_step_are_named(rng):
+  with pytest.raises(packing.PackingError, match="batch_size is 64 but there are 20 comparisons"):
+    packing.plan(random_lengths(rng, 20), 0, 0, 64, 256)
+
+
+def test_a_process_fills_its_rows_only(rng):
+  examples = worlds.comparisons(rng, 12, 2)
+  lengths = worlds.lengths_of(examples)
+  plan = packing.plan_in_order(lengths, 12, 64, row_multiple=4)
+  whole, parts = (
+      [packing.fill(examples, plan.row[0], count, plan.shape, num_responses=2, example=range(12),
+                    first_row=first) for first, count in spans]
+      for spans in ([(0, plan.rows[0])], [(0, plan.rows[0] // 2), (plan.rows[0] // 2,) * 2]))
+  for name in packing.Rows._fields:
+    np.testing.assert_array_equal(
+        getattr(whole[0], name), np.concatenate([getattr(part, name) for part in parts]))
