@@ -167,7 +167,8 @@ def _backward(chunks, residuals, cotangent):
   def one_chunk(head_grad, chunk):
     hidden, target, normaliser, cotangent = chunk
     probs = jnp.exp(_logits(hidden, head) - normaliser[..., None])
-    hit = jnp.arange(head.shape[0]) == target[..., None]
+    ids = jax.lax.broadcasted_iota(target.dtype, probs.shape, probs.ndim - 1)
+    hit = (ids == target[..., None]).astype(probs.dtype)
     logits_grad = ((hit - probs) * cotangent[..., None]).astype(hidden.dtype)
     hidden_grad = jnp.einsum("...v,vd->...d", logits_grad, weights)
     flat_grad = logits_grad.reshape(-1, logits_grad.shape[-1])

@@ -132,6 +132,9 @@ def preference_objective(
         "logps/rejected": mean_of_comparisons(policy.rejected, rows),
         "log_ratios/chosen": mean_of_comparisons(policy.chosen - frozen.chosen, rows),
         "log_ratios/rejected": mean_of_comparisons(policy.rejected - frozen.rejected, rows),
+        "log_ratios/abs": mean_of_comparisons(
+            (jnp.abs(policy.chosen - frozen.chosen)
+             + jnp.abs(policy.rejected - frozen.rejected)) / 2, rows),
     }
     return loss, metrics
 

@@ -13,11 +13,16 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 class TrainState(NamedTuple):
-  """All that training changes. The reference is not in it: it is an argument of the step."""
+  """All that training changes. The reference is not in it: it is an argument of the step.
+
+  `finite` turns false at the first update that is not finite; that update is not applied and
+  nothing changes any more, so `step` is the last good one whenever the caller looks.
+  """
 
   step: jax.Array
   params: Any
   opt_state: Any
+  finite: jax.Array
 
 
 def make_schedule(
@@ -64,7 +69,7 @@ def _decayed(params):
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first step."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.ones((), bool))
 
 
 def make_train_step(
@@ -75,7 +80,7 @@ def make_train_step(
 
   Gradients are of the loss summed over all rows, divided once by the number it is a mean over:
   neither the packing, nor accumulation, nor the spread over devices changes them. An update that is
-  not finite is not applied: the state stays, `metrics["finite"]` is 0 and the caller decides.
+  not finite is not applied, nor is any after it: see `TrainState`.
 
   Args:
     objective: what to minimise.
@@ -115,10 +120,10 @@ def make_train_step(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    metrics["finite"] = finite.astype(jnp.float32)
-    updated = TrainState(state.step + 1, params, opt_state)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
+    finite = state.finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    updated = TrainState(state.step + 1, params, opt_state, finite)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return kept._replace(finite=finite), metrics
 
   return train_step
 

@@ -1,0 +1,248 @@
+"""What a run can be told: every key with its default, and the checks made before any work."""
+
+import difflib
+import inspect
+import json
+import math
+
+import ml_collections
+
+from dpojax import losses, parallel, step
+from dpojax.models import config as model_config
+
+LOSSES = {
+    "sft": ("sequence_sum", "token_mean"),
+    "dpo": tuple(losses.PAIRWISE_LOSSES),
+    "reward": ("bradley_terry",),
+}
+"""Names `config.loss` takes, by objective."""
+
+MAY_CHANGE = (
+    "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
+    "parallel", "wandb_project", "data.cache_dir")
+"""Keys that may differ when a run is continued: they leave every number as it is."""
+
+
+class ConfigError(ValueError):
+  """A config cannot be run; the message names the key, the value and the fix."""
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Returns every key there is. Config files change what they need; no other key is taken."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.objective = "dpo"  # sft, dpo, reward
+  config.loss = "dpo"  # a name in LOSSES[objective]
+  config.loss_options = ml_collections.ConfigDict()  # further keywords of the loss
+  config.beta = 0.1
+  config.steps = 1000
+  config.batch_size = 64  # comparisons a step, over all devices
+  config.accumulate = 1  # parts a step is computed in
+  config.row_length = 1024  # tokens of a packed row
+  config.chunk_size = 0  # scored tokens a row, in one chunk of the output head; 0: by memory
+
+  config.model = ml_collections.ConfigDict()
+  config.model.checkpoint = ""  # a run's workdir; empty: random init from the dims below
+  config.model.family = "llama"  # llama, gpt2
+  config.model.vocab_size = 0  # 0: the tokenizer's
+  config.model.width = 256
+  config.model.layers = 4
+  config.model.heads = 4
+  config.model.kv_heads = 0  # 0: as many as heads
+  config.model.max_positions = 0  # 0: data.max_length
+  config.model.tie_embeddings = True
+  config.model.dtype = "float32"
+  config.model.remat = "none"
+  config.model.scan_layers = True
+
+  config.reference = ml_collections.ConfigDict()
+  config.reference.mode = "inline"
+  config.reference.checkpoint = ""  # empty: the weights the policy starts from
+  config.reference.may_differ = False  # true: start although policy and reference disagree
+
+  config.tokenizer = ""  # folder or hub name
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "jsonl"
+  config.data.path = ""  # local files, comma-separated; empty: the builder downloads
+  config.data.config = ""  # the builder's config, such as hh's harmless-base
+  config.data.eval_path = ""  # held-out local files; empty: eval_size are held out of the data
+  config.data.eval_size = 256
+  config.data.max_length = 512
+  config.data.max_prompt_length = 256
+  config.data.keep = ""  # end or start of an over-long prompt; empty: the data set's policy
+  config.data.on_error = "skip"  # skip, raise
+  config.data.unique_prompts = False  # only the last comparison of each prompt, as the paper's SFT
+  config.data.shuffle_labels = False  # control: swap chosen and rejected at random in training
+  config.data.cache_dir = ""  # prepared data; empty: ~/.cache/dpojax
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "rmsprop"
+  config.optimizer.learning_rate = 1e-6
+  config.optimizer.warmup_steps = 150
+  config.optimizer.schedule = "constant"
+  config.optimizer.max_grad_norm = 10.0  # 0: no clipping
+  config.optimizer.weight_decay = 0.0
+
+  config.log_every = 10
+  config.eval_every = 100  # 0: never
+  config.checkpoint_every = 500  # 0: never; else also at the end
+  config.checkpoint_keep = 1  # last n kept; 0: all
+  config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
+  config.wandb_project = ""
+
+  config.parallel = ml_collections.ConfigDict()
+  config.parallel.strategy = "pmap"
+  config.parallel.data = 0  # 0: the devices fsdp and tensor leave
+  config.parallel.fsdp = 1
+  config.parallel.tensor = 1
+  config.parallel.coordinator = ""  # host:port of process 0, or auto on a cluster; empty: one process
+  config.parallel.num_processes = 1
+  config.parallel.process_id = 0
+  return config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Refuses what cannot run: unknown keys, wrong types, impossible values and combinations.
+
+  Raises:
+    ConfigError: naming the key, the value and the fix.
+  """
+  known = flatten(defaults())
+  given = flatten(config)
+  for key, value in given.items():
+    if key.startswith("loss_options."):
+      continue
+    if key not in known:
+      near = difflib.get_close_matches(key, known, n=1)
+      raise ConfigError(f"config.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
+    default = known[key]
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+      raise ConfigError(
+          f"config.{key} is {value!r}; it must be of type {type(default).__name__}")
+  missing = [key for key in known if key not in given]
+  if missing:
+    raise ConfigError(
+        f"config.{missing[0]} is missing; start a config from dpojax.config.defaults()")
+
+  _one_of(config, "objective", LOSSES)
+  _one_of(config, "loss", LOSSES[config.objective])
+  _one_of(config, "model.family", ("llama", "gpt2"))
+  _one_of(config, "model.dtype", model_config.DTYPES)
+  _one_of(config, "model.remat", model_config.REMATS)
+  _one_of(config, "reference.mode", ("inline",))
+  _one_of(config, "data.keep", ("", "end", "start"))
+  _one_of(config, "data.on_error", ("skip", "raise"))
+  _one_of(config, "optimizer.name", step.OPTIMIZERS)
+  _one_of(config, "optimizer.schedule", step.SCHEDULES)
+  _one_of(config, "parallel.strategy", parallel.STRATEGIES)
+  for key in ("steps", "batch_size", "accumulate", "row_length", "data.max_length",
+              "data.max_prompt_length", "log_every", "model.width", "model.layers", "model.heads",
+              "parallel.fsdp", "parallel.tensor", "parallel.num_processes"):
+    _at_least(config, key, 1)
+  for key in ("seed", "chunk_size", "eval_every", "checkpoint_every", "checkpoint_keep",
+              "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
+              "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
+              "parallel.data", "parallel.process_id"):
+    _at_least(config, key, 0)
+  for key in ("beta", "optimizer.learning_rate"):
+    if not (math.isfinite(given[key]) and given[key] > 0):
+      raise ConfigError(f"config.{key} is {given[key]}; it must be positive")
+  _check_combinations(config)
+
+
+def _check_combinations(config) -> None:
+  data = config.data
+  if not config.tokenizer:
+    raise ConfigError("config.tokenizer is empty; set it to a tokenizer folder or hub name")
+  if data.source == "jsonl" and not data.path:
+    raise ConfigError("config.data.path is empty; data.source='jsonl' needs local .jsonl files")
+  if data.max_prompt_length >= data.max_length:
+    raise ConfigError(
+        f"config.data.max_prompt_length is {data.max_prompt_length} and data.max_length "
+        f"{data.max_length}; leave room for responses: lower max_prompt_length")
+  if config.row_length < data.max_length:
+    raise ConfigError(
+        f"config.row_length is {config.row_length}, shorter than data.max_length "
+        f"{data.max_length}; raise row_length")
+  if not config.model.checkpoint and config.model.width % config.model.heads:
+    raise ConfigError(
+        f"config.model.width is {config.model.width} and model.heads {config.model.heads}; "
+        "heads must divide width")
+  if config.eval_every and not data.eval_path and not data.eval_size:
+    raise ConfigError(
+        f"config.eval_every is {config.eval_every} but there is nothing to evaluate on; set "
+        "data.eval_path or data.eval_size, or eval_every=0")
+  if config.checkpoint_best and not (
+      config.eval_every and config.checkpoint_every and config.checkpoint_every % config.eval_every == 0):
+    raise ConfigError(
+        f"config.checkpoint_best is {config.checkpoint_best!r} but checkpoint_every="
+        f"{config.checkpoint_every} is not a multiple of eval_every={config.eval_every}; "
+        "a checkpoint is ranked by the evaluation made at its step")
+  if config.objective == "dpo":
+    taken = inspect.signature(losses.PAIRWISE_LOSSES[config.loss]).parameters
+    for name in config.loss_options:
+      if name not in taken or name in ("policy", "reference", "beta"):
+        options = sorted(set(taken) - {"policy", "reference", "beta"})
+        raise ConfigError(
+            f"config.loss_options.{name} is not an option of {config.loss}; it takes {options}")
+    if config.reference.checkpoint and not config.reference.may_differ and (
+        config.reference.checkpoint != config.model.checkpoint):
+      raise ConfigError(
+          f"config.reference.checkpoint is {config.reference.checkpoint!r}, not the policy's "
+          f"{config.model.checkpoint!r}; set reference.may_differ=True if that is the purpose")
+  elif len(config.loss_options):
+    raise ConfigError(f"config.loss_options is set; objective={config.objective!r} takes none")
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """Returns the config as JSON, the form of `config.json`."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+  """Returns the config of a `config.json`."""
+  return ml_collections.ConfigDict(json.loads(text))
+
+
+def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> None:
+  """Refuses to continue a run under a config that gives other numbers.
+
+  Raises:
+    ConfigError: naming the first key that differs.
+  """
+  before, after = flatten(old), flatten(new)
+  for key in sorted(before.keys() | after.keys()):
+    if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
+      raise ConfigError(
+          f"the workdir holds a run with config.{key}={before.get(key)!r}, not "
+          f"{after.get(key)!r}; take another workdir, or go back to its config")
+  if before["steps"] != after["steps"] and after["optimizer.schedule"] != "constant":
+    raise ConfigError(
+        f"the workdir holds a run of {before['steps']} steps, not {after['steps']}, and "
+        f"optimizer.schedule={after['optimizer.schedule']!r} depends on it; take another workdir")
+
+
+def flatten(config) -> dict:
+  """Returns {dotted key: value}; empty groups vanish."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+      flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def _one_of(config, key: str, allowed) -> None:
+  value = flatten(config)[key]
+  if value not in allowed:
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"config.{key} is {value!r}; it must be one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def _at_least(config, key: str, least: int) -> None:
+  value = flatten(config)[key]
+  if not (math.isfinite(value) and value >= least):
+    raise ConfigError(f"config.{key} is {value}; it must be at least {least}")

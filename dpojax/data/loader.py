@@ -1,0 +1,161 @@
+"""Comparisons to prefetched rows. The position in the data is the step number, nothing else."""
+
+import functools
+import hashlib
+from typing import Callable, Iterator, NamedTuple
+
+import grain
+import numpy as np
+
+from dpojax.data import packing
+from dpojax.data.packing import Rows
+from dpojax.data.tokenization import Tokenized
+
+
+class Subset(NamedTuple):
+  """Some comparisons of a tokenized data set, in an order, perhaps with their labels shuffled.
+
+  Attributes:
+    data: the data set.
+    index: [N] positions in it.
+    swapped: [N] bool, true where chosen and rejected change places.
+  """
+
+  data: Tokenized
+  index: np.ndarray
+  swapped: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.index)
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[N, 1 + K] tokens of the prompt and of each response, as they stand in the rows."""
+    lengths = self.data.lengths[self.index]
+    swapped = np.concatenate([lengths[:, :1], lengths[:, :0:-1]], axis=1)
+    return np.where(self.swapped[:, None], swapped, lengths)
+
+  def comparison(self, i: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the prompt's ids and the responses' of the i-th comparison."""
+    prompt, responses = self.data[int(self.index[i])]
+    return prompt, responses[::-1] if self.swapped[i] else responses
+
+  def example(self, i: int) -> int:
+    """Returns the example's id in the data set."""
+    return int(self.data.example[self.index[i]])
+
+
+def all_of(data: Tokenized) -> Subset:
+  """Returns every comparison, in order."""
+  return Subset(data, np.arange(len(data)), np.zeros(len(data), bool))
+
+
+def last_of_each_prompt(subset: Subset) -> Subset:
+  """Returns the last comparison of each prompt: the paper's SFT has one example a prompt."""
+  last = {_prompt_digest(subset, i): i for i in range(len(subset))}
+  return _take(subset, np.array(sorted(last.values()), int))
+
+
+def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
+  """Splits into the rest and about `count` held-out comparisons; no prompt is on both sides.
+
+  Prompts are held out in the order of their digests, so the split depends on the data alone.
+  """
+  digests = [_prompt_digest(subset, i) for i in range(len(subset))]
+  order = sorted(range(len(subset)), key=digests.__getitem__)
+  cut = min(count, len(order))
+  while 0 < cut < len(order) and digests[order[cut]] == digests[order[cut - 1]]:
+    cut += 1
+  return _take(subset, np.sort(order[cut:]).astype(int)), _take(
+      subset, np.sort(order[:cut]).astype(int))
+
+
+def shuffle_labels(subset: Subset, seed: int) -> Subset:
+  """Returns the comparisons with best and worst response swapped in a random half: a control."""
+  swap = np.random.default_rng([seed, 1]).random(len(subset)) < 0.5
+  return subset._replace(swapped=subset.swapped ^ swap)
+
+
+def _take(subset: Subset, which: np.ndarray) -> Subset:
+  return subset._replace(index=subset.index[which], swapped=subset.swapped[which])
+
+
+def _prompt_digest(subset: Subset, i: int) -> bytes:
+  prompt, _ = subset.comparison(i)
+  return hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+
+
+class Batch(NamedTuple):
+  """The rows of a step that this process fills, of `total_rows`, and what they hold.
+
+  `step` counts from 0. `comparisons` and `tokens` are of the whole step, over all processes; tokens
+  are counted for each response as if nothing were shared.
+  """
+
+  step: int
+  rows: Rows
+  total_rows: int
+  comparisons: int
+  tokens: int
+
+
+class Loader:
+  """Training batches of a subset by step number, and evaluation batches in order."""
+
+  def __init__(
+      self, subset: Subset, *, seed: int, batch_size: int, row_length: int, row_multiple: int = 1,
+      span: Callable[[int], tuple[int, int]] = lambda rows: (0, rows)):
+    """Prepares the plans.
+
+    Args:
+      subset: the comparisons.
+      seed: of the shuffle.
+      batch_size: comparisons a step.
+      row_length: tokens a row holds.
+      row_multiple: the number of rows is a multiple of it.
+      span: rows of a step -> (first row, number of rows) that this process fills.
+
+    Raises:
+      PackingError: a comparison does not fit a row, or they are fewer than a step takes.
+    """
+    self.subset = subset
+    self.lengths = subset.lengths
+    self._span = span
+    self._plan = functools.lru_cache(maxsize=2)(lambda epoch: packing.plan(
+        self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple))
+    self._plan_in_order = functools.cache(lambda: packing.plan_in_order(
+        self.lengths, batch_size, row_length, row_multiple=row_multiple))
+    self.steps_per_epoch = len(subset) // batch_size
+
+  def training(self, start: int, stop: int) -> Iterator[Batch]:
+    """Yields the batches of steps start..stop-1, read and filled ahead by other threads."""
+    def batch(step):
+      epoch, within = divmod(step, self.steps_per_epoch)
+      return self._batch(self._plan(epoch), within, step)
+    return self._ahead(batch, start, stop)
+
+  def plan(self, epoch: int = 0) -> packing.Plan:
+    """Returns the plan of an epoch."""
+    return self._plan(epoch)
+
+  def evaluation(self) -> Iterator[Batch]:
+    """Yields every comparison once; the last batch may hold fewer."""
+    plan = self._plan_in_order()
+    return self._ahead(lambda step: self._batch(plan, step, step), 0, len(plan.rows))
+
+  def _ahead(self, batch: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    steps = grain.MapDataset.range(start, stop).map(batch)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+  def _batch(self, plan: packing.Plan, within: int, step: int) -> Batch:
+    index, total = plan.index[within], int(plan.rows[within])
+    first, count = self._span(total)
+    mine = (plan.row[within] >= first) & (plan.row[within] < first + count) & (index >= 0)
+    rows = packing.fill(
+        [self.subset.comparison(i) if here else None for i, here in zip(index, mine)],
+        plan.row[within], count, plan.shape, num_responses=self.lengths.shape[1] - 1,
+        example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
+        first_row=first)
+    lengths = self.lengths[index[index >= 0]]
+    tokens = int((lengths[:, 1:] + lengths[:, :1] * (lengths[:, 1:] > 0)).sum())
+    return Batch(step, rows, total, len(lengths), tokens)

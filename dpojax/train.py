@@ -1,0 +1,480 @@
+"""Trains a model on comparisons: SFT, DPO or a reward model. Read it from top to bottom.
+
+python -m dpojax.train --config=FILE[:arg] --workdir=DIR [--config.key=value ...]
+
+DIR/config.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import Any, Iterator, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from absl import app, flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from dpojax import checkpoint, losses, objectives
+from dpojax import config as config_lib
+from dpojax import step as step_lib
+from dpojax.checkpoint import CheckpointError, Checkpoints
+from dpojax.config import ConfigError
+from dpojax.data import builders, loader, packing, tokenization
+from dpojax.data.examples import DataError
+from dpojax.metrics import MetricsWriter
+from dpojax.models import transformer
+from dpojax.models import config as model_config
+from dpojax.models.config import ModelConfig
+from dpojax.parallel import make_parallel
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, packing.PackingError)
+"""What a user can mend: shown as one line by the command, without a traceback."""
+
+
+class TrainingError(RuntimeError):
+  """Training cannot go on; the message says at which step, why, and what is saved."""
+
+
+class Data(NamedTuple):
+  """Training and held-out comparisons, either tokenized; `fingerprint` is of ids and order."""
+
+  train: loader.Subset
+  held_out: loader.Subset | None
+  fingerprint: str
+
+
+class Setup(NamedTuple):
+  """What a run trains: the model, its first params, the objective, and the reference, or None."""
+
+  model: ModelConfig
+  params: Any
+  reference: Any
+  objective: objectives.Objective
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+  """Trains as the config says, from the last checkpoint in `workdir` if there is one.
+
+  Args:
+    config: all keys of `dpojax.config.defaults()`.
+    workdir: the run's folder, made if missing.
+
+  Returns:
+    The last evaluation's metrics, or the last training step's where nothing is held out.
+
+  Raises:
+    ConfigError, DataError, PackingError: something given cannot be used; before any compile.
+    CheckpointError: a checkpoint cannot be read or written.
+    TrainingError: policy and reference disagree before step 1, or the loss is not finite.
+  """
+  config_lib.validate(config)
+  workdir = _open_workdir(workdir, config)
+  devices = _lift(config)
+  data = load_data(config)
+  make_loader = lambda subset: loader.Loader(
+      subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
+      row_multiple=devices.row_multiple * config.accumulate, span=devices.span)
+  train_loader = make_loader(data.train)
+  held_out_loader = make_loader(data.held_out) if data.held_out is not None else None
+  _report_plan(train_loader, config)
+
+  setup = make_setup(config)
+  schedule = step_lib.make_schedule(
+      config.optimizer.schedule, learning_rate=config.optimizer.learning_rate,
+      warmup_steps=config.optimizer.warmup_steps, steps=config.steps)
+  tx = step_lib.make_optimizer(
+      config.optimizer.name, schedule, max_grad_norm=config.optimizer.max_grad_norm,
+      weight_decay=config.optimizer.weight_decay)
+  state = devices.place(step_lib.init_state(setup.params, tx))
+  reference = None if setup.reference is None else devices.place(setup.reference)
+  about = {
+      "model": vars(setup.model), "data": data.fingerprint,
+      "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
+  setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
+
+  _check_space(workdir, state, config)
+  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best)
+  first = 0
+  if checkpoints.steps():
+    first = checkpoints.steps()[-1]
+    saved, was = checkpoints.restore(first, devices.restore_target(state))
+    _check_same(was, about, workdir)
+    state = devices.place(saved)
+    say(f"continuing from step {first} of {workdir}")
+
+  train_step = devices.lift(step_lib.make_train_step(
+      setup.objective, tx, schedule=schedule, accumulate=config.accumulate,
+      axis_name=devices.axis_name), donate_state=True)
+  eval_step = devices.lift(step_lib.make_eval_step(
+      setup.objective, axis_name=devices.axis_name), donate_state=False)
+
+  def evaluate(batches) -> dict[str, float]:
+    sums = None
+    for batch in batches:
+      part = eval_step(state.params, reference, devices.place_rows(batch.rows, batch.total_rows))
+      part = {name: np.asarray(jax.device_get(devices.collect(mean)), np.float64)
+              for name, mean in part.items()}
+      sums = part if sums is None else {name: sums[name] + part[name] for name in sums}
+    return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
+
+  writer = MetricsWriter(workdir, after_step=first if first else -1,
+                         wandb_project=config.wandb_project, settings=config.to_dict()
+                         ) if jax.process_index() == 0 else None
+  result = {}
+
+  def log(step: int, split: str, metrics: dict[str, float]) -> None:
+    result.clear()
+    result.update(metrics)
+    if writer is not None:
+      writer.write(step, split, metrics)
+    progress.show(step, split, metrics)
+
+  def save(step: int) -> None:
+    best = config.checkpoint_best
+    checkpoints.save(step, devices.collect(state), about, {best: evaluated[best]} if best else None)
+
+  with contextlib.ExitStack() as stack:
+    if writer is not None:
+      stack.callback(writer.close)
+    progress = stack.enter_context(Progress(first, config.steps))
+    stop = stack.enter_context(_on_signal())
+    if first == 0:
+      batches = held_out_loader.evaluation() if config.eval_every else train_loader.training(0, 1)
+      metrics = evaluate(batches)
+      if setup.objective.needs_reference:
+        check_agreement(metrics, config)
+      if config.eval_every:
+        log(0, "eval", metrics)
+
+    started, pairs, tokens = time.perf_counter(), 0, 0
+    for batch, rows in _placed_ahead(train_loader.training(first, config.steps), devices):
+      state, metrics = train_step(state, reference, rows)
+      step = batch.step + 1
+      pairs, tokens = pairs + batch.comparisons, tokens + batch.tokens
+      progress.advance(step)
+      due = lambda every: every and (step % every == 0 or step == config.steps)
+      stopping = stop.is_set()
+      if step == first + 1 or due(config.log_every) or due(config.checkpoint_every) or stopping:
+        metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
+        if not devices.collect(state.finite):
+          _stop_at_a_bad_step(state, devices, save, checkpoints, workdir, config)
+        seconds = time.perf_counter() - started
+        rates = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        if step == first + 1 or due(config.log_every):
+          log(step, "train", metrics | rates)
+          started, pairs, tokens = time.perf_counter(), 0, 0
+      if due(config.eval_every):
+        log(step, "eval", evaluate(held_out_loader.evaluation()))
+        started, pairs, tokens = time.perf_counter(), 0, 0
+      if due(config.checkpoint_every) or (stopping and config.checkpoint_every):
+        save(step)
+      if stopping:
+        checkpoints.wait()
+        raise TrainingError(
+            f"stopped by a signal after step {step}; "
+            + (f"it is saved in {workdir}: the same command continues"
+               if config.checkpoint_every else "nothing is saved: checkpoint_every is 0"))
+    checkpoints.close()
+  return result
+
+
+def load_data(config: ml_collections.ConfigDict) -> Data:
+  """Prepares, tokenizes and splits the comparisons; says what was used, cut and dropped."""
+  settings = config.data
+  cache = pathlib.Path(settings.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax"))
+  cache = cache.expanduser()
+  tokenizer = tokenization.load_tokenizer(config.tokenizer)
+  truncation = tokenization.Truncation(
+      settings.max_length, settings.max_prompt_length,
+      settings.keep or tokenization.TRUNCATION_SIDE.get(settings.source, "start"))
+
+  def tokenized(path, name, split):
+    comparisons = builders.prepare(
+        settings.source, path=path, config=settings.config, data_dir=cache / "prepared",
+        on_error=settings.on_error, split=split)
+    say(f"{name} records: {_counts(comparisons.report)}")
+    result = tokenization.tokenize(
+        comparisons, tokenizer, truncation=truncation,
+        num_responses=1 if config.objective == "sft" else 2, cache_dir=cache / "tokenized")
+    say(f"{name} tokens: {_counts(result.report)}")
+    return result
+
+  if jax.process_count() > 1 and jax.process_index() > 0:
+    multihost_utils.sync_global_devices("process 0 has prepared the data")
+  every = tokenized(settings.path, "training", "train")
+  held_out_data = tokenized(settings.eval_path, "held-out", "test") if settings.eval_path else None
+  if jax.process_count() > 1 and jax.process_index() == 0:
+    multihost_utils.sync_global_devices("process 0 has prepared the data")
+
+  train, held_out = loader.all_of(every), None
+  if held_out_data is not None:
+    held_out = loader.all_of(held_out_data)
+  if settings.unique_prompts:
+    train = loader.last_of_each_prompt(train)
+  if held_out is None and config.eval_every:
+    train, held_out = loader.hold_out(train, settings.eval_size)
+  if settings.shuffle_labels:
+    train = loader.shuffle_labels(train, config.seed)
+  say(f"{len(train)} training comparisons, {0 if held_out is None else len(held_out)} held out")
+  return Data(train, held_out, every.fingerprint)
+
+
+def make_setup(config: ml_collections.ConfigDict) -> Setup:
+  """Makes or loads the model and its reference, and the objective over them."""
+  if config.model.checkpoint:
+    policy = checkpoint.load_policy(config.model.checkpoint)
+    changes = dict(dtype=config.model.dtype, remat=config.model.remat,
+                   reward_head=config.objective == "reward")
+    model = ModelConfig(**{**vars(policy.config), **changes})
+    params = policy.params
+    if model.reward_head and "reward_head" not in params:
+      params = params | {"reward_head": np.zeros(model.width, np.float32)}
+  else:
+    model = _model_of(config)
+    params = transformer.init_params(model, jax.random.key(config.seed))
+  _check_model(model, config)
+
+  apply = transformer.make_apply(model)
+  chunk_size = config.chunk_size or None
+  if config.objective == "sft":
+    make = {"sequence_sum": objectives.sft_objective,
+            "token_mean": objectives.token_mean_sft_objective}[config.loss]
+    return Setup(model, params, None, make(apply, chunk_size=chunk_size))
+  if config.objective == "reward":
+    return Setup(model, params, None, objectives.reward_objective(apply))
+  objective = objectives.preference_objective(
+      apply, losses.PAIRWISE_LOSSES[config.loss], beta=config.beta, chunk_size=chunk_size,
+      **config.loss_options)
+  reference = params
+  if config.reference.checkpoint:
+    frozen = checkpoint.load_policy(config.reference.checkpoint)
+    reference = frozen.params
+    _check_same_shapes(params, reference, config)
+  return Setup(model, params, reference, objective)
+
+
+def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict) -> None:
+  """Refuses to start when policy and reference give different log-probs before step 1.
+
+  Where they agree every log-ratio is 0 and the DPO loss is log 2.
+
+  Raises:
+    TrainingError: saying by how much and what usually causes it.
+  """
+  tolerance = 1e-3 if config.model.dtype == "float32" else 0.5
+  apart = metrics["log_ratios/abs"]
+  if not np.isfinite(apart):
+    raise TrainingError(
+        f"before step 1 the log-ratio of policy and reference is {apart}: the weights of "
+        f"{config.model.checkpoint or 'the random start'} give no finite log-probs")
+  if apart > tolerance and not config.reference.may_differ:
+    raise TrainingError(
+        f"before step 1 policy and reference differ by {apart:.3g} nats a response on average "
+        f"(loss {metrics['loss']:.6f}; for DPO it is log 2 = 0.693147 where they agree). Usual "
+        "causes: another checkpoint as reference, another dtype, an adapter already applied. Set "
+        "reference.may_differ=True if that is the purpose")
+
+
+class Progress:
+  """A bar with the time left on a terminal, plain lines otherwise."""
+
+  def __init__(self, first: int, steps: int):
+    self._bar = tqdm.tqdm(
+        total=steps, initial=first, unit="step", disable=not sys.stderr.isatty() or not _is_main())
+    self.steps = steps
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._bar.close()
+
+  def advance(self, step: int) -> None:
+    self._bar.update(1)
+
+  def show(self, step: int, split: str, metrics: dict[str, float]) -> None:
+    names = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second")
+    text = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    with tqdm.tqdm.external_write_mode(file=sys.stdout):
+      say(f"step {step}/{self.steps}  {split}  {text}")
+
+
+def say(text: str) -> None:
+  """Prints a line from the first process."""
+  if _is_main():
+    print(text, flush=True)
+
+
+def _is_main() -> bool:
+  return jax.process_index() == 0
+
+
+def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> pathlib.Path:
+  """Makes the workdir and writes config.json, or checks that the run there is the same."""
+  workdir = pathlib.Path(workdir).absolute()
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      config_lib.check_continues(config_lib.from_json(path.read_text()), config)
+    if _is_main():
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text(config_lib.to_json(config))
+      os.replace(temporary, path)
+  except OSError as error:
+    raise ConfigError(f"--workdir {workdir} cannot be written: {error}") from error
+  return workdir
+
+
+def _lift(config: ml_collections.ConfigDict):
+  settings = config.parallel
+  try:
+    devices = make_parallel(
+        settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
+  except ValueError as error:
+    raise ConfigError(f"config.{error}") from error
+  return devices
+
+
+def _model_of(config: ml_collections.ConfigDict) -> ModelConfig:
+  settings = config.model
+  make = {"llama": model_config.llama_style, "gpt2": model_config.gpt2_style}[settings.family]
+  return make(
+      vocab_size=settings.vocab_size or len(tokenization.load_tokenizer(config.tokenizer)),
+      width=settings.width, layers=settings.layers, heads=settings.heads,
+      kv_heads=settings.kv_heads or None, dtype=settings.dtype, remat=settings.remat,
+      max_positions=settings.max_positions or config.data.max_length,
+      tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers,
+      reward_head=config.objective == "reward")
+
+
+def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
+  ids = len(tokenization.load_tokenizer(config.tokenizer))
+  if ids > model.vocab_size:
+    raise ConfigError(
+        f"the tokenizer {config.tokenizer} has {ids} ids but the model {model.vocab_size}; "
+        "take the model's tokenizer, or set model.vocab_size")
+  if model.positions == "learned" and config.data.max_length > model.max_positions:
+    raise ConfigError(
+        f"config.data.max_length is {config.data.max_length} but the model has learned positions "
+        f"for {model.max_positions} tokens; lower data.max_length")
+
+
+def _check_same_shapes(params, reference, config) -> None:
+  shapes = lambda tree: {jax.tree_util.keystr(path): leaf.shape
+                         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  ours, theirs = shapes(params), shapes(reference)
+  for name in sorted(ours.keys() | theirs.keys()):
+    if ours.get(name) != theirs.get(name):
+      raise ConfigError(
+          f"config.reference.checkpoint {config.reference.checkpoint} does not fit the policy: "
+          f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy")
+
+
+def _check_space(workdir: pathlib.Path, state: Any, config: ml_collections.ConfigDict) -> None:
+  """Refuses to start when not even one checkpoint fits the disk."""
+  if not config.checkpoint_every:
+    return
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  free = shutil.disk_usage(workdir).free
+  if free < needed:
+    raise CheckpointError(
+        f"a checkpoint takes up to {needed / 2**20:.0f} MiB but the disk of {workdir} has "
+        f"{free / 2**20:.0f} MiB free; free some space, or set checkpoint_every=0")
+
+
+def _check_same(was: dict, now: dict, workdir: pathlib.Path) -> None:
+  what = {"model": "model", "data": "prepared and tokenized data", "reference": "reference weights"}
+  for key, name in what.items():
+    if was[key] != now[key]:
+      raise CheckpointError(
+          f"the run in {workdir} was started with another {name} ({was[key]}, now {now[key]}); "
+          "bring it back, or start in another workdir")
+
+
+def _report_plan(train_loader: loader.Loader, config: ml_collections.ConfigDict) -> None:
+  plan = train_loader.plan()
+  shapes = sorted(set(plan.rows.tolist()))
+  say(f"{len(plan.rows)} steps an epoch of {config.batch_size} comparisons; rows of "
+      f"{plan.shape.length} tokens, {plan.shape.scored} scored; {len(shapes)} shapes to compile: "
+      f"{shapes} rows; row fill {packing.row_fill(plan, train_loader.lengths):.1%}")
+
+
+def _placed_ahead(
+    batches: Iterator[loader.Batch], devices, ahead: int = 2
+) -> Iterator[tuple[loader.Batch, Any]]:
+  """Keeps `ahead` batches on the devices before they are asked for."""
+  queue = []
+  for batch in batches:
+    queue.append((batch, devices.place_rows(batch.rows, batch.total_rows)))
+    if len(queue) > ahead:
+      yield queue.pop(0)
+  yield from queue
+
+
+def _stop_at_a_bad_step(state, devices, save, checkpoints, workdir, config) -> None:
+  """Saves the last good state, which the step has kept, and raises."""
+  good = int(devices.collect(state.step))
+  saved = "nothing is saved: checkpoint_every is 0"
+  if config.checkpoint_every:
+    if good and good not in checkpoints.steps():
+      save(good)
+    checkpoints.wait()
+    saved = f"the state before it is saved in {workdir}"
+  raise TrainingError(
+      f"the loss or its gradient is not finite at step {good + 1}; {saved}. Usual causes: a "
+      f"learning rate too high (optimizer.learning_rate={config.optimizer.learning_rate}), no "
+      f"clipping (optimizer.max_grad_norm={config.optimizer.max_grad_norm}), or weights that are "
+      "not finite")
+
+
+@contextlib.contextmanager
+def _on_signal():
+  """Yields an event set by SIGTERM, as a machine about to be taken away sends it."""
+  flag = threading.Event()
+  try:
+    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
+  except ValueError:  # not the main thread: no handler, no flag
+    yield flag
+    return
+  try:
+    yield flag
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _counts(report: dict) -> str:
+  return ", ".join(f"{name} {value}" for name, value in report.items())
+
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :arg if it takes one.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown argument {argv[1]}")
+  settings = CONFIG.value.parallel
+  if settings.coordinator:
+    arguments = {} if settings.coordinator == "auto" else dict(
+        coordinator_address=settings.coordinator, num_processes=settings.num_processes,
+        process_id=settings.process_id)
+    jax.distributed.initialize(**arguments)
+  try:
+    run(CONFIG.value, WORKDIR.value)
+  except (*USER_ERRORS, TrainingError) as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

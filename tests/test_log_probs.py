@@ -1,0 +1,108 @@
+"""The log-prob primitive against the naive form, in value, gradient and memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from dpojax import log_probs
+from experiments import log_prob_memory
+
+
+def naive(hidden, head, target):
+  logits = jnp.einsum("...d,vd->...v", hidden, head)
+  return jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+
+
+def world(rng, leading=(3,), length=11, vocab=17, width=5, dtype=np.float32):
+  return (jnp.asarray(rng.normal(size=(*leading, length, width)), dtype),
+          jnp.asarray(rng.normal(size=(vocab, width)), dtype),
+          jnp.asarray(rng.integers(vocab, size=(*leading, length))))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100, None])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_chunks_give_the_naive_log_probs_and_gradients_in_float64(leading, chunk_size, rng):
+  with jax.enable_x64(True):
+    hidden, head, target = world(rng, leading, dtype=np.float64)
+    weights = jnp.asarray(rng.normal(size=target.shape))
+    chunked = lambda h, w: jnp.sum(
+        weights * log_probs.token_log_probs(h, w, target, chunk_size=chunk_size))
+    plain = lambda h, w: jnp.sum(weights * naive(h, w, target))
+    got, got_grads = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, head)
+    want, want_grads = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    for g, w in zip(got_grads, want_grads):
+      assert g.dtype == jnp.float64
+      np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences(rng):
+  with jax.enable_x64(True):
+    hidden, head, target = world(rng, (), length=5, dtype=np.float64)
+    check_grads(lambda h, w: log_probs.token_log_probs(h, w, target, chunk_size=2), (hidden, head),
+                order=1, modes=["rev"])
+
+
+def test_a_tied_head_gets_the_gradients_of_both_its_uses(rng):
+  with jax.enable_x64(True):
+    _, table, target = world(rng, (), dtype=np.float64)
+    ids = jnp.asarray(rng.integers(17, size=target.shape))
+    got = jax.grad(lambda w: log_probs.token_log_probs(w[ids], w, target, chunk_size=3).sum())(table)
+    want = jax.grad(lambda w: naive(w[ids], w, target).sum())(table)
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_bfloat16_hidden_states_are_accumulated_in_float32(rng):
+  hidden, head, target = world(rng, (), width=256, vocab=999)
+  hidden = hidden.astype(jnp.bfloat16)
+  got = log_probs.token_log_probs(hidden, head, target)
+  want = naive(hidden.astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32), target)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  grad = jax.grad(lambda w: log_probs.token_log_probs(hidden, w, target).sum())(head)
+  assert grad.dtype == jnp.float32
+
+
+def test_log_probs_are_sums_by_slot_and_padding_counts_nowhere(rng):
+  hidden, head, _ = world(rng, (2,), length=8)
+  source = jnp.asarray([[1, 2, 2, 3, 0], [4, 5, 0, 0, 0]])
+  target = jnp.asarray([[3, 1, 4, 1, 0], [5, 9, 0, 0, 0]])
+  slot = jnp.asarray([[0, 0, 1, 1, 3], [2, 2, 3, 3, 3]])
+  got = log_probs.log_probs(hidden, head, source, target, slot, num_slots=3)
+  tokens = naive(jnp.take_along_axis(hidden, source[..., None], axis=1), head, target)
+  want = [[tokens[0, 0] + tokens[0, 1], tokens[0, 2] + tokens[0, 3], 0.0],
+          [0.0, 0.0, tokens[1, 0] + tokens[1, 1]]]
+  np.testing.assert_allclose(got.sums, want, rtol=1e-6)
+  np.testing.assert_array_equal(got.lengths, [[2, 2, 0], [0, 0, 2]])
+
+
+def test_logits_at_t_score_the_token_at_t_plus_1(rng):
+  logits = jnp.asarray(rng.normal(size=(2, 5, 7)), jnp.float32)
+  tokens = jnp.asarray(rng.integers(7, size=(2, 5)))
+  mask = jnp.asarray([[1, 0, 0, 1, 1], [0, 1, 1, 1, 0]], bool)
+  table = jax.nn.log_softmax(logits)
+  want = [table[0, 2, tokens[0, 3]] + table[0, 3, tokens[0, 4]],
+          sum(table[1, t - 1, tokens[1, t]] for t in (1, 2, 3))]
+  np.testing.assert_allclose(
+      log_probs.sequence_log_probs(logits, tokens, mask), jnp.stack(jnp.asarray(want)), rtol=1e-6)
+
+
+def test_wrong_shapes_are_named(rng):
+  hidden, head, target = world(rng)
+  with pytest.raises(ValueError, match=r"hidden .*\(3, 11, 5\).*target .*\(3, 10\)"):
+    log_probs.token_log_probs(hidden, head, target[:, :-1])
+  with pytest.raises(ValueError, match=r"logits .*\(4, 7\).*tokens .*\(5,\)"):
+    log_probs.sequence_log_prob(jnp.zeros((4, 7)), jnp.zeros(5, int), jnp.ones(5, bool))
+
+
+def test_peak_memory_does_not_grow_with_the_scored_tokens_times_the_vocabulary():
+  """Temporaries beyond the gradients themselves: the naive form's grow with S x V, ours do not."""
+  def extra(form, tokens):
+    return log_prob_memory.peak_bytes(form, tokens=tokens, vocab=4096, width=16, chunk_size=64)
+  chunked = extra("chunked", 4096) - extra("chunked", 1024)
+  plain = extra("naive", 4096) - extra("naive", 1024)
+  logits = (4096 - 1024) * 4096 * 4
+  assert plain >= logits
+  assert chunked < 0.05 * logits
