@@ -38,9 +38,9 @@ class Replicas:
 
   axis_name = AXIS
 
-  def __init__(self, devices: int | None = None):
-    self.devices = jax.local_devices()[:devices]
-    self.row_multiple = len(self.devices) * jax.process_count()
+  def __init__(self):
+    self.devices = jax.local_devices()
+    self.row_multiple = jax.device_count()
     mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
     self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -72,8 +72,7 @@ class Replicas:
 
   def lift(self, step: Callable, *, donate_state: bool) -> Callable:
     """Returns the step over placed arguments; it donates its first argument if asked."""
-    return jax.pmap(
-        step, axis_name=AXIS, devices=self.devices, donate_argnums=(0,) if donate_state else ())
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ())
 
 
 class Mesh:

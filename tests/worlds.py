@@ -22,11 +22,9 @@ def gpt2(**changes):
 
 def params_of(config, seed=0):
   """Params far from their initial values, so that biases, scales and heads matter."""
-  params = transformer.init_params(config, jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return jax.tree.unflatten(tree, [
-      leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda leaf: leaf + np.float32(0.1) * rng.normal(size=leaf.shape).astype(
+      np.float32), transformer.init_params(config, jax.random.key(seed)))
 
 
 def comparisons(rng, count, num_responses, *, longest=9, empty_prompts=True):

@@ -202,7 +202,7 @@ class Transformer(nn.Module):
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
   """Returns freshly drawn float32 params of the config, a plain nested dict."""
   token = jnp.zeros((1, 1), jnp.int32)
-  return Transformer(config).init(key, token, token, token, token)["params"]
+  return jax.jit(Transformer(config).init)(key, token, token, token, token)["params"]
 
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:

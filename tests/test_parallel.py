@@ -1,0 +1,101 @@
+"""One device, pmap, every mesh and two processes give the same loss and gradients."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dpojax import parallel, step
+from tests import conftest, sgd_step
+
+LIFTS = [("pmap", 0, 1, 1), ("mesh", 8, 1, 1), ("mesh", 1, 8, 1), ("mesh", 2, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """Params and loss after the step on one device, without any lift."""
+  examples, params, reference = sgd_step.pieces()
+  tx = optax.sgd(1.0)
+  train_step = jax.jit(step.make_train_step(sgd_step.objective(), tx))
+  state, metrics = train_step(step.init_state(params, tx), reference, sgd_step.rows_of(examples))
+  return params, jax.device_get(state.params), float(metrics["loss"])
+
+
+def assert_same_step(got, loss, one_device):
+  before, want, want_loss = one_device
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+  gradient = jax.tree.map(lambda b, w: b - w, before, want)
+  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * largest, rtol=1e-5),
+               got, want)
+
+
+@pytest.mark.parametrize("strategy, data, fsdp, tensor", LIFTS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_lift_gives_the_step_of_one_device(
+    strategy, data, fsdp, tensor, accumulate, one_device):
+  devices = parallel.make_parallel(strategy, data=data, fsdp=fsdp, tensor=tensor)
+  state, metrics = sgd_step.lifted(devices, accumulate=accumulate)
+  got, loss = jax.device_get(devices.collect((state.params, metrics["loss"])))
+  assert_same_step(got, loss, one_device)
+
+
+@pytest.mark.parametrize("strategy, data, fsdp, tensor", [LIFTS[0], LIFTS[1], LIFTS[3]])
+def test_two_processes_give_the_step_of_one_device(
+    strategy, data, fsdp, tensor, one_device, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = os.environ | {
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+  processes = [
+      subprocess.Popen(
+          [sys.executable, "-m", "tests.sgd_step", strategy, str(data), str(fsdp), str(tensor),
+           str(tmp_path / f"{i}.npz"), coordinator, "2", str(i)],
+          cwd=conftest.ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+      for i in range(2)]
+  for process in processes:
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+  names = [jax.tree_util.keystr(path)
+           for path, _ in jax.tree_util.tree_leaves_with_path(one_device[1])]
+  for i in range(2):
+    saved = np.load(tmp_path / f"{i}.npz")
+    got = jax.tree.unflatten(jax.tree.structure(one_device[1]), [saved[name] for name in names])
+    assert_same_step(got, saved["loss"], one_device)
+
+
+def test_fsdp_and_tensor_cut_the_parameters():
+  _, params, _ = sgd_step.pieces()
+  tx = optax.adam(1e-3)
+  state = step.init_state(params, tx)
+  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  share = {(data, fsdp, tensor): parallel.device_bytes(
+      parallel.Mesh(data=data, fsdp=fsdp, tensor=tensor).place(state)) / whole
+           for data, fsdp, tensor in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))}
+  assert share[8, 1, 1] == 1.0
+  # Norm scales, a few thousandths of the parameters, are on every device.
+  assert share[1, 8, 1] < 1 / 8 + 0.02
+  assert share[2, 2, 2] < 1 / 4 + 0.02
+  # 2 key heads cannot be cut over 4: those matrices are cut over fsdp only.
+  assert share[1, 2, 4] < 1 / 8 + 0.08
+
+
+def test_a_step_keeps_the_parameters_cut():
+  devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
+  _, params, _ = sgd_step.pieces()
+  before = parallel.device_bytes(devices.place(params))
+  state, _ = sgd_step.lifted(devices)
+  assert parallel.device_bytes(state.params) == before
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_named():
+  with pytest.raises(ValueError, match=r"2 x 2 x 1 = 4 but there are 8 devices"):
+    parallel.make_parallel("mesh", data=2, fsdp=2)
+  with pytest.raises(ValueError, match="parallel.strategy='mesh'"):
+    parallel.make_parallel("pmap", fsdp=2)
