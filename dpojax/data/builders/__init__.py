@@ -1,0 +1,209 @@
+"""Prepared comparisons of a data set: downloaded or local, parsed once, read at random.
+
+A builder is a TFDS `GeneratorBasedBuilder` on ArrayRecord. TensorFlow is never imported.
+"""
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+import urllib.error
+import urllib.request
+from typing import Iterator, Sequence
+
+import requests
+import tensorflow_datasets as tfds
+from absl import logging
+
+from dpojax.data.builders import base, hh, jsonl
+from dpojax.data.examples import DataError, Example
+
+BUILDERS = {builder.name: builder for builder in (hh.HH, jsonl.Jsonl)}
+"""Names that `data.source` takes."""
+
+DATA_DIR = "~/.cache/dpojax/prepared"
+"""Where prepared data stand unless told otherwise."""
+
+
+class Comparisons(Sequence[Example]):
+  """The comparisons of one split, read from ArrayRecord as they are asked for.
+
+  Attributes:
+    source: the builder's name.
+    fingerprint: SHA-256 over the builder's name and version and the source files' contents.
+    report: how many examples are used, and how many records were dropped, by reason.
+  """
+
+  def __init__(self, records: Sequence[dict], *, source: str, fingerprint: str, report: dict):
+    self._records = records
+    self.source = source
+    self.fingerprint = fingerprint
+    self.report = report
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, i: int) -> Example:
+    if not -len(self) <= i < len(self):
+      raise IndexError(f"comparison {i} of {len(self)}")
+    record = self._records[i % len(self)]
+    prompt = record["prompt"].decode()
+    return Example(
+        json.loads(prompt) if record["conversational"] else prompt,
+        tuple(response.decode() for response in record["responses"]))
+
+
+def prepare(
+    source: str, *, path: str | Sequence[str] = "", config: str = "",
+    data_dir: str | os.PathLike = DATA_DIR, on_error: str = "skip", split: str = "train",
+) -> Comparisons:
+  """Returns a data set's comparisons, prepared on the first call and read from disk afterwards.
+
+  Local files are known by their contents: a changed file is prepared again, an unchanged one is
+  not. Preparing writes to a temporary folder that is renamed at the end, so that what a killed
+  process leaves behind is never read.
+
+  Args:
+    source: a name in `BUILDERS`.
+    path: local files of the data set's published form, instead of downloading: one, several,
+      comma-separated, or a glob. All their records are taken; `config` and `split` choose none.
+    config: the builder's config, such as hh's "harmless-base"; empty: its first.
+    data_dir: where prepared data are kept.
+    on_error: "skip" counts unusable records of local files by reason; "raise" stops at the first.
+    split: "train" or "test" of a downloaded data set.
+
+  Raises:
+    DataError: the source, a file or every record is unusable, the network is out of reach, or
+      data_dir cannot be written.
+  """
+  if source not in BUILDERS:
+    raise DataError(f"data.source is {source!r}; it is one of {', '.join(sorted(BUILDERS))}")
+  if on_error not in ("skip", "raise"):
+    raise DataError(f"data.on_error is {on_error!r}; it is 'skip' or 'raise'")
+  root = pathlib.Path(data_dir or DATA_DIR).expanduser()
+  builder_class = BUILDERS[source]
+  if path:
+    files = local_files(path)
+    version = [base.digest(file) for file in files]
+    chosen = base.LocalFiles(
+        name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error)
+    split = "train"
+  else:
+    chosen = _published(builder_class, config)
+  with _quiet():
+    builder = _build(builder_class, chosen, root)
+  found = builder.info.metadata
+  if split not in found:
+    raise DataError(f"{source} has no split {split!r}; it has {', '.join(sorted(found))}")
+  if on_error == "raise" and path and found[split]["first_problem"]:
+    raise DataError(f"data.path {found[split]['first_problem']}; {base.FIX}")
+  with _quiet():
+    records = builder.as_data_source(split=split)
+  return Comparisons(
+      records, source=source, report=found[split]["report"],
+      fingerprint=_sha256([source, str(builder.version), split, found[split]["files"]]))
+
+
+def local_files(path: str | Sequence[str]) -> list[str]:
+  """Returns the files that `path` names: a file, several, comma-separated, or a glob.
+
+  Raises:
+    DataError: a file is missing or a folder, or a glob matches nothing.
+  """
+  if isinstance(path, str):
+    names = [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
+  else:
+    names = [str(name) for name in path]
+  files = []
+  for name in filter(None, names):
+    name = os.path.expanduser(name)
+    matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+    if not matches:
+      raise DataError(f"data.path {name}: no such file; check the path (from {os.getcwd()})")
+    files += matches
+  if not files:
+    raise DataError(f"data.path is {path!r} and names no file; give a .jsonl or .jsonl.gz file")
+  for name in files:
+    if os.path.isdir(name):
+      raise DataError(f"data.path {name} is a folder; name its files, such as {name}/*.jsonl")
+    if not os.access(name, os.R_OK):
+      raise DataError(f"data.path {name} cannot be read; check its permissions")
+  return files
+
+
+def _published(builder_class: type, name: str) -> tfds.core.BuilderConfig:
+  configs = {config.name: config for config in builder_class.BUILDER_CONFIGS}
+  if not configs:
+    raise DataError(
+        f"data.source={builder_class.name!r} reads local files; set data.path to .jsonl files")
+  name = name or next(iter(configs))
+  if name not in configs:
+    raise DataError(
+        f"data.config is {name!r}; {builder_class.name} has {', '.join(configs)}")
+  return configs[name]
+
+
+def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.Path):
+  """Returns the builder with its data on disk, whichever process has put them there."""
+  make = lambda: builder_class(config=config, data_dir=root, file_format="array_record")
+  builder = make()
+  if builder.data_path.exists():
+    return builder
+  local = isinstance(config, base.LocalFiles)
+  try:
+    if not local:
+      _check_reachable(builder)
+    builder.download_and_prepare(
+        download_dir=root / "downloads",
+        download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+  except DataError:
+    raise
+  except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
+    raise _unreachable(builder, error) from error
+  except Exception as error:
+    if builder.data_path.exists():  # another process was faster
+      return make()
+    if isinstance(error, OSError) or "No space left" in str(error):
+      raise DataError(
+          f"could not write prepared data to {root} ({error}); free space there, or set "
+          "data.cache_dir to a folder with room") from error
+    raise
+  return builder
+
+
+def _check_reachable(builder: base.ComparisonBuilder):
+  """Asks for the first file's headers: without a network TFDS would try for minutes."""
+  url = next(iter(builder.urls().values()))[0]
+  try:
+    urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
+  except (urllib.error.URLError, OSError) as error:
+    raise _unreachable(builder, error) from error
+
+
+def _unreachable(builder: base.ComparisonBuilder, error: Exception) -> DataError:
+  urls = [url for of_split in builder.urls().values() for url in of_split]
+  return DataError(
+      f"{builder.name} cannot be downloaded ({error}); without a network, fetch its files "
+      f"elsewhere ({urls[0]}{' and others' if len(urls) > 1 else ''}) and set data.path to them")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS from printing, and from drawing progress bars where no one watches."""
+  level = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(level)
+
+
+def _sha256(value: object) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
