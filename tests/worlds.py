@@ -21,10 +21,11 @@ def gpt2(**changes):
 
 
 def params_of(config, seed=0):
-  """Params far from their initial values, so that biases, scales and heads matter."""
+  """Random params, all of one size, so that biases, scales and heads matter."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda leaf: leaf + np.float32(0.1) * rng.normal(size=leaf.shape).astype(
-      np.float32), transformer.init_params(config, jax.random.key(seed)))
+  shapes = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  return jax.tree.map(
+      lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32), shapes)
 
 
 def comparisons(rng, count, num_responses, *, longest=9, empty_prompts=True):
