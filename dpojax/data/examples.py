@@ -59,6 +59,7 @@ def parse_record(record: Any) -> Example:
   if "prompt" not in record and isinstance(chosen, list) and isinstance(rejected, list):
     (prompt, chosen), (other, rejected) = (
         _last_turn(value, key) for value, key in ((chosen, '"chosen"'), (rejected, '"rejected"')))
+    _require(bool(prompt), "empty_prompt", 'no message stands before the assistant\'s last')
     _require(prompt == other, "different_prompts",
              'the messages before the last differ between "chosen" and "rejected"')
   else:
