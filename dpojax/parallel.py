@@ -52,7 +52,7 @@ class Replicas:
 
   def collect(self, tree: Any) -> Any:
     """Returns a placed tree as NumPy arrays, from the first local device."""
-    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
 
   def restore_target(self, placed: Any) -> Any:
     """Returns what to restore a collected tree into."""

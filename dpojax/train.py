@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
@@ -453,7 +453,8 @@ def _on_signal():
 
 
 def _counts(report: dict) -> str:
-  return ", ".join(f"{name} {value}" for name, value in report.items())
+  nested = lambda value: f"({_counts(value)})" if isinstance(value, dict) else value
+  return ", ".join(f"{name} {nested(value)}" for name, value in report.items() if value != {})
 
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :arg if it takes one.")
@@ -463,6 +464,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]}")
+  logging.set_verbosity(logging.WARNING)
   settings = CONFIG.value.parallel
   if settings.coordinator:
     arguments = {} if settings.coordinator == "auto" else dict(

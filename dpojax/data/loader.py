@@ -1,5 +1,6 @@
 """Comparisons to prefetched rows. The position in the data is the step number, nothing else."""
 
+import dataclasses
 import functools
 import hashlib
 from typing import Callable, Iterator, NamedTuple
@@ -12,7 +13,8 @@ from dpojax.data.packing import Rows
 from dpojax.data.tokenization import Tokenized
 
 
-class Subset(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Subset:
   """Some comparisons of a tokenized data set, in an order, perhaps with their labels shuffled.
 
   Attributes:
@@ -73,11 +75,11 @@ def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
 def shuffle_labels(subset: Subset, seed: int) -> Subset:
   """Returns the comparisons with best and worst response swapped in a random half: a control."""
   swap = np.random.default_rng([seed, 1]).random(len(subset)) < 0.5
-  return subset._replace(swapped=subset.swapped ^ swap)
+  return dataclasses.replace(subset, swapped=subset.swapped ^ swap)
 
 
 def _take(subset: Subset, which: np.ndarray) -> Subset:
-  return subset._replace(index=subset.index[which], swapped=subset.swapped[which])
+  return dataclasses.replace(subset, index=subset.index[which], swapped=subset.swapped[which])
 
 
 def _prompt_digest(subset: Subset, i: int) -> bytes:
