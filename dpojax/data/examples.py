@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-ASSISTANT = "\n\nAssistant:"
-"""What stands before each of the assistant's turns in an HH dialogue."""
+HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
+"""What stands before each turn of an HH dialogue."""
 
 
 class Example(NamedTuple):
@@ -87,6 +87,12 @@ def split_dialogue(chosen: str, rejected: str) -> Example:
   return checked(prompts[0], responses, ['"chosen"', '"rejected"'])
 
 
+def human_and_assistant(question: str, answers: list[str]) -> Example:
+  """Returns a question and its answers, best first, as a dialogue of one turn in HH's form."""
+  names = [f"answer {k + 1} of {len(answers)}" for k in range(len(answers))]
+  return checked(f"{HUMAN}{question}{ASSISTANT}", [f" {answer}" for answer in answers], names)
+
+
 def get(record: Any, key: str, kind: type | tuple[type, ...]) -> Any:
   """Returns what stands under `key`; raises RecordError if it is missing or not a `kind`."""
   _require(isinstance(record, dict), "wrong_type", f"the record is {_kind(record)}, not an object")
@@ -146,7 +152,7 @@ def _last_turn(value: list, name: str) -> tuple[list[dict], str]:
 
 
 def _messages(value: list, name: str) -> list[dict]:
-  _require(bool(value), "no_assistant_turn" if name != '"prompt"' else "wrong_type",
+  _require(bool(value), "no_assistant_turn" if name != '"prompt"' else "empty_prompt",
            f"{name} has no messages")
   for message in value:
     sound = isinstance(message, dict) and all(

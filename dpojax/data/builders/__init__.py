@@ -19,11 +19,14 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
-from dpojax.data.builders import base, hh, jsonl
+from dpojax.data.builders import base, hh, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 
-BUILDERS = {builder.name: builder for builder in (hh.HH, jsonl.Jsonl)}
+BUILDERS = {builder.name: builder for builder in (
+    hh.HH, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
 """Names that `data.source` takes."""
+
+Path = str | os.PathLike
 
 DATA_DIR = "~/.cache/dpojax/prepared"
 """Where prepared data stand unless told otherwise."""
@@ -58,8 +61,8 @@ class Comparisons(Sequence[Example]):
 
 
 def prepare(
-    source: str, *, path: str | Sequence[str] = "", config: str = "",
-    data_dir: str | os.PathLike = DATA_DIR, on_error: str = "skip", split: str = "train",
+    source: str, *, path: Path | Sequence[Path] = "", config: str = "",
+    data_dir: Path = DATA_DIR, on_error: str = "skip", split: str = "train",
 ) -> Comparisons:
   """Returns a data set's comparisons, prepared on the first call and read from disk afterwards.
 
@@ -108,16 +111,17 @@ def prepare(
       fingerprint=_sha256([source, str(builder.version), split, found[split]["files"]]))
 
 
-def local_files(path: str | Sequence[str]) -> list[str]:
+def local_files(path: Path | Sequence[Path]) -> list[str]:
   """Returns the files that `path` names: a file, several, comma-separated, or a glob.
 
   Raises:
     DataError: a file is missing or a folder, or a glob matches nothing.
   """
-  if isinstance(path, str):
+  if isinstance(path, (str, os.PathLike)):
+    path = os.fspath(path)
     names = [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
   else:
-    names = [str(name) for name in path]
+    names = [os.fspath(name) for name in path]
   files = []
   for name in filter(None, names):
     name = os.path.expanduser(name)
@@ -167,7 +171,7 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.P
   except Exception as error:
     if builder.data_path.exists():  # another process was faster
       return make()
-    if isinstance(error, OSError) or "No space left" in str(error):
+    if isinstance(error, OSError) or "() failed: " in str(error):  # as ArrayRecord says it
       raise DataError(
           f"could not write prepared data to {root} ({error}); free space there, or set "
           "data.cache_dir to a folder with room") from error

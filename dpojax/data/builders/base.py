@@ -38,6 +38,10 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     """Returns the public files of each split of the chosen config."""
     raise NotImplementedError
 
+  def download(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[str]]:
+    """Returns the downloaded files of each split."""
+    return dl_manager.download(self.urls())
+
   def parse(self, record: Any) -> Iterable[Example | RecordError]:
     """Returns the comparisons of a record, or raises or returns what is wrong with it."""
     raise NotImplementedError
@@ -68,7 +72,7 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
     local = isinstance(self.builder_config, LocalFiles)
-    paths = {"train": self.builder_config.files} if local else dl_manager.download(self.urls())
+    paths = {"train": self.builder_config.files} if local else self.download(dl_manager)
     return {split: self._generate_examples(split, [str(p) for p in of]) for split, of in paths.items()}
 
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
@@ -134,6 +138,13 @@ def read_records(path: str) -> Iterator[tuple[str, Any]]:
     raise DataError(f"data.path {path} is cut off or damaged ({error}); fetch it again") from error
 
 
+def count_rows(path: str) -> int:
+  """Returns the number of rows of a Parquet file."""
+  import pyarrow.parquet  # only Parquet files need it, and it is slow to import
+
+  return pyarrow.parquet.read_metadata(path).num_rows
+
+
 def digest(path: str) -> str:
   """Returns the size and SHA-256 of a file."""
   with open(path, "rb") as file:
@@ -155,10 +166,13 @@ def _lines(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-  import pyarrow.parquet  # only Parquet files need it, and it is slow to import
+  import pyarrow.parquet
 
   number = 0
-  for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-    for record in batch.to_pylist():
-      number += 1
-      yield f"row {number}", record
+  try:
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+      for record in batch.to_pylist():
+        number += 1
+        yield f"row {number}", record
+  except pyarrow.ArrowException as error:
+    raise EOFError(str(error)) from error
