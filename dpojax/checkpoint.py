@@ -1,6 +1,5 @@
 """Orbax checkpoints of a run: the train state and what it belongs to, never the reference."""
 
-import errno
 import hashlib
 import os
 import pathlib
@@ -13,11 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpojax import config as config_lib
+from dpojax.disk import disk_errors
 from dpojax.models.config import ModelConfig
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint cannot be written, or is not there to be read; the message says what to do."""
+  """A checkpoint is not there, or belongs to another run; the message says what to do."""
 
 
 class Policy(NamedTuple):
@@ -49,9 +49,8 @@ class Checkpoints:
     self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=(lambda metrics: metrics[best]) if best else None,
-            best_mode="max" if _higher_is_better(best) else "min"))
+            preservation_policy=policies.AnyPreservationPolicy(kept)),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
 
   def steps(self) -> list[int]:
     """Returns the steps that can be restored, ascending."""
@@ -61,9 +60,9 @@ class Checkpoints:
     """Starts writing the state and what it belongs to; an earlier failure is raised here.
 
     Raises:
-      CheckpointError: the disk is full or the folder cannot be written.
+      DiskError: the disk is full or the folder cannot be written.
     """
-    with _disk_errors(self.folder):
+    with disk_errors(self.folder):
       self._manager.save(
           step, metrics=metrics, args=ocp.args.Composite(
               state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about)))
@@ -76,18 +75,24 @@ class Checkpoints:
         about=ocp.args.JsonRestore()))
     return restored.state, restored.about
 
-  def about(self, step: int) -> dict:
-    """Returns what the checkpoint of a step belongs to."""
-    return self._manager.restore(
-        step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+  def restore_arrays(self, step: int, part: str = "") -> tuple[Any, dict]:
+    """Returns the state, or one part of it such as `params`, as NumPy arrays in plain dicts."""
+    tree = self._manager.item_metadata(step).state.tree
+    tree = {part: tree[part]} if part else tree
+    as_array = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+            tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)),
+        about=ocp.args.JsonRestore()))
+    return restored.state[part] if part else restored.state, restored.about
 
   def wait(self) -> None:
     """Returns when everything is written.
 
     Raises:
-      CheckpointError: the disk is full or the folder cannot be written.
+      DiskError: the disk is full or the folder cannot be written.
     """
-    with _disk_errors(self.folder):
+    with disk_errors(self.folder):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
@@ -111,15 +116,7 @@ def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:
         f"{workdir} holds no checkpoint" + (f" of step {step}" if step is not None else "")
         + f"; it holds {steps}. Run it with checkpoint_every > 0")
   step = steps[-1] if step is None else step
-  about = checkpoints.about(step)
-  item = checkpoints.folder / str(step) / "state"
-  with ocp.PyTreeCheckpointer() as reader:
-    tree = reader.metadata(item).item_metadata.tree["params"]
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    params = reader.restore(
-        item, args=ocp.args.PyTreeRestore(
-            {"params": jax.tree.map(lambda leaf: 0, tree)},
-            restore_args={"params": restore_args}, partial_restore=True))["params"]
+  params, about = checkpoints.restore_arrays(step, "params")
   checkpoints.close()
   return Policy(ModelConfig(**about["model"]), params, step, settings)
 
@@ -159,24 +156,3 @@ def fingerprint(params: Any) -> str:
 
 def _higher_is_better(metric: str) -> bool:
   return metric not in ("loss", "nll_per_token")
-
-
-class _disk_errors:
-  """Turns the errors of a full or read-only disk into a CheckpointError."""
-
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    number = getattr(error, "errno", None)
-    text = str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        words in text for words in ("No space left", "quota exceeded", "File too large")):
-      raise CheckpointError(
-          f"the disk of {self.folder} is full; earlier checkpoints are intact: free some space and "
-          "start the same command again to continue from the last one") from error
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-      raise CheckpointError(f"{self.folder} cannot be written: {error}") from error

@@ -8,6 +8,8 @@ import time
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 
+from dpojax.disk import disk_errors
+
 
 class MetricsWriter:
   """Appends one JSON object a line: `step`, `split`, then the metrics, in plain floats."""
@@ -38,8 +40,13 @@ class MetricsWriter:
           resume="allow", id=pathlib.Path(workdir).absolute().as_posix().replace("/", "-")[-100:])
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-    """Writes the metrics of a step of `train` or `eval`."""
-    self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+    """Writes the metrics of a step of `train` or `eval`.
+
+    Raises:
+      DiskError: the disk is full.
+    """
+    with disk_errors(self.path.parent):
+      self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
     values = [summary_pb2.Summary.Value(tag=f"{split}/{name}", simple_value=value)
               for name, value in metrics.items()]
     self._events.add_event(event_pb2.Event(

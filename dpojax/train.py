@@ -30,13 +30,14 @@ from dpojax.checkpoint import CheckpointError, Checkpoints
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, packing, tokenization
 from dpojax.data.examples import DataError
+from dpojax.disk import DiskError, disk_errors
 from dpojax.metrics import MetricsWriter
 from dpojax.models import transformer
 from dpojax.models import config as model_config
 from dpojax.models.config import ModelConfig
 from dpojax.parallel import make_parallel
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, packing.PackingError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.PackingError)
 """What a user can mend: shown as one line by the command, without a traceback."""
 
 
@@ -69,11 +70,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     workdir: the run's folder, made if missing.
 
   Returns:
-    The last evaluation's metrics, or the last training step's where nothing is held out.
+    The last evaluation's metrics, or the last logged step's where nothing is held out.
 
   Raises:
     ConfigError, DataError, PackingError: something given cannot be used; before any compile.
-    CheckpointError: a checkpoint cannot be read or written.
+    CheckpointError: a checkpoint is missing, or belongs to another run.
+    DiskError: the disk is full or cannot be written.
     TrainingError: policy and reference disagree before step 1, or the loss is not finite.
   """
   config_lib.validate(config)
@@ -88,6 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   _report_plan(train_loader, config)
 
   setup = make_setup(config)
+  _check_metrics(setup, train_loader, config)
   schedule = step_lib.make_schedule(
       config.optimizer.schedule, learning_rate=config.optimizer.learning_rate,
       warmup_steps=config.optimizer.warmup_steps, steps=config.steps)
@@ -129,18 +132,18 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   writer = MetricsWriter(workdir, after_step=first if first else -1,
                          wandb_project=config.wandb_project, settings=config.to_dict()
                          ) if jax.process_index() == 0 else None
-  result = {}
+  last, evaluations = {}, {}
 
   def log(step: int, split: str, metrics: dict[str, float]) -> None:
-    result.clear()
-    result.update(metrics)
+    last[split] = metrics
+    if split == "eval":
+      evaluations[step] = metrics
     if writer is not None:
       writer.write(step, split, metrics)
     progress.show(step, split, metrics)
 
   def save(step: int) -> None:
-    best = config.checkpoint_best
-    checkpoints.save(step, devices.collect(state), about, {best: evaluated[best]} if best else None)
+    checkpoints.save(step, devices.collect(state), about, evaluations.get(step))
 
   with contextlib.ExitStack() as stack:
     if writer is not None:
@@ -163,13 +166,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
       progress.advance(step)
       due = lambda every: every and (step % every == 0 or step == config.steps)
       stopping = stop.is_set()
-      if step == first + 1 or due(config.log_every) or due(config.checkpoint_every) or stopping:
+      logging_now = step == 1 or due(config.log_every)
+      if logging_now or due(config.checkpoint_every) or stopping:
         metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
         if not devices.collect(state.finite):
           _stop_at_a_bad_step(state, devices, save, checkpoints, workdir, config)
-        seconds = time.perf_counter() - started
-        rates = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-        if step == first + 1 or due(config.log_every):
+        if logging_now:
+          seconds = time.perf_counter() - started
+          rates = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
           log(step, "train", metrics | rates)
           started, pairs, tokens = time.perf_counter(), 0, 0
       if due(config.eval_every):
@@ -184,7 +188,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
             + (f"it is saved in {workdir}: the same command continues"
                if config.checkpoint_every else "nothing is saved: checkpoint_every is 0"))
     checkpoints.close()
-  return result
+  return last.get("eval", last.get("train", {}))
 
 
 def load_data(config: ml_collections.ConfigDict) -> Data:
@@ -322,7 +326,7 @@ def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict)
   """Makes the workdir and writes config.json, or checks that the run there is the same."""
   workdir = pathlib.Path(workdir).absolute()
   path = workdir / "config.json"
-  try:
+  with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
       config_lib.check_continues(config_lib.from_json(path.read_text()), config)
@@ -330,8 +334,6 @@ def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict)
       temporary = path.with_suffix(".tmp")
       temporary.write_text(config_lib.to_json(config))
       os.replace(temporary, path)
-  except OSError as error:
-    raise ConfigError(f"--workdir {workdir} cannot be written: {error}") from error
   return workdir
 
 
@@ -380,6 +382,16 @@ def _check_same_shapes(params, reference, config) -> None:
           f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy")
 
 
+def _check_metrics(setup: Setup, train_loader: loader.Loader, config) -> None:
+  """Traces the objective once, and refuses to rank checkpoints by a metric it does not have."""
+  rows = next(train_loader.training(0, 1)).rows
+  _, metrics = jax.eval_shape(setup.objective.evaluate, setup.params, setup.reference, rows)
+  if config.checkpoint_best and config.checkpoint_best not in metrics:
+    raise ConfigError(
+        f"config.checkpoint_best is {config.checkpoint_best!r}; it must be one of "
+        f"{', '.join(metrics)}")
+
+
 def _check_space(workdir: pathlib.Path, state: Any, config: ml_collections.ConfigDict) -> None:
   """Refuses to start when not even one checkpoint fits the disk."""
   if not config.checkpoint_every:
@@ -387,7 +399,7 @@ def _check_space(workdir: pathlib.Path, state: Any, config: ml_collections.Confi
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   free = shutil.disk_usage(workdir).free
   if free < needed:
-    raise CheckpointError(
+    raise DiskError(
         f"a checkpoint takes up to {needed / 2**20:.0f} MiB but the disk of {workdir} has "
         f"{free / 2**20:.0f} MiB free; free some space, or set checkpoint_every=0")
 

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import worlds
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
@@ -33,3 +35,11 @@ def real_data() -> pathlib.Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
   return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory) -> str:
+  """A folder with a word-level tokenizer of the words that `tests.worlds.pairs` uses."""
+  folder = tmp_path_factory.mktemp("words")
+  worlds.save_tokenizer(folder)
+  return str(folder)

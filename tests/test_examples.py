@@ -1,7 +1,7 @@
 """Records become prompts and responses, or errors that say what is wrong."""
 
 import pytest
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 
 from dpojax.data import examples
 from dpojax.data.examples import Example, RecordError
@@ -68,6 +68,7 @@ def test_an_unusable_record_says_why(record, reason, words):
   assert words in str(caught.value)
 
 
+@settings(deadline=None)
 @given(strategies.text(), strategies.text(), strategies.text())
 def test_a_dialogue_is_split_behind_its_last_assistant_turn(before, chosen, rejected):
   prompt = before + examples.ASSISTANT

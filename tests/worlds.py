@@ -1,7 +1,12 @@
 """Small random models and comparisons that several test files use."""
 
+import importlib
+import json
+
 import jax
 import numpy as np
+import tokenizers
+import transformers
 
 from dpojax.data import packing
 from dpojax.models import config as model_config
@@ -47,3 +52,46 @@ def packed(examples, row_length, *, rows=None, row_multiple=1, shape=None):
   return packing.fill(
       examples, plan.row[0], rows or int(plan.rows[0]), shape or plan.shape, num_responses=k,
       example=range(len(examples)))
+
+
+NOUNS = "film plot cast score ending dialogue pacing camera".split()
+GOOD = "wonderful moving clever warm".split()
+BAD = "dull clumsy cold tired".split()
+
+
+def save_tokenizer(folder):
+  """Saves a word-level tokenizer as a Hugging Face folder."""
+  vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", "the", "is", *NOUNS, *GOOD, *BAD])}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+
+
+def pairs(rng, count):
+  """Records in which the chosen response is kind and the rejected one is not."""
+  def record():
+    noun = rng.choice(NOUNS)
+    kind, unkind = (" ".join(rng.choice(words, size=rng.integers(1, 5))) for words in (GOOD, BAD))
+    return {"prompt": f"the {noun} is", "chosen": f" {kind}", "rejected": f" {unkind}"}
+  return [record() for _ in range(count)]
+
+
+def write_jsonl(path, records):
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  return str(path)
+
+
+def run_config(kind, tokenizer, path, cache_dir, **changes):
+  """The shipped config of an objective, made small; changes are by dotted key."""
+  module = importlib.import_module(f"configs.{kind}")
+  config = module.get_config()
+  with config.unlocked():
+    config.update_from_flattened_dict({
+        "tokenizer": tokenizer, "data.path": path, "data.cache_dir": str(cache_dir),
+        "data.max_length": 32, "data.max_prompt_length": 16, "data.eval_size": 16,
+        "data.unique_prompts": False, "row_length": 64, "batch_size": 16, "steps": 4,
+        "log_every": 1, "eval_every": 2, "checkpoint_every": 2, "model.width": 32,
+        "model.layers": 1, "model.heads": 2, "optimizer.name": "adamw",
+        "optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 0} | changes)
+  return config

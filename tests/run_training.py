@@ -1,0 +1,34 @@
+"""Trains as a JSON file of dotted keys says; a script that tests start, kill and start again.
+
+python -m tests.run_training SETTINGS WORKDIR
+"""
+
+import json
+import pathlib
+import resource
+import signal
+import sys
+import time
+
+from dpojax import train
+from tests import worlds
+
+
+def main(settings, workdir):
+  settings = json.loads(pathlib.Path(settings).read_text())
+  slow = settings.pop("slow", 0.0)
+  if slow:
+    advance = train.Progress.advance
+    def slowly(self, step):
+      time.sleep(slow)
+      advance(self, step)
+    train.Progress.advance = slowly
+  largest = settings.pop("largest_file", 0)
+  if largest:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+  train.run(worlds.run_config(**settings), workdir)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

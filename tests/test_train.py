@@ -1,0 +1,296 @@
+"""The run: it starts at log 2, learns, is killed and continues, and refuses what cannot be run."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpojax import checkpoint, disk, metrics, train
+from dpojax import config as config_lib
+from dpojax.metrics import read_metrics
+from tests import conftest, worlds
+
+
+@pytest.fixture(scope="module")
+def given(words, tmp_path_factory):
+  """Tokenizer, pairs and cache that runs share."""
+  folder = tmp_path_factory.mktemp("given")
+  path = worlds.write_jsonl(folder / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 150))
+  return dict(tokenizer=words, path=path, cache_dir=str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def sft(given, tmp_path_factory):
+  """The workdir of a short SFT."""
+  workdir = tmp_path_factory.mktemp("sft") / "run"
+  train.run(worlds.run_config("sft", **given, steps=30), workdir)
+  return str(workdir)
+
+
+def lines(workdir, split):
+  return [line for line in read_metrics(workdir) if line["split"] == split]
+
+
+def test_sft_then_dpo_starts_at_log_2_and_learns(given, sft, tmp_path):
+  nll = [line["nll_per_token"] for line in lines(sft, "eval")]
+  assert nll[-1] < 0.7 * nll[0]
+  config = worlds.run_config("dpo", **given, steps=12, **{"model.checkpoint": sft})
+  result = train.run(config, tmp_path)
+  steps = lines(tmp_path, "train")
+  assert [line["step"] for line in steps] == list(range(1, 13))
+  assert abs(steps[0]["loss"] - math.log(2)) < 1e-5
+  assert result["rewards/accuracies"] > 0.9 and result["loss"] < 0.5
+  assert set(steps[0]) >= {
+      "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+      "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "pairs_per_second",
+      "tokens_per_second"}
+  assert list((tmp_path / "tensorboard").iterdir())
+  policy = checkpoint.load_policy(tmp_path)
+  assert policy.step == 12 and policy.settings.beta == config.beta
+
+
+def test_shuffled_labels_teach_nothing_that_holds_out(given, sft, tmp_path):
+  result = train.run(worlds.run_config(
+      "dpo", **given, steps=12, **{"model.checkpoint": sft, "data.shuffle_labels": True}), tmp_path)
+  assert abs(result["rewards/margins"]) < 0.3
+
+
+def test_a_reward_model_learns_and_the_best_checkpoint_is_kept(given, sft, tmp_path):
+  result = train.run(worlds.run_config("reward", **given, steps=12, **{
+      "model.checkpoint": sft, "checkpoint_best": "rewards/accuracies"}), tmp_path)
+  assert result["rewards/accuracies"] > 0.9
+  accuracy = {line["step"]: line["rewards/accuracies"] for line in lines(tmp_path, "eval")}
+  kept = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+  assert len(kept) <= 2 and max(accuracy[step] for step in kept) == max(
+      value for step, value in accuracy.items() if step)
+
+
+def test_the_checkpoint_holds_the_references_fingerprint_and_not_the_reference(given, sft, tmp_path):
+  train.run(worlds.run_config(
+      "dpo", **given, steps=2, **{"model.checkpoint": sft, "optimizer.name": "sgd"}), tmp_path)
+  start = checkpoint.load_policy(sft).params
+  about = json.loads((tmp_path / "checkpoints/2/about/metadata").read_text())
+  assert about["reference"] == checkpoint.fingerprint(start)
+  saved = sum(f.stat().st_size for f in (tmp_path / "checkpoints/2/state").rglob("*") if f.is_file())
+  assert saved < 1.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(start))
+
+
+def test_a_fingerprint_sees_one_bit(sft):
+  params = checkpoint.load_policy(sft).params
+  before = checkpoint.fingerprint(params)
+  assert before == checkpoint.fingerprint(jax.tree.map(np.copy, params))
+  table = params["embed"]["embedding"].copy()
+  table[3, 5] = np.nextafter(table[3, 5], np.float32(1))
+  assert before != checkpoint.fingerprint(params | {"embed": {"embedding": table}})
+  rolled = np.roll(params["embed"]["embedding"], 1, axis=0)
+  assert before != checkpoint.fingerprint(params | {"embed": {"embedding": rolled}})
+
+
+def start_run(tmp_path, name, settings):
+  (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+  return subprocess.Popen(
+      [sys.executable, "-m", "tests.run_training", str(tmp_path / f"{name}.json"),
+       str(tmp_path / name)], cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      text=True, env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES})
+
+
+def finish(process):
+  output, _ = process.communicate(timeout=240)
+  assert process.returncode == 0, output[-3000:]
+
+
+def state_files(workdir, step):
+  """The state, bit for bit, and the metrics without the clock's."""
+  manager = checkpoint.Checkpoints(workdir, keep=0)
+  state, _ = manager.restore_arrays(step)
+  manager.close()
+  clock = ("pairs_per_second", "tokens_per_second")
+  return state, [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(workdir)]
+
+
+def test_three_kills_change_nothing(given, sft, tmp_path, rng):
+  settings = dict(kind="dpo", **given, steps=24, log_every=2, eval_every=6,
+                  checkpoint_every=3, **{"model.checkpoint": sft})
+  whole = start_run(tmp_path, "whole", settings)
+  finish(whole)
+  for until in sorted(rng.choice(np.arange(4, 22), size=3, replace=False)):
+    process = start_run(tmp_path, "killed", settings | {"slow": 0.1})
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+      reached = max((line["step"] for line in read_metrics(tmp_path / "killed")), default=0)
+      if reached >= until:
+        break
+      time.sleep(0.01)
+    assert process.poll() is None and reached < 24, process.communicate()[0][-3000:]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  finish(start_run(tmp_path, "killed", settings))
+  (want, want_metrics), (got, got_metrics) = (
+      state_files(tmp_path / name, 24) for name in ("whole", "killed"))
+  assert got_metrics == want_metrics
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_checkpoint_cut_off_half_way_is_never_loaded(given, sft, tmp_path):
+  config = worlds.run_config("dpo", **given, steps=4, checkpoint_keep=0, **{"model.checkpoint": sft})
+  train.run(config, tmp_path)
+  # What a kill leaves: a folder not yet renamed, here with a copy of everything but the end.
+  whole = tmp_path / "checkpoints" / "4"
+  whole.rename(tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp")
+  assert checkpoint.load_policy(tmp_path).step == 2
+  train.run(config, tmp_path)
+  assert checkpoint.load_policy(tmp_path).step == 4
+
+
+def test_sigterm_saves_and_the_same_command_continues(given, sft, tmp_path):
+  settings = dict(kind="dpo", **given, steps=40, checkpoint_every=40, eval_every=0, slow=0.05,
+                  **{"model.checkpoint": sft})
+  process = start_run(tmp_path, "run", settings)
+  while process.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
+    time.sleep(0.02)
+  process.terminate()
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode != 0 and "the same command continues" in output
+  reached = checkpoint.load_policy(tmp_path / "run").step
+  assert 3 <= reached < 40
+  finish(start_run(tmp_path, "run", settings | {"slow": 0.0}))
+  steps = [line["step"] for line in lines(tmp_path / "run", "train")]
+  assert steps == list(range(1, 41))
+
+
+def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
+  """The message a run is refused with, before anything is compiled."""
+  config = worlds.run_config("dpo", **{**given, **changes})
+  with jax.log_compiles(False), pytest.raises(error) as caught:
+    train.run(config, tmp_path / "run")
+  return str(caught.value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"beta": -0.1}, "config.beta is -0.1; it must be positive"),
+    ({"steps": 0}, "config.steps is 0; it must be at least 1"),
+    ({"loss": "dop"}, "config.loss is 'dop'.*did you mean dpo"),
+    ({"objective": "dpoo"}, "config.objective is 'dpoo'.*did you mean dpo"),
+    ({"learning_rate": 1e-3}, "config.learning_rate is not a key; did you mean optimizer.learning_rate"),
+    ({"optimizer.name": "adam"}, "config.optimizer.name is 'adam'.*did you mean adamw"),
+    ({"model.heads": 3}, "config.model.width is 32 and model.heads 3; heads must divide width"),
+    ({"data.max_prompt_length": 32}, "data.max_prompt_length is 32.*lower max_prompt_length"),
+    ({"row_length": 16}, "config.row_length is 16, shorter than data.max_length 32; raise row_length"),
+    ({"data.eval_size": 0}, "nothing to evaluate on; set data.eval_path"),
+    ({"checkpoint_best": "loss", "eval_every": 3}, "checkpoint_every=2 is not a multiple of eval_every=3"),
+    ({"checkpoint_best": "los"}, "config.checkpoint_best is 'los'; it must be one of .*rewards/accuracies"),
+    ({"parallel.strategy": "mesh", "parallel.fsdp": 3}, "config.parallel.data x fsdp x tensor.*8 devices"),
+    ({"parallel.fsdp": 2}, "parallel.strategy='mesh'"),
+    ({"loss_options.smoothing": 0.1}, "config.loss_options.smoothing is not an option of dpo"),
+    ({"reference.checkpoint": "/elsewhere"}, "set reference.may_differ=True"),
+    ({"batch_size": 1000}, "batch_size is 1000 but there are 127 comparisons; lower batch_size"),
+    ({"model.vocab_size": 5}, "the tokenizer .* has 20 ids but the model 5"),
+    ({"model.checkpoint": "/nowhere"}, "/nowhere is not the workdir of a run"),
+    ({"tokenizer": "/nowhere"}, "tokenizer '/nowhere' cannot be loaded"),
+    ({"path": "/nowhere.jsonl"}, "data.path /nowhere.jsonl: no such file"),
+])
+def test_what_cannot_run_is_refused_by_name_and_with_the_fix(changes, message, given, tmp_path):
+  assert re.search(message, refused(given, tmp_path, error=train.USER_ERRORS, **changes), re.DOTALL)
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_value_of_the_wrong_type_is_named(given):
+  config = worlds.run_config("dpo", **given).to_dict()
+  config["steps"] = "many"
+  with pytest.raises(config_lib.ConfigError, match="config.steps is 'many'; it must be of type int"):
+    config_lib.validate(config_lib.from_json(json.dumps(config)))
+
+
+def test_another_config_in_the_same_workdir_is_refused(given, tmp_path):
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  (workdir / "config.json").write_text(
+      config_lib.to_json(worlds.run_config("dpo", **given, beta=0.7)))
+  assert "config.beta=0.7, not 0.1; take another workdir" in refused(given, tmp_path)
+
+
+def test_another_reference_than_the_runs_is_refused(given, sft, tmp_path):
+  config = worlds.run_config("dpo", **given, steps=2, **{"model.checkpoint": sft})
+  train.run(config, tmp_path)
+  about = tmp_path / "checkpoints/2/about/metadata"
+  about.write_text(about.read_text().replace('"reference": "', '"reference": "0'))
+  with pytest.raises(checkpoint.CheckpointError, match="started with another reference weights"):
+    train.run(config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(given, tmp_path):
+  config = worlds.run_config("sft", **given, steps=6, **{
+      "optimizer.name": "sgd", "optimizer.learning_rate": 1e20, "optimizer.max_grad_norm": 0.0})
+  with pytest.raises(train.TrainingError, match=r"not finite at step 2; the state before it is saved"):
+    train.run(config, tmp_path)
+  policy = checkpoint.load_policy(tmp_path)
+  assert policy.step == 1
+  assert [line["step"] for line in lines(tmp_path, "train")] == [1]
+
+
+def test_a_reference_that_disagrees_before_step_1_stops_the_run(given, sft, tmp_path):
+  other = tmp_path / "other"
+  train.run(worlds.run_config("sft", **given, steps=2, seed=1), other)
+  config = worlds.run_config("dpo", **given, **{
+      "model.checkpoint": sft, "reference.checkpoint": str(other), "reference.may_differ": True})
+  result = train.run(config, tmp_path / "on_purpose")
+  config.reference.may_differ = False
+  with pytest.raises(train.TrainingError, match="differ by .* nats .* reference.may_differ=True"):
+    train.check_agreement(result, config)
+
+
+def test_no_room_for_a_checkpoint_is_said_before_training(given, tmp_path, monkeypatch):
+  monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 1))
+  message = refused(given, tmp_path, error=disk.DiskError)
+  assert "MiB free; free some space, or set checkpoint_every=0" in message
+
+
+def test_a_disk_that_fills_up_loses_no_checkpoint_written_before(given, sft, tmp_path):
+  settings = dict(kind="dpo", **given, steps=4, checkpoint_every=2, eval_every=0,
+                  **{"model.checkpoint": sft})
+  finish(start_run(tmp_path, "run", settings))
+  (tmp_path / "run.json").write_text(json.dumps(settings | {"steps": 8, "largest_file": 16 * 1024}))
+  # No file may grow beyond 16 kB from here on, which is how a full disk looks to one process.
+  process = subprocess.run(
+      [sys.executable, "-m", "tests.run_training", str(tmp_path / "run.json"), str(tmp_path / "run")],
+      cwd=conftest.ROOT, capture_output=True, text=True, timeout=240,
+      env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES, "PYTHONDONTWRITEBYTECODE": "1"})
+  assert process.returncode != 0
+  assert "is full; earlier checkpoints are intact" in process.stderr, process.stderr[-3000:]
+  assert checkpoint.load_policy(tmp_path / "run").step == 4
+
+
+def test_a_full_disk_under_the_metrics_is_named(tmp_path):
+  writer = metrics.MetricsWriter(tmp_path, after_step=-1)
+  writer.write(1, "train", {"loss": 0.5})
+  lines_file, writer._file = writer._file, open("/dev/full", "w", buffering=1)
+  with pytest.raises(disk.DiskError, match=f"the disk of {tmp_path} is full"):
+    writer.write(2, "train", {"loss": 0.4})
+  with contextlib.suppress(OSError):
+    writer._file.close()
+  writer._file = lines_file
+  writer.close()
+  assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_a_line_cut_off_by_a_kill_and_lines_after_the_checkpoint_are_written_again(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text(
+      '{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "sp')
+  metrics.MetricsWriter(tmp_path, after_step=1).close()
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "split": "train"}\n'
+
+
+def test_a_workdir_that_cannot_be_made_is_named(given, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(disk.DiskError, match="cannot be written.*check the path and its permissions"):
+    train.run(worlds.run_config("dpo", **given), tmp_path / "file" / "run")
