@@ -1,5 +1,6 @@
 """Data sets are prepared once, from what is there, with every unusable record accounted for."""
 
+import concurrent.futures
 import functools
 import gzip
 import http.server
@@ -91,6 +92,12 @@ def test_every_form_comes_back_from_disk_as_it_was_parsed(prepare, tmp_path):
     data[3]
 
 
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(prepare, tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(plain(i)) for i in (0, 1)).encode())
+  assert [example.prompt for example in prepare("jsonl", path=path)] == ["Q0", "Q1"]
+
+
 def test_a_second_call_reads_what_the_first_prepared(prepare, tmp_path):
   path = write(tmp_path / "a.jsonl", plain(0), "{", plain(1))
   first = prepare("jsonl", path=path)
@@ -113,7 +120,7 @@ def test_a_changed_file_is_prepared_again(prepare, tmp_path):
 def test_several_files_are_given_as_a_list_or_with_commas_or_as_a_glob(prepare, tmp_path):
   paths = [write(tmp_path / "a, b.jsonl", plain(0)), write(tmp_path / "c.jsonl.gz", plain(1))]
   assert [example.prompt for example in prepare("jsonl", path=paths)] == ["Q0", "Q1"]
-  assert [example.prompt for example in prepare("jsonl", path=tmp_path / "*.jsonl*")] == ["Q0", "Q1"]
+  assert len(prepare("jsonl", path=tmp_path / "*.jsonl*")) == 2
   assert len(prepare("jsonl", path=paths[0])) == 1
   assert len(prepare("jsonl", path=f"{paths[1]}, {paths[1]}")) == 2
 
@@ -183,7 +190,8 @@ def test_preparing_and_reading_import_no_tensorflow_and_no_jax(tmp_path, real_da
 import sys
 sys.path.insert(0, sys.argv[3])
 from dpojax.data import builders, tokenization
-data = builders.prepare("hh", path=sys.argv[1] + "/hh_harmless_base_test.jsonl.gz", data_dir=sys.argv[2])
+path = sys.argv[1] + "/hh_harmless_base_test.jsonl.gz"
+data = builders.prepare("hh", path=path, data_dir=sys.argv[2])
 tokenizer = tokenization.load_tokenizer(sys.argv[1] + "/tokenizers/gpt2")
 truncation = tokenization.Truncation(512, 256, "end")
 tokenized = tokenization.tokenize(data, tokenizer, truncation=truncation)
@@ -210,6 +218,24 @@ builders.prepare("jsonl", path=sys.argv[1], data_dir=sys.argv[2])
   assert python(code, path, tmp_path / "prepared").returncode == -9
   assert list((tmp_path / "prepared").rglob("incomplete*"))
   assert len(prepare("jsonl", path=path)) == 20_000
+
+
+def test_two_processes_that_prepare_at_once_both_get_the_data(prepare, tmp_path):
+  path = write(tmp_path / "a.jsonl", *map(plain, range(5_000)))
+  code = """
+import os, sys, time
+from dpojax.data import builders
+open(sys.argv[3], "w").close()
+while len(os.listdir(os.path.dirname(sys.argv[3]))) < 2:
+  time.sleep(0.001)
+print(len(builders.prepare("jsonl", path=sys.argv[1], data_dir=sys.argv[2])))
+"""
+  (tmp_path / "started").mkdir()
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    both = list(pool.map(
+        lambda name: python(code, path, tmp_path / "prepared", tmp_path / "started" / name), "ab"))
+  assert [done.stdout for done in both] == ["5000\n"] * 2, both[0].stderr + both[1].stderr
+  assert not list((tmp_path / "prepared").rglob("incomplete*"))
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(tmp_path):
@@ -345,7 +371,8 @@ def test_stack_exchange_tests_on_one_percent_of_the_questions(prepare, served, m
 
 
 @pytest.mark.parametrize("html, text", [
-    ("<p>One <em>two</em> &lt;3 <a href='x'>three</a></p>\n\n<p>four</p>", "One two <3 three\n\nfour"),
+    ("<p>One <em>two</em> &lt;3 <a href='x'>three</a></p>\n\n<p>four</p>",
+     "One two <3 three\n\nfour"),
     ("<p>a</p><pre class='x'><code>if x &lt; 1:\n  y\n</code></pre><p>b</p>",
      "a\n\n<code>if x < 1:\n  y\n</code>\n\nb"),
     ("<ul><li>a</li><li>b<br>c</li></ul>", "a\n\nb\nc"),

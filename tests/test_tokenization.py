@@ -70,7 +70,7 @@ def hh(real_data, tmp_path_factory):
 
 
 def words(count, word="a"):
-  """A text of `count` GPT-2 tokens, and as many and one for the space before it, for Llama 2."""
+  """A text of `count` GPT-2 tokens."""
   return f" {word}" * count
 
 
@@ -112,7 +112,7 @@ def test_any_text_decodes_to_itself_over_the_boundary(both, prompt, response):
 def test_the_prompt_is_the_same_ids_whatever_follows(both, prompt, one, other):
   for tokenizer in both.values():
     (first, _), (second, _), (joint, _) = tokenization.encode(
-        [Example(prompt, (one,)), Example(prompt, (other,)), Example(prompt, (one, other))], tokenizer)
+        [Example(prompt, responses) for responses in ((one,), (other,), (one, other))], tokenizer)
     assert first == second == joint
 
 
@@ -139,7 +139,8 @@ def test_usual_text_gets_the_ids_of_the_whole_text(both):
 def test_names_of_special_tokens_in_text_are_text(both):
   for tokenizer in both.values():
     name = tokenizer.eos_token
-    (prompt, (ids,)), = tokenization.encode([Example(f"a{name}b {name}", (f"{name} c{name}",))], tokenizer)
+    example = Example(f"a{name}b {name}", (f"{name} c{name}",))
+    (prompt, (ids,)), = tokenization.encode([example], tokenizer)
     assert not {tokenizer.eos_token_id, tokenizer.unk_token_id} & {*prompt, *ids[:-1]}
     assert decoded(tokenizer, prompt, ids) == f"a{name}b {name}{name} c{name}"
 
@@ -154,11 +155,12 @@ def test_an_empty_prompt_starts_with_bos_or_with_eos_where_there_is_none(both, c
     assert [decoded(tokenizer, prompt.tolist(), ids.tolist()) for ids in responses] == [" yes", "no"]
 
 
-def test_a_chat_has_the_ids_of_its_template(both, chat):
+def test_a_chat_has_the_ids_of_its_template(both, chat, monkeypatch):
   llama = both["llama2"]
   for tokenizer, template in ((chat, CHATML), (llama, LLAMA_CHAT)):
-    turns = [USER, {"role": "assistant", "content": "Left."}, {"role": "user", "content": "And then?"}]
-    tokenizer.chat_template = template
+    turns = [
+        USER, {"role": "assistant", "content": "Left."}, {"role": "user", "content": "And then?"}]
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     (prompt, responses), = tokenization.encode([Example(turns, ("Right.", "Wrong."))], tokenizer)
     for ids, text in zip(responses, ("Right.", "Wrong.")):
       answered = [*turns, {"role": "assistant", "content": text}]
@@ -169,21 +171,23 @@ def test_a_chat_has_the_ids_of_its_template(both, chat):
       assert prompt.count(llama.bos_token_id if tokenizer is llama else -1) == (tokenizer is llama)
 
 
-def test_a_chat_template_without_eos_gets_one_and_a_tokenizer_s_bos_stays(both):
+def test_a_chat_template_without_eos_gets_one_and_a_tokenizer_s_bos_stays(both, monkeypatch):
   llama = both["llama2"]
-  llama.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
-      "{% if add_generation_prompt %}assistant:{% endif %}"
+  monkeypatch.setattr(llama, "chat_template", (
+      "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+      "{% if add_generation_prompt %}assistant:{% endif %}"))
   (prompt, (ids,)), = tokenization.encode([Example([USER], ("Left.",))], llama)
   assert prompt[0] == llama.bos_token_id and prompt.count(llama.bos_token_id) == 1
   assert decoded(llama, prompt, ids) == "user: Which way?\nassistant: Left.\n"
 
 
-def test_names_of_special_tokens_in_a_message_are_text(both, chat):
-  both["llama2"].chat_template = LLAMA_CHAT
+def test_names_of_special_tokens_in_a_message_are_text(both, chat, monkeypatch):
+  monkeypatch.setattr(both["llama2"], "chat_template", LLAMA_CHAT)
   for tokenizer in (chat, both["llama2"]):
     name, eos = tokenizer.eos_token, tokenizer.eos_token_id
     safe, unsafe = (
-        tokenization.encode([Example([{**USER, "content": f"What is {text}?"}], (f"{text} ends",))], tokenizer)[0]
+        tokenization.encode([
+            Example([{**USER, "content": f"What is {text}?"}], (f"{text} ends",))], tokenizer)[0]
         for text in ("it", name))
     assert unsafe[0].count(eos) == safe[0].count(eos)
     assert unsafe[1][0].count(eos) == 1
@@ -191,13 +195,15 @@ def test_names_of_special_tokens_in_a_message_are_text(both, chat):
 
 
 def test_chats_that_cannot_be_rendered_are_answered(load, chat, comparisons):
-  records = [{"prompt": [USER], "responses": [[{"role": "assistant", "content": text}]]} for text in "ab"]
+  records = [
+      {"prompt": [USER], "responses": [[{"role": "assistant", "content": text}]]} for text in "ab"]
   with pytest.raises(DataError, match="has no chat template"):
     tokenization.tokenize(comparisons(*records), load("gpt2"), truncation=ROOMY)
   chat.chat_template = "{{ messages | length }}{{ messages[-1].content }}"
   with pytest.raises(DataError, match="does not put an answer behind the prompt"):
     tokenization.tokenize(comparisons(*records), chat, truncation=ROOMY)
-  chat.chat_template = CHATML + "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+  chat.chat_template = CHATML + (
+      "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}")
   tokens = tokenization.tokenize(comparisons(*records), chat, truncation=ROOMY)
   assert tokens.report["dropped"] == {"refused_by_template": 1}
   assert tokens.example.tolist() == [0]
@@ -266,10 +272,11 @@ def test_only_the_best_responses_are_kept(both):
     assert read(tokens) == kept
     assert tokens.report["dropped"] == dropped
     assert tokens.lengths.shape == (len(kept), 1 + max(map(len, kept)))
-  assert (tokens.lengths.dtype, tokens.ids.dtype, tokens.offsets.dtype) == (np.int32, np.int32, np.int64)
+  dtypes = [getattr(tokens, name).dtype for name in ("lengths", "ids", "example", "offsets")]
+  assert dtypes == [np.int32, np.int32, np.int32, np.int64]
   with pytest.raises(IndexError, match="comparison 2 of 2"):
     tokens[2]
-  with pytest.raises(DataError, match=r"none of 1 comparisons can be used \(\{'too_few_responses': 1\}\)"):
+  with pytest.raises(DataError, match=r"none of 1 comparisons can be used .*too_few_responses': 1"):
     tokenization.tokenize(Memory(data[1:2]), both["gpt2"], truncation=ROOMY, num_responses=2)
 
 
@@ -291,7 +298,7 @@ def test_the_report_of_real_pairs_agrees_with_their_ids(tokenizer, hh):
 def test_text_that_the_tokenizer_changes_is_counted(load, comparisons):
   tokenizer = load("gpt2")
   tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-  data = comparisons({"prompt": "Which", "responses": [" way"]}, {"prompt": "this", "responses": [" way"]})
+  data = comparisons(*({"prompt": prompt, "responses": [" way"]} for prompt in ("Which", "this")))
   report = tokenization.tokenize(data, tokenizer, truncation=ROOMY).report
   assert (report["checked"], report["changed_by_tokenizer"]) == (2, 1)
 
@@ -312,7 +319,8 @@ def test_whatever_changes_the_ids_changes_the_fingerprint(both, chat, comparison
   of = lambda data, tokenizer, truncation=ROOMY, count=2: tokenization.tokenize(
       data, tokenizer, truncation=truncation, num_responses=count).fingerprint
   seen = [of(data, both["gpt2"]), of(other, both["gpt2"]), of(data, both["llama2"]), of(data, chat),
-          of(data, both["gpt2"], dataclasses.replace(ROOMY, keep="start")), of(data, both["gpt2"], count=1)]
+          of(data, both["gpt2"], dataclasses.replace(ROOMY, keep="start")),
+          of(data, both["gpt2"], count=1)]
   chat.chat_template += " "
   seen.append(of(data, chat))
   assert len(set(seen)) == len(seen)
@@ -345,12 +353,13 @@ except DataError as error:
 
 def test_tokenizers_that_cannot_be_loaded_are_named(tmp_path, real_data):
   for name in (str(tmp_path), str(tmp_path / "missing"), "nobody/has-this-tokenizer"):
-    with pytest.raises(DataError, match="cannot be loaded .*give a folder with tokenizer.json") as caught:
+    with pytest.raises(DataError, match="cannot be loaded .*give a folder with") as caught:
       tokenization.load_tokenizer(name)
     assert repr(name) in str(caught.value)
   with pytest.raises(DataError, match="config.tokenizer is empty"):
     tokenization.load_tokenizer("")
-  (tmp_path / "tokenizer.json").write_bytes((real_data / "tokenizers/gpt2/tokenizer.json").read_bytes())
+  model = (real_data / "tokenizers" / "gpt2" / "tokenizer.json").read_bytes()
+  (tmp_path / "tokenizer.json").write_bytes(model)
   (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
   with pytest.raises(DataError, match="has no EOS token"):
     tokenization.load_tokenizer(str(tmp_path))

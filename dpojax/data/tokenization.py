@@ -188,7 +188,7 @@ class _Encoder:
         str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     self.special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
-  def encode(self, examples: Sequence[Example]) -> list["Encoded | RecordError"]:
+  def encode(self, examples: Sequence[Example]) -> list[Encoded | RecordError]:
     """Returns ids of each example, or what is wrong with it."""
     texts = [self._texts(example) for example in examples]
     out = list(texts)
@@ -205,7 +205,7 @@ class _Encoder:
     frame = 1 if prompt[:1] in ([self.bos], [self.eos]) else 0
     return self.tokenizer.decode(prompt[frame:] + response[:-1], clean_up_tokenization_spaces=False)
 
-  def _framed(self, ids: list[list[int]], chat: bool) -> "Encoded | RecordError":
+  def _framed(self, ids: list[list[int]], chat: bool) -> Encoded | RecordError:
     """Puts BOS in front of the prompt, or EOS in place of nothing, and EOS behind each response.
 
     What a template writes after its own EOS, such as a newline, is left out.
@@ -221,7 +221,7 @@ class _Encoder:
       return RecordError("empty_response", "the tokenizer leaves nothing of a response")
     return prompt or [self.eos], [each + [self.eos] for each in responses]
 
-  def _texts(self, example: Example) -> "list[str] | RecordError":
+  def _texts(self, example: Example) -> list[str] | RecordError:
     """Returns the prompt and the responses as they are to be tokenized."""
     if isinstance(example.prompt, str):
       if example.prompt:

@@ -184,7 +184,9 @@ def _check_reachable(builder: base.ComparisonBuilder):
   url = next(iter(builder.urls().values()))[0]
   try:
     urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
-  except (urllib.error.URLError, OSError) as error:
+  except urllib.error.HTTPError as answer:  # whatever it says, there is a network
+    answer.close()
+  except OSError as error:
     raise _unreachable(builder, error) from error
 
 
