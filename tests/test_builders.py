@@ -149,7 +149,7 @@ def test_raise_names_file_line_and_fix_even_after_a_skipping_run(prepare, tmp_pa
 
 def test_no_usable_record_is_an_error_with_the_counts(prepare, tmp_path):
   path = write(tmp_path / "a.jsonl", {"text": "a"}, "{")
-  with pytest.raises(DataError, match=r"no usable record in .*broken_json 1, missing_key 1, used 0"):
+  with pytest.raises(DataError, match="no usable record in .*broken_json 1, missing_key 1, used 0"):
     prepare("jsonl", path=path)
   with pytest.raises(DataError, match="no usable record"):
     prepare("jsonl", path=write(tmp_path / "empty.jsonl"))

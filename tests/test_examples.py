@@ -17,7 +17,8 @@ def answer(text):
 def test_the_three_forms_give_the_same_comparison():
   plain = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
   ranked = {"prompt": "Q", "responses": ["yes", "no"], "id": 7}
-  assert examples.parse_record(plain) == examples.parse_record(ranked) == Example("Q", ("yes", "no"))
+  for record in (plain, ranked):
+    assert examples.parse_record(record) == Example("Q", ("yes", "no"))
 
   conversation = Example([SYSTEM, USER], ("Up.", "Down."))
   whole = {"chosen": [SYSTEM, USER, answer("Up.")], "rejected": [SYSTEM, USER, answer("Down.")]}
@@ -35,7 +36,8 @@ def test_an_empty_prompt_and_a_single_response_are_allowed():
     (["prompt"], "wrong_type", "a list, not an object"),
     ({"prompt": "Q", "chosen": "a"}, "missing_key", '"rejected" is missing'),
     ({"chosen": "a", "rejected": "b"}, "missing_key", '"prompt" is missing'),
-    ({"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "b"}, "missing_key", "data.source='hh'"),
+    ({"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "b"}, "missing_key",
+     "data.source='hh'"),
     ({"prompt": "Q"}, "missing_key", '"chosen" is missing'),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type", '"prompt" is a number'),
     ({"prompt": "Q", "chosen": None, "rejected": "b"}, "wrong_type", '"chosen" is null'),
@@ -51,11 +53,13 @@ def test_an_empty_prompt_and_a_single_response_are_allowed():
     ({"prompt": "Q", "responses": "a"}, "wrong_type", '"responses" is a string'),
     ({"prompt": "Q", "responses": ["a"], "chosen": "a"}, "ambiguous_keys", "keep one form"),
     ({"prompt": "Q\ud800", "chosen": "a", "rejected": "b"}, "broken_unicode", "surrogate"),
-    ({"chosen": [USER, answer("a")], "rejected": [SYSTEM, answer("b")]}, "different_prompts", "differ"),
+    ({"chosen": [USER, answer("a")], "rejected": [SYSTEM, answer("b")]}, "different_prompts",
+     "differ"),
     ({"chosen": [answer("a")], "rejected": [answer("b")]}, "empty_prompt", "no message"),
     ({"chosen": [USER], "rejected": [USER, answer("b")]}, "no_assistant_turn", 'of role "user"'),
     ({"chosen": [], "rejected": [USER, answer("b")]}, "no_assistant_turn", "no messages"),
-    ({"prompt": [], "chosen": [answer("a")], "rejected": [answer("b")]}, "empty_prompt", "no messages"),
+    ({"prompt": [], "chosen": [answer("a")], "rejected": [answer("b")]}, "empty_prompt",
+     "no messages"),
     ({"prompt": [{"role": "user"}], "chosen": [answer("a")], "rejected": [answer("b")]},
      "wrong_type", '{"role": str, "content": str}'),
     ({"prompt": [USER], "chosen": [USER, answer("a")], "rejected": [answer("b")]},

@@ -66,7 +66,8 @@ def parse_record(record: Any) -> Example:
     _require("prompt" in record or ASSISTANT not in chosen, "missing_key",
              '"prompt" is missing; whole HH dialogues are read with data.source=\'hh\'')
     prompt = _prompt(record)
-    chosen, rejected = _response(chosen, '"chosen"', prompt), _response(rejected, '"rejected"', prompt)
+    chosen = _response(chosen, '"chosen"', prompt)
+    rejected = _response(rejected, '"rejected"', prompt)
   return checked(prompt, [chosen, rejected], ['"chosen"', '"rejected"'])
 
 
@@ -134,7 +135,8 @@ def _prompt(record: dict) -> str | list[dict]:
 def _response(value: Any, name: str, prompt: str | list[dict]) -> str:
   """Returns a response's text: a string, or in a conversation the assistant's one message."""
   if isinstance(prompt, str):
-    _require(isinstance(value, str), "wrong_type", f'{name} is {_kind(value)} but "prompt" a string')
+    _require(isinstance(value, str), "wrong_type",
+             f'{name} is {_kind(value)} but "prompt" a string')
     return value
   _require(isinstance(value, list), "wrong_type",
            f'{name} is {_kind(value)} but "prompt" a list of messages')

@@ -113,12 +113,13 @@ def load_tokenizer(name: str) -> Any:
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(name))
   except Exception as error:  # transformers raises many kinds
+    reason = str(error).strip().partition("\n")[0]
     raise DataError(
-        f"tokenizer {name!r} cannot be loaded ({str(error).strip().splitlines()[0]}); give a folder "
-        "with tokenizer.json, or a hub name while there is a network") from error
+        f"tokenizer {name!r} cannot be loaded ({reason}); give a folder with tokenizer.json, or a "
+        "hub name while there is a network") from error
   if tokenizer.eos_token_id is None:
-    raise DataError(f"tokenizer {name!r} has no EOS token, which ends every response; set eos_token "
-                    "in its tokenizer_config.json")
+    raise DataError(f"tokenizer {name!r} has no EOS token, which ends every response; set "
+                    "eos_token in its tokenizer_config.json")
   return tokenizer
 
 
@@ -193,8 +194,8 @@ class _Encoder:
     texts = [self._texts(example) for example in examples]
     out = list(texts)
     for chat in (False, True):
-      chosen = [i for i, example in enumerate(examples)
-                if isinstance(example.prompt, str) != chat and not isinstance(texts[i], RecordError)]
+      chosen = [i for i, example in enumerate(examples) if isinstance(texts[i], list)
+                and isinstance(example.prompt, str) != chat]
       flat = iter(self._ids_behind([text for i in chosen for text in texts[i]], chat))
       for i in chosen:
         out[i] = self._framed([next(flat) for _ in texts[i]], chat)
@@ -234,7 +235,7 @@ class _Encoder:
     return [prompt if self.special.match(prompt) else self._beginning(prompt), *responses]
 
   def _beginning(self, text: str) -> str:
-    """Returns a text that begins with the space the tokenizer adds: always, not just if it has none."""
+    """Returns a text with the space the tokenizer adds in front, even if it has one already."""
     return f" {text}" if self.adds_space else text
 
   def _rendered(self, example: Example) -> list[str]:
@@ -273,8 +274,8 @@ class _Encoder:
     """Returns ids of texts that stand behind another."""
     marked = {i for i, text in enumerate(texts) if special and _MARK in text}
     rest = [text for i, text in enumerate(texts) if i not in marked]
-    rest = iter(self._ids_behind_anchor(rest, special) if self.adds_space else self._ids(rest, special))
-    return [self._ids_of_marked(text) if i in marked else next(rest) for i, text in enumerate(texts)]
+    ids = iter((self._ids_behind_anchor if self.adds_space else self._ids)(rest, special))
+    return [self._ids_of_marked(text) if i in marked else next(ids) for i, text in enumerate(texts)]
 
   def _ids_behind_anchor(self, texts: list[str], special: bool) -> list[list[int]]:
     for anchor in _ANCHORS:

@@ -56,7 +56,8 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     """Returns the example as its features are: a conversation's prompt is JSON text."""
     conversational = not isinstance(example.prompt, str)
     prompt = json.dumps(example.prompt) if conversational else example.prompt
-    return {"prompt": prompt, "responses": list(example.responses), "conversational": conversational}
+    return {"prompt": prompt, "responses": list(example.responses),
+            "conversational": conversational}
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -73,7 +74,8 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
     local = isinstance(self.builder_config, LocalFiles)
     paths = {"train": self.builder_config.files} if local else self.download(dl_manager)
-    return {split: self._generate_examples(split, [str(p) for p in of]) for split, of in paths.items()}
+    return {split: self._generate_examples(split, [str(path) for path in of_split])
+            for split, of_split in paths.items()}
 
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
@@ -92,9 +94,9 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             raise DataError(f"data.path {first_problem}; {FIX}")
     if not report["used"]:
       counts = ", ".join(f"{reason} {count}" for reason, count in sorted(report.items()))
+      first = f"; first: {first_problem}" if first_problem else ""
       raise DataError(
-          f"no usable record in {', '.join(paths) or 'no file'} ({counts}"
-          f"{'; first: ' + first_problem if first_problem else ''}); check data.source and the files")
+          f"no usable record in {', '.join(paths)} ({counts}{first}); check data.source and the files")
     self.info.metadata[split] = {
         "report": dict(report), "first_problem": first_problem, "files": [digest(p) for p in paths]}
 

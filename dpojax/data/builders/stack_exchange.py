@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from dpojax.data import examples
 from dpojax.data.builders import base
 
-URL = "https://huggingface.co/api/datasets/HuggingFaceH4/stack-exchange-preferences/parquet/default/train"
+URL = ("https://huggingface.co/api/datasets/HuggingFaceH4/stack-exchange-preferences/"
+       "parquet/default/train")
 """Lists the Parquet files."""
 
 TEST_SHARE, TEST_SEED = 0.01, 42
@@ -46,7 +47,8 @@ class StackExchange(base.ComparisonBuilder, skip_registration=True):
   def parse(self, record: Any) -> Iterator[examples.Example | examples.RecordError]:
     question = strip_html(examples.get(record, "question", str))
     answers = [
-        (examples.get(answer, "pm_score", (int, float)), strip_html(examples.get(answer, "text", str)))
+        (examples.get(answer, "pm_score", (int, float)),
+         strip_html(examples.get(answer, "text", str)))
         for answer in examples.get(record, "answers", list)]
     if len(answers) < 2:
       raise examples.RecordError("too_few_responses", f"{len(answers)} answers are not a pair")

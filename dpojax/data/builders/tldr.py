@@ -34,7 +34,8 @@ class TLDR(base.ComparisonBuilder, skip_registration=True):
 
   def parse(self, record: Any) -> list[examples.Example]:
     info = examples.get(record, "info", dict)
-    subreddit, title, post = (examples.get(info, key, str) for key in ("subreddit", "title", "post"))
+    subreddit, title, post = (
+        examples.get(info, key, str) for key in ("subreddit", "title", "post"))
     summaries = [examples.get(summary, "text", str)
                  for summary in examples.get(record, "summaries", list)]
     choice = examples.get(record, "choice", int)
