@@ -68,23 +68,38 @@ class Checkpoints:
               state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about)))
 
   def restore(self, step: int, target: Any) -> tuple[Any, dict]:
-    """Returns the state at a step, placed as the target is, and what it belongs to."""
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)),
-        about=ocp.args.JsonRestore()))
-    return restored.state, restored.about
+    """Returns the state at a step, placed as the target is, and what it belongs to.
+
+    Raises:
+      CheckpointError: its files are damaged.
+    """
+    return self._restore(step, ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
 
   def restore_arrays(self, step: int, part: str = "") -> tuple[Any, dict]:
-    """Returns the state, or one part of it such as `params`, as NumPy arrays in plain dicts."""
+    """Returns the state, or one part of it such as `params`, as NumPy arrays in plain dicts.
+
+    Raises:
+      CheckpointError: its files are damaged.
+    """
     tree = self._manager.item_metadata(step).state.tree
     tree = {part: tree[part]} if part else tree
     as_array = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-            tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)),
-        about=ocp.args.JsonRestore()))
-    return restored.state[part] if part else restored.state, restored.about
+    state, about = self._restore(step, ocp.args.PyTreeRestore(
+        tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)))
+    return state[part] if part else state, about
+
+  def _restore(self, step: int, state: ocp.args.PyTreeRestore) -> tuple[Any, dict]:
+    try:
+      restored = self._manager.restore(
+          step, args=ocp.args.Composite(state=state, about=ocp.args.JsonRestore()))
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      earlier = [other for other in self.steps() if other < step]
+      raise CheckpointError(
+          f"the checkpoint {self.folder / str(step)} cannot be read "
+          f"({str(error).strip().splitlines()[0]}); delete that folder to continue from "
+          + (f"step {earlier[-1]}" if earlier else "the start")) from error
+    return restored.state, restored.about
 
   def wait(self) -> None:
     """Returns when everything is written.

@@ -191,6 +191,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   return last.get("eval", last.get("train", {}))
 
 
+def join_processes(config: ml_collections.ConfigDict) -> None:
+  """Joins the processes of a run on several hosts, if there are; before any other use of jax."""
+  settings = config.parallel
+  if settings.coordinator:
+    arguments = {} if settings.coordinator == "auto" else dict(
+        coordinator_address=settings.coordinator, num_processes=settings.num_processes,
+        process_id=settings.process_id)
+    jax.distributed.initialize(**arguments)
+
+
 def load_data(config: ml_collections.ConfigDict) -> Data:
   """Prepares, tokenizes and splits the comparisons; says what was used, cut and dropped."""
   settings = config.data
@@ -477,12 +487,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]}")
   logging.set_verbosity(logging.WARNING)
-  settings = CONFIG.value.parallel
-  if settings.coordinator:
-    arguments = {} if settings.coordinator == "auto" else dict(
-        coordinator_address=settings.coordinator, num_processes=settings.num_processes,
-        process_id=settings.process_id)
-    jax.distributed.initialize(**arguments)
+  join_processes(CONFIG.value)
   try:
     run(CONFIG.value, WORKDIR.value)
   except (*USER_ERRORS, TrainingError) as error:

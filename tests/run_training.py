@@ -27,7 +27,9 @@ def main(settings, workdir):
   if largest:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-  train.run(worlds.run_config(**settings), workdir)
+  config = worlds.run_config(**settings)
+  train.join_processes(config)
+  train.run(config, workdir)
 
 
 if __name__ == "__main__":

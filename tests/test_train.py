@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,12 +97,14 @@ def test_a_fingerprint_sees_one_bit(sft):
   assert before != checkpoint.fingerprint(params | {"embed": {"embedding": rolled}})
 
 
-def start_run(tmp_path, name, settings):
-  (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+def start_run(tmp_path, name, settings, *, settings_name="", devices=1):
+  path = tmp_path / f"{settings_name or name}.json"
+  path.write_text(json.dumps(settings))
+  count = f" --xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
-      [sys.executable, "-m", "tests.run_training", str(tmp_path / f"{name}.json"),
-       str(tmp_path / name)], cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      text=True, env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES})
+      [sys.executable, "-m", "tests.run_training", str(path), str(tmp_path / name)],
+      cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES + count})
 
 
 def finish(process):
@@ -150,6 +154,40 @@ def test_a_checkpoint_cut_off_half_way_is_never_loaded(given, sft, tmp_path):
   assert checkpoint.load_policy(tmp_path).step == 2
   train.run(config, tmp_path)
   assert checkpoint.load_policy(tmp_path).step == 4
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(given, sft, tmp_path):
+  config = worlds.run_config("dpo", **given, steps=4, checkpoint_keep=0, **{"model.checkpoint": sft})
+  train.run(config, tmp_path)
+  for file in (tmp_path / "checkpoints/4/state").rglob("*"):
+    if file.is_file() and file.stat().st_size > 2000:
+      file.write_bytes(file.read_bytes()[:-1000])
+  with pytest.raises(checkpoint.CheckpointError, match="checkpoints/4 cannot be read.*from step 2"):
+    train.run(config, tmp_path)
+  shutil.rmtree(tmp_path / "checkpoints/4")
+  train.run(config, tmp_path)
+  assert checkpoint.load_policy(tmp_path).step == 4
+
+
+def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
+  changes = {"model.checkpoint": sft, "row_length": 32, "parallel.strategy": "mesh",
+             "parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2}
+  train.run(worlds.run_config("dpo", **given, steps=6, **changes), tmp_path / "one")
+  for steps in (4, 6):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    processes = [start_run(tmp_path, "two", dict(kind="dpo", **given, steps=steps, **changes, **{
+        "parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2,
+        "parallel.process_id": i}), settings_name=f"two{i}", devices=4) for i in range(2)]
+    for process in processes:
+      finish(process)
+  one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+  assert [(line["step"], line["split"]) for line in one] == [
+      (line["step"], line["split"]) for line in two]
+  for a, b in zip(one, two):
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+    np.testing.assert_allclose(a["logps/chosen"], b["logps/chosen"], rtol=1e-4)
 
 
 def test_sigterm_saves_and_the_same_command_continues(given, sft, tmp_path):
