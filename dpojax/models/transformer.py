@@ -137,7 +137,7 @@ class Embed(nn.Module):
   def __call__(self, ids: jax.Array) -> jax.Array:
     table = self.param(
         "embedding", nn.initializers.normal(0.02), (self.size, self.config.width))
-    return table[ids].astype(self.config.dtype)
+    return jnp.asarray(table)[ids].astype(self.config.dtype)
 
 
 class Transformer(nn.Module):
