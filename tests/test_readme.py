@@ -1,0 +1,31 @@
+"""The README: its Python runs, its files exist, its keys are keys."""
+
+import re
+
+from dpojax import config as config_lib
+from tests import conftest
+
+README = (conftest.ROOT / "README.md").read_text()
+
+
+def test_the_readmes_python_runs():
+  blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  assert blocks
+  for block in blocks:
+    names = {}
+    exec(block, names)
+    assert names["loss"].shape == (2,)
+
+
+def test_every_file_the_readme_names_exists():
+  for name in re.findall(r"`((?:dpojax|configs|experiments)/[\w/.]+)`", README):
+    assert (conftest.ROOT / name).exists(), name
+  for name in re.findall(r"\]\(([\w/.]+)\)", README):
+    assert (conftest.ROOT / name).exists(), name
+
+
+def test_every_key_on_a_command_line_is_a_key():
+  documents = [README, *(path.read_text() for path in (conftest.ROOT / "configs").glob("*.py"))]
+  keys = {key for text in documents for key in re.findall(r"--config\.([\w.]+)=", text)}
+  assert "model.checkpoint" in keys
+  assert keys - {"key"} <= set(config_lib.flatten(config_lib.defaults()))
