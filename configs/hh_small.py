@@ -44,7 +44,10 @@ def get_config(arg="dpo"):
     config.loss = "dpo"
     config.beta = 0.1
     config.data.shuffle_labels = arg == "shuffled"
-    config.steps = 120
+    config.data.max_length = 256
+    config.data.max_prompt_length = 128
+    config.row_length = 512
+    config.steps = 60
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 15
