@@ -1,6 +1,7 @@
 """What a run can be told: every key with its default, and the checks made before any work."""
 
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -179,6 +180,10 @@ def _check_combinations(config) -> None:
         f"config.checkpoint_best is {config.checkpoint_best!r} but checkpoint_every="
         f"{config.checkpoint_every} is not a multiple of eval_every={config.eval_every}; "
         "a checkpoint is ranked by the evaluation made at its step")
+  if config.wandb_project and importlib.util.find_spec("wandb") is None:
+    raise ConfigError(
+        f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
+        "pip install 'dpojax[wandb]', or leave it empty")
   if config.objective == "dpo":
     taken = inspect.signature(losses.PAIRWISE_LOSSES[config.loss]).parameters
     for name in config.loss_options:

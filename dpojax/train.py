@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import ml_collections
@@ -111,76 +111,41 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     first = checkpoints.steps()[-1]
     saved, was = checkpoints.restore(first, devices.restore_target(state))
     _check_same(was, about, workdir)
-    state = devices.place(saved)
+    state = devices.place(saved._replace(finite=np.ones((), bool)))
     say(f"continuing from step {first} of {workdir}")
 
   train_step = devices.lift(step_lib.make_train_step(
       setup.objective, tx, schedule=schedule, accumulate=config.accumulate,
       axis_name=devices.axis_name), donate_state=True)
-  eval_step = devices.lift(step_lib.make_eval_step(
-      setup.objective, axis_name=devices.axis_name), donate_state=False)
+  evaluate = make_evaluate(setup.objective, devices)
 
-  def evaluate(batches) -> dict[str, float]:
-    sums = None
-    for batch in batches:
-      part = eval_step(state.params, reference, devices.place_rows(batch.rows, batch.total_rows))
-      part = {name: np.asarray(jax.device_get(devices.collect(mean)), np.float64)
-              for name, mean in part.items()}
-      sums = part if sums is None else {name: sums[name] + part[name] for name in sums}
-    return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
-
-  writer = MetricsWriter(workdir, after_step=first if first else -1,
-                         wandb_project=config.wandb_project, settings=config.to_dict()
-                         ) if jax.process_index() == 0 else None
-  last, evaluations = {}, {}
-
-  def log(step: int, split: str, metrics: dict[str, float]) -> None:
-    last[split] = metrics
-    if split == "eval":
-      evaluations[step] = metrics
-    if writer is not None:
-      writer.write(step, split, metrics)
-    progress.show(step, split, metrics)
-
-  def save(step: int) -> None:
-    checkpoints.save(step, devices.collect(state), about, evaluations.get(step))
-
-  with contextlib.ExitStack() as stack:
-    if writer is not None:
-      stack.callback(writer.close)
-    progress = stack.enter_context(Progress(first, config.steps))
-    stop = stack.enter_context(_on_signal())
+  with Log(workdir, config, first) as log, _stop_signal() as stop_asked:
     if first == 0:
       batches = held_out_loader.evaluation() if config.eval_every else train_loader.training(0, 1)
-      metrics = evaluate(batches)
+      metrics = evaluate(state.params, reference, batches)
       if setup.objective.needs_reference:
         check_agreement(metrics, config)
       if config.eval_every:
-        log(0, "eval", metrics)
+        log.write(0, "eval", metrics)
 
-    started, pairs, tokens = time.perf_counter(), 0, 0
+    log.start_clock()
     for batch, rows in _placed_ahead(train_loader.training(first, config.steps), devices):
       state, metrics = train_step(state, reference, rows)
       step = batch.step + 1
-      pairs, tokens = pairs + batch.comparisons, tokens + batch.tokens
-      progress.advance(step)
+      log.advance(batch)
       due = lambda every: every and (step % every == 0 or step == config.steps)
-      stopping = stop.is_set()
-      logging_now = step == 1 or due(config.log_every)
-      if logging_now or due(config.checkpoint_every) or stopping:
+      stopping = stop_asked(step)
+      logging_now, saving = step == 1 or due(config.log_every), due(config.checkpoint_every)
+      if (logging_now or saving or stopping) and not devices.collect(state.finite):
+        _stop_at_a_bad_step(state, devices, checkpoints, about, workdir, config)
+      if logging_now:
         metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
-        if not devices.collect(state.finite):
-          _stop_at_a_bad_step(state, devices, save, checkpoints, workdir, config)
-        if logging_now:
-          seconds = time.perf_counter() - started
-          rates = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-          log(step, "train", metrics | rates)
-          started, pairs, tokens = time.perf_counter(), 0, 0
+        log.write(step, "train", metrics | log.rates())
       if due(config.eval_every):
-        log(step, "eval", evaluate(held_out_loader.evaluation()))
-        started, pairs, tokens = time.perf_counter(), 0, 0
-      if due(config.checkpoint_every) or (stopping and config.checkpoint_every):
-        save(step)
+        log.write(step, "eval", evaluate(state.params, reference, held_out_loader.evaluation()))
+        log.start_clock()
+      if saving or (stopping and config.checkpoint_every):
+        checkpoints.save(step, devices.collect(state), about, log.evaluations.get(step))
       if stopping:
         checkpoints.wait()
         raise TrainingError(
@@ -188,7 +153,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
             + (f"it is saved in {workdir}: the same command continues"
                if config.checkpoint_every else "nothing is saved: checkpoint_every is 0"))
     checkpoints.close()
-  return last.get("eval", last.get("train", {}))
+  return log.last.get("eval", log.last.get("train", {}))
 
 
 def join_processes(config: ml_collections.ConfigDict) -> None:
@@ -298,28 +263,73 @@ def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict
         "reference.may_differ=True if that is the purpose")
 
 
-class Progress:
-  """A bar with the time left on a terminal, plain lines otherwise."""
+def make_evaluate(objective: objectives.Objective, devices) -> Callable:
+  """Returns `evaluate(params, reference, batches)`: an objective's metrics over all their comparisons."""
+  eval_step = devices.lift(
+      step_lib.make_eval_step(objective, axis_name=devices.axis_name), donate_state=False)
 
-  def __init__(self, first: int, steps: int):
+  def evaluate(params, reference, batches: Iterator[loader.Batch]) -> dict[str, float]:
+    sums = {}
+    for batch in batches:
+      part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows))
+      for name, mean in jax.device_get(devices.collect(part)).items():
+        sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
+    return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
+
+  return evaluate
+
+
+class Log:
+  """What a run tells: files, a bar with the time left on a terminal, plain lines, and rates.
+
+  `last` holds the last metrics of each split, `evaluations` those of each evaluation by step.
+  """
+
+  def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict, first: int):
+    self.last, self.evaluations, self._steps = {}, {}, config.steps
+    self._writer = MetricsWriter(
+        workdir, after_step=first or -1, wandb_project=config.wandb_project,
+        settings=config.to_dict()) if _is_main() else None
     self._bar = tqdm.tqdm(
-        total=steps, initial=first, unit="step", disable=not sys.stderr.isatty() or not _is_main())
-    self.steps = steps
+        total=config.steps, initial=first, unit="step",
+        disable=not (_is_main() and sys.stderr.isatty()))
+    self.start_clock()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *error):
     self._bar.close()
+    if self._writer is not None:
+      self._writer.close()
 
-  def advance(self, step: int) -> None:
+  def start_clock(self) -> None:
+    """Counts pairs and tokens a second from here on."""
+    self._started, self._pairs, self._tokens = time.perf_counter(), 0, 0
+
+  def advance(self, batch: loader.Batch) -> None:
     self._bar.update(1)
+    self._pairs += batch.comparisons
+    self._tokens += batch.tokens
 
-  def show(self, step: int, split: str, metrics: dict[str, float]) -> None:
+  def rates(self) -> dict[str, float]:
+    """Returns the rates since the clock was started, and starts it again."""
+    seconds = time.perf_counter() - self._started
+    rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds}
+    self.start_clock()
+    return rates
+
+  def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
+    """Writes the metrics of a step and says the main ones."""
+    self.last[split] = metrics
+    if split == "eval":
+      self.evaluations[step] = metrics
+    if self._writer is not None:
+      self._writer.write(step, split, metrics)
     names = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second")
     text = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     with tqdm.tqdm.external_write_mode(file=sys.stdout):
-      say(f"step {step}/{self.steps}  {split}  {text}")
+      say(f"step {step}/{self._steps}  {split}  {text}")
 
 
 def say(text: str) -> None:
@@ -443,13 +453,13 @@ def _placed_ahead(
   yield from queue
 
 
-def _stop_at_a_bad_step(state, devices, save, checkpoints, workdir, config) -> None:
+def _stop_at_a_bad_step(state, devices, checkpoints, about, workdir, config) -> None:
   """Saves the last good state, which the step has kept, and raises."""
   good = int(devices.collect(state.step))
   saved = "nothing is saved: checkpoint_every is 0"
   if config.checkpoint_every:
     if good and good not in checkpoints.steps():
-      save(good)
+      checkpoints.save(good, devices.collect(state), about)
     checkpoints.wait()
     saved = f"the state before it is saved in {workdir}"
   raise TrainingError(
@@ -460,16 +470,21 @@ def _stop_at_a_bad_step(state, devices, save, checkpoints, workdir, config) -> N
 
 
 @contextlib.contextmanager
-def _on_signal():
-  """Yields an event set by SIGTERM, as a machine about to be taken away sends it."""
-  flag = threading.Event()
-  try:
-    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
-  except ValueError:  # not the main thread: no handler, no flag
-    yield flag
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+  """Yields `asked(step)`: whether SIGTERM has come, as a machine about to be taken away sends it.
+
+  With several processes jax agrees on the step at which all of them stop.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
     return
+  if threading.current_thread() is not threading.main_thread():  # no handler can be set here
+    yield lambda step: False
+    return
+  flag = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
   try:
-    yield flag
+    yield lambda step: flag.is_set()
   finally:
     signal.signal(signal.SIGTERM, before)
 

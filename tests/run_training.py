@@ -18,11 +18,11 @@ def main(settings, workdir):
   settings = json.loads(pathlib.Path(settings).read_text())
   slow = settings.pop("slow", 0.0)
   if slow:
-    advance = train.Progress.advance
-    def slowly(self, step):
+    advance = train.Log.advance
+    def slowly(self, batch):
       time.sleep(slow)
-      advance(self, step)
-    train.Progress.advance = slowly
+      advance(self, batch)
+    train.Log.advance = slowly
   largest = settings.pop("largest_file", 0)
   if largest:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
