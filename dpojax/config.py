@@ -191,6 +191,12 @@ def _check_combinations(config) -> None:
         options = sorted(set(taken) - {"policy", "reference", "beta"})
         raise ConfigError(
             f"config.loss_options.{name} is not an option of {config.loss}; it takes {options}")
+    needed = [name for name, knob in taken.items() if knob.default is knob.empty
+              and name not in ("policy", "reference", "beta", *config.loss_options)]
+    if needed:
+      raise ConfigError(
+          f"config.loss is {config.loss!r}, which needs loss_options.{needed[0]}; set it, such as "
+          f"config.loss_options.{needed[0]} = 0.1 in the config file")
     if config.reference.checkpoint and not config.reference.may_differ and (
         config.reference.checkpoint != config.model.checkpoint):
       raise ConfigError(

@@ -1,13 +1,23 @@
-"""Preference losses, elementwise over comparisons and unreduced.
+"""Preference losses: pure functions of log-probs, elementwise over comparisons and unreduced.
 
-`policy` and `reference` are `Pair`s of summed log-probs of the chosen and the rejected response,
-arrays of any equal shape. Everything is computed in float32 or wider.
+`policy` and `reference` are `Pair`s of log-probs of the chosen and of the rejected response, arrays
+of any equal shape [...], summed over tokens unless a docstring says mean. Which of the two a loss
+gets is decided by the array that is passed: see `length_normalize`. Everything is computed in
+float32, or float64 for float64 inputs, and is finite with finite gradients at log-ratios of +-1e4.
+Every knob may be a traced array, so a sweep over beta compiles once.
+
+Below, h_w and h_l are log pi - log pi_ref of the chosen and the rejected response, and h = h_w - h_l.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+_LARGEST_EXPONENT = 80.0
+
+Knob = float | jax.Array
 
 
 class Pair(NamedTuple):
@@ -17,30 +27,56 @@ class Pair(NamedTuple):
   rejected: jax.Array
 
 
-def implicit_reward(policy: jax.Array, reference: jax.Array, *, beta: float | jax.Array) -> jax.Array:
-  """Returns beta (log pi - log pi_ref), the reward a policy is optimal for (Rafailov et al. 2023, Eq. 5).
+# DPO, as the paper builds it up.
 
-  It is the reward up to a term that depends on the prompt alone.
+
+def implicit_reward(policy: jax.Array, reference: jax.Array, *, beta: Knob) -> jax.Array:
+  """Returns beta (log pi - log pi_ref) (Rafailov et al. 2023, Eq. 5), [...].
+
+  The reward the policy is optimal for, up to a term that depends on the prompt alone.
   """
   return beta * (_wide(policy) - _wide(reference))
 
 
 def bradley_terry_loss(chosen_rewards: jax.Array, rejected_rewards: jax.Array) -> jax.Array:
-  """Returns -log sigmoid(r_chosen - r_rejected) (Rafailov et al. 2023, Eq. 2), [...] like the rewards."""
+  """Returns -log sigmoid(r_w - r_l) (Rafailov et al. 2023, Eq. 2), [...]."""
   return -jax.nn.log_sigmoid(_wide(chosen_rewards) - _wide(rejected_rewards))
 
 
-def dpo_loss(
-    policy: Pair, reference: Pair, *, beta: float | jax.Array, label_smoothing: float | jax.Array = 0.0
-) -> jax.Array:
-  """Returns the DPO loss of each pair (Rafailov et al. 2023, Eq. 7).
+def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+  """Returns -sum_k [r_k - logsumexp_{j >= k} r_j] of rankings, best first, [...].
 
-  -log sigmoid(beta [log pi/pi_ref(chosen) - log pi/pi_ref(rejected)]). With label_smoothing e it is
-  conservative DPO: (1 - e) times that plus e times the loss of the pair the other way round.
+  Rafailov et al. 2023, App. A.3. With K = 2 it is `bradley_terry_loss`.
 
   Args:
-    policy: summed log-probs under the policy, [...].
-    reference: summed log-probs under the reference, [...].
+    rewards: [..., K], best first.
+    where: [..., K] bool, false for responses that are not there.
+  """
+  rewards = _wide(rewards)
+  there = jnp.ones(rewards.shape, bool) if where is None else where
+  masked = jnp.where(there, rewards, jnp.finfo(rewards.dtype).min / 4)
+  rest = jax.lax.cumlogsumexp(masked, axis=rewards.ndim - 1, reverse=True)
+  return -jnp.sum(masked - rest, axis=-1, where=there)
+
+
+def dpo_plackett_luce_loss(
+    policy: jax.Array, reference: jax.Array, *, beta: Knob, where: jax.Array | None = None
+) -> jax.Array:
+  """Returns the DPO loss of rankings (Rafailov et al. 2023, App. A.3): [..., K] best first -> [...]."""
+  return plackett_luce_loss(implicit_reward(policy, reference, beta=beta), where=where)
+
+
+def dpo_loss(
+    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0
+) -> jax.Array:
+  """Returns the DPO loss of each pair, -log sigmoid(beta h) (Rafailov et al. 2023, Eq. 7), [...].
+
+  With label_smoothing e it is conservative DPO (Mitchell 2023, Eq. 3):
+  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), least at beta h = log((1 - e) / e).
+
+  Args:
+    policy: summed log-probs under the policy.
+    reference: summed log-probs under the reference.
     beta: strength of the pull to the reference.
     label_smoothing: probability that a label is wrong, in [0, 0.5).
   """
@@ -50,9 +86,363 @@ def dpo_loss(
           + label_smoothing * bradley_terry_loss(rejected, chosen))
 
 
+# Other losses of a pair against a reference.
+
+
+def ipo_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns (h - 1 / (2 beta))^2 (Azar et al. 2023, Eq. 17), [...].
+
+  With summed log-probs it is the reference implementation's, with mean ones TRL's.
+  """
+  return jnp.square(_margin(policy, reference) - 1 / (2 * beta))
+
+
+def hinge_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns max(0, 1 - beta h) (RSO's use of SLiC's hinge, Liu et al. 2023), [...]."""
+  return jax.nn.relu(1 - beta * _margin(policy, reference))
+
+
+def robust_dpo_loss(
+    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob
+) -> jax.Array:
+  """Returns [-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2 e), [...].
+
+  Chowdhury et al. 2024: unbiased for the clean DPO loss when labels are flipped with probability
+  e = label_smoothing, in [0, 0.5).
+  """
+  logits = beta * _margin(policy, reference)
+  return (-(1 - label_smoothing) * jax.nn.log_sigmoid(logits)
+          + label_smoothing * jax.nn.log_sigmoid(-logits)) / (1 - 2 * label_smoothing)
+
+
+def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob) -> jax.Array:
+  """Returns KL(Bernoulli(sigmoid(beta h)) || Bernoulli(1 - e)) (Ji et al. 2024, Eq. 16), [...].
+
+  e = label_smoothing is in (0, 0.5); at 0 the loss is infinite.
+
+  Raises:
+    ValueError: label_smoothing is a number and not positive.
+  """
+  if isinstance(label_smoothing, (int, float)) and label_smoothing <= 0:
+    raise ValueError(f"label_smoothing is {label_smoothing}; exo_pair_loss needs one above 0")
+  logits = beta * _margin(policy, reference)
+  return (jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
+          + jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing)))
+
+
+def nca_pair_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns -log s(beta h_w) - log s(-beta h_w) / 2 - log s(-beta h_l) / 2 (Chen et al. 2024), [...]."""
+  chosen, rejected = _rewards(policy, reference, beta)
+  return -(jax.nn.log_sigmoid(chosen)
+           + (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)) / 2)
+
+
+def bco_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, delta: Knob = 0.0) -> jax.Array:
+  """Returns -log s(beta h_w - delta) - log s(-(beta h_l - delta)) (Jung et al. 2024), [...].
+
+  The paper's delta is a running mean of the rewards; TRL's pairwise form has none.
+  """
+  chosen, rejected = _rewards(policy, reference, beta)
+  return -jax.nn.log_sigmoid(chosen - delta) - jax.nn.log_sigmoid(delta - rejected)
+
+
+def sppo_hard_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2 (Wu et al. 2024), [...]."""
+  chosen, rejected = _log_ratios(policy, reference)
+  return jnp.square(chosen - 0.5 / beta) + jnp.square(rejected + 0.5 / beta)
+
+
+def apo_zero_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns 1 - sigmoid(beta h_w) + sigmoid(beta h_l) (D'Oosterlinck et al. 2024, Eq. 7), [...].
+
+  For chosen responses better than the policy's: it raises them and lowers the rejected ones.
+  """
+  chosen, rejected = _rewards(policy, reference, beta)
+  return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
+
+
+def apo_down_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns sigmoid(beta h_w) + 1 - sigmoid(beta h) (D'Oosterlinck et al. 2024, Eq. 8), [...].
+
+  For chosen responses worse than the policy's: it lowers both, the rejected ones more.
+  """
+  chosen, rejected = _rewards(policy, reference, beta)
+  return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
+
+
+def discopop_loss(policy: Pair, reference: Pair, *, beta: Knob, tau: Knob = 0.05) -> jax.Array:
+  """Returns (1 - m) (-log sigmoid(x)) + m exp(-x), m = sigmoid(x / tau), x = beta h, [...].
+
+  The log-ratio modulated loss of Lu et al. 2024, Eq. 5; tau is in (0, 1).
+  """
+  logits = beta * _margin(policy, reference)
+  exponential = _exp(jax.nn.log_sigmoid(logits / tau) - logits)
+  return -jax.nn.sigmoid(-logits / tau) * jax.nn.log_sigmoid(logits) + exponential
+
+
+def aot_loss(
+    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0
+) -> jax.Array:
+  """Returns the DPO loss of sorted margins (Melnyk et al. 2024, paired), [..., B].
+
+  The policy's margins log pi(y_w) - log pi(y_l) and the reference's are sorted over the last axis
+  and compared rank by rank: not elementwise, the last axis is the batch.
+  """
+  ours = jnp.sort(_wide(policy.chosen) - _wide(policy.rejected), axis=-1)
+  theirs = jnp.sort(_wide(reference.chosen) - _wide(reference.rejected), axis=-1)
+  zero = jnp.zeros_like(ours)
+  return dpo_loss(Pair(ours, zero), Pair(theirs, zero), beta=beta, label_smoothing=label_smoothing)
+
+
+def aot_unpaired_loss(
+    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0
+) -> jax.Array:
+  """Returns the DPO loss of sorted log-ratios (Melnyk et al. 2024, unpaired), [..., B].
+
+  h_w and h_l are sorted over the last axis each and compared rank by rank: not elementwise.
+  """
+  chosen, rejected = (jnp.sort(x, axis=-1) for x in _log_ratios(policy, reference))
+  zero = jnp.zeros_like(chosen)
+  return dpo_loss(Pair(chosen, rejected), Pair(zero, zero), beta=beta, label_smoothing=label_smoothing)
+
+
+# f-DPO: other divergences than the reverse KL hold the policy near the reference.
+
+
+def reverse_kl(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
+  """Returns f'(u) up to a constant for f(u) = u log u, u = exp(log_ratio): DPO's. alpha is not used."""
+  return _wide(log_ratio)
+
+
+def forward_kl(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
+  """Returns f'(u) = -1 / u for f(u) = -log u, u = exp(log_ratio). alpha is not used."""
+  return -_exp(-_wide(log_ratio))
+
+
+def js_divergence(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
+  """Returns f'(u) = log(2 u / (1 + u)) of Jensen-Shannon, u = exp(log_ratio). alpha is not used."""
+  return jax.nn.log_sigmoid(_wide(log_ratio)) + jnp.log(2.0)
+
+
+def alpha_divergence(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
+  """Returns f'(u) = (1 - u^-alpha) / alpha, u = exp(log_ratio); alpha is in (0, 1)."""
+  return (1 - _exp(-alpha * _wide(log_ratio))) / alpha
+
+
+def f_dpo_loss(
+    policy: Pair, reference: Pair, *, beta: Knob, divergence: Callable, alpha: Knob = 0.5
+) -> jax.Array:
+  """Returns -log sigmoid(beta [f'(u_w) - f'(u_l)]), u = pi / pi_ref (Wang et al. 2023), [...].
+
+  Args:
+    policy, reference: summed log-probs.
+    beta: strength of the pull to the reference.
+    divergence: one of the four functions above; `reverse_kl` gives DPO. Exponents are capped at 80.
+    alpha: of `alpha_divergence`.
+  """
+  chosen, rejected = (divergence(x, alpha=alpha) for x in _log_ratios(policy, reference))
+  return bradley_terry_loss(beta * chosen, beta * rejected)
+
+
+# Without a reference.
+
+
+def simpo_loss(policy: Pair, *, beta: Knob, gamma: Knob) -> jax.Array:
+  """Returns -log sigmoid(beta (m_w - m_l) - gamma) of MEAN log-probs m (Meng et al. 2024, Eq. 6), [...].
+
+  gamma is the target margin itself; TRL and SimPO's own code give gamma / beta or gamma by name.
+  """
+  return -jax.nn.log_sigmoid(beta * (_wide(policy.chosen) - _wide(policy.rejected)) - gamma)
+
+
+def cpo_loss(policy: Pair, *, beta: Knob, label_smoothing: Knob = 0.0) -> jax.Array:
+  """Returns -log sigmoid(beta (log pi(y_w) - log pi(y_l))) of summed log-probs (Xu et al. 2024), [...].
+
+  CPO is this plus `nll_loss(policy.chosen)`; with a uniform reference it is DPO.
+  """
+  zero = jax.tree.map(jnp.zeros_like, policy)
+  return dpo_loss(policy, zero, beta=beta, label_smoothing=label_smoothing)
+
+
+def orpo_loss(policy: Pair, *, weight: Knob) -> jax.Array:
+  """Returns -m_w - weight log sigmoid(log odds_w - log odds_l) of MEAN log-probs m, [...].
+
+  Hong et al. 2024, Eq. 6 and 7; odds = p / (1 - p) with p = exp(m), weight is the paper's lambda.
+  """
+  log_odds = lambda m: m - _log1mexp(m)
+  chosen, rejected = _wide(policy.chosen), _wide(policy.rejected)
+  return -chosen - weight * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def unlikelihood_loss(policy: Pair, *, alpha: Knob) -> jax.Array:
+  """Returns -log pi(y_w) + alpha log pi(y_l), the baseline of Rafailov et al. 2023 (Sec. 6), [...].
+
+  It has no lower bound in log pi(y_l); that is the baseline's known failing.
+  """
+  return -_wide(policy.chosen) + alpha * _wide(policy.rejected)
+
+
+def nll_loss(log_probs: jax.Array) -> jax.Array:
+  """Returns -log pi, [...]: SFT, or the term that RPO and CPO add."""
+  return -_wide(log_probs)
+
+
+# Unpaired responses.
+
+
+def kto_loss(
+    log_ratios: jax.Array, desirable: jax.Array, kl: jax.Array, *, beta: Knob,
+    desirable_weight: Knob = 1.0, undesirable_weight: Knob = 1.0,
+) -> jax.Array:
+  """Returns w (1 - v), v = sigmoid(+-beta (h - kl)) (Ethayarajh et al. 2024, Eq. 8), [...].
+
+  Args:
+    log_ratios: h = log pi - log pi_ref of each response, summed.
+    desirable: bool, + and desirable_weight where true, - and undesirable_weight where false.
+    kl: the reference point, an estimate of KL(pi || pi_ref); no gradient flows into it, and it
+      counts as 0 where negative.
+    beta: strength of the pull to the reference.
+    desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U.
+  """
+  point = jax.lax.stop_gradient(jnp.maximum(_wide(kl), 0))
+  advantage = beta * (_wide(log_ratios) - point)
+  return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-advantage),
+                   undesirable_weight * jax.nn.sigmoid(advantage))
+
+
+def bco_loss(
+    log_ratios: jax.Array, desirable: jax.Array, *, beta: Knob, delta: Knob = 0.0
+) -> jax.Array:
+  """Returns -log sigmoid(+-(beta h - delta)) (Jung et al. 2024), + where desirable, [...]."""
+  logits = beta * _wide(log_ratios) - delta
+  return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
+
+
+# What a loss is given: lengths, weights, a reference that moves.
+
+
+def length_normalize(log_probs: Any, lengths: Any) -> Any:
+  """Returns summed log-probs divided by their lengths in tokens; arrays, or `Pair`s of them.
+
+  `ipo_loss` of these is TRL's, `dpo_loss` of these is length-normalised DPO (Lambert et al. 2024,
+  Eq. 6). An absent response, of length 0, stays 0.
+  """
+  return jax.tree.map(
+      lambda sums, n: _wide(sums) / jnp.maximum(_wide(n), 1), log_probs, lengths)
+
+
+def ld_dpo_log_probs(token_log_probs: Pair, mask: Pair, *, alpha: Knob) -> Pair:
+  """Returns summed log-probs in which what is longer than the shorter response counts alpha times.
+
+  LD-DPO (Liu et al. 2024): tokens up to the length of the shorter response of the pair count fully.
+
+  Args:
+    token_log_probs: [..., T] of each response.
+    mask: [..., T] bool, true on the response's tokens.
+    alpha: 1 gives plain sums.
+  """
+  places = jax.tree.map(lambda m: jnp.cumsum(m.astype(jnp.int32), axis=-1), mask)
+  shared = jnp.minimum(places.chosen[..., -1:], places.rejected[..., -1:])
+  def weighted(values, mask, place):
+    weights = jnp.where(place <= shared, 1.0, alpha)
+    return jnp.sum(_wide(values) * weights, axis=-1, where=mask)
+  return Pair(*map(weighted, token_log_probs, mask, places))
+
+
+def wpo_weights(alignment: Pair) -> jax.Array:
+  """Returns min(1, exp(a_w + a_l)) without gradient (Zhou et al. 2024), weights of pairs, [...].
+
+  `alignment` is, of each response, the mean over tokens of log pi(y_t) - log sum_v pi(v)^2.
+  """
+  return jax.lax.stop_gradient(
+      jnp.exp(jnp.minimum(_wide(alignment.chosen) + _wide(alignment.rejected), 0.0)))
+
+
+def mix_reference(policy_params: Any, reference_params: Any, *, alpha: Knob) -> Any:
+  """Returns alpha policy + (1 - alpha) reference, leaf by leaf: TR-DPO (Gorbatovski et al. 2024)."""
+  return jax.tree.map(
+      lambda p, r: (alpha * p + (1 - alpha) * r).astype(r.dtype), policy_params, reference_params)
+
+
+# The other side of the theorem: the reward that RLHF maximises, and the KL it pays.
+
+
+def kl_penalized_reward(
+    rewards: jax.Array, log_probs: jax.Array, reference_log_probs: jax.Array, *, beta: Knob
+) -> jax.Array:
+  """Returns r - beta (log pi - log pi_ref) (Rafailov et al. 2023, Eq. 3), [...]."""
+  return _wide(rewards) - implicit_reward(log_probs, reference_log_probs, beta=beta)
+
+
+def kl_k1(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
+  """Returns log pi - log pi_ref of samples of pi: unbiased for KL(pi || pi_ref), of any sign, [...].
+
+  Of summed log-probs it estimates the sequences' KL, of token log-probs the tokens'.
+  """
+  return _wide(log_probs) - _wide(reference_log_probs)
+
+
+def kl_k2(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
+  """Returns (log pi - log pi_ref)^2 / 2 (Schulman 2020): biased, never negative, [...]."""
+  return jnp.square(kl_k1(log_probs, reference_log_probs)) / 2
+
+
+def kl_k3(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
+  """Returns exp(-x) - 1 + x, x = log pi - log pi_ref (Schulman 2020): unbiased, never negative, [...]."""
+  x = kl_k1(log_probs, reference_log_probs)
+  return jnp.where(-x > _LARGEST_EXPONENT, _exp(-x), jnp.expm1(-jnp.maximum(x, -_LARGEST_EXPONENT))) + x
+
+
+def token_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
+  """Returns the exact KL of two distributions from their log-probs [..., V], [...]."""
+  ours, theirs = _wide(log_probs), _wide(reference_log_probs)
+  return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1, where=jnp.isfinite(ours))
+
+
+PAIRWISE_LOSSES = {
+    "dpo": dpo_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "robust_dpo": robust_dpo_loss,
+    "exo_pair": exo_pair_loss,
+    "nca_pair": nca_pair_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "discopop": discopop_loss,
+    "f_dpo_forward_kl": partial(f_dpo_loss, divergence=forward_kl),
+    "f_dpo_js_divergence": partial(f_dpo_loss, divergence=js_divergence),
+    "f_dpo_alpha_divergence": partial(f_dpo_loss, divergence=alpha_divergence),
+}
+"""What `config.loss` names: (policy, reference, *, beta, ...) -> loss of each pair, elementwise."""
+
+
 def _wide(x: jax.Array) -> jax.Array:
+  """Returns x in float32, or in float64 if it is that already."""
   return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
-PAIRWISE_LOSSES = {"dpo": dpo_loss}
-"""What `config.loss` names: (policy, reference, *, beta, ...) -> loss of each pair."""
+def _exp(x: jax.Array) -> jax.Array:
+  return jnp.exp(jnp.minimum(x, _LARGEST_EXPONENT))
+
+
+def _log1mexp(x: jax.Array) -> jax.Array:
+  """Returns log(1 - exp(x)) for x <= 0, with x held a rounding below 0."""
+  x = jnp.minimum(x, -jnp.finfo(x.dtype).eps)
+  small = jnp.maximum(x, -1.0)
+  large = jnp.minimum(x, -0.5)
+  return jnp.where(x > -0.7, jnp.log(-jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))
+
+
+def _log_ratios(policy: Pair, reference: Pair) -> Pair:
+  return Pair(*(_wide(p) - _wide(r) for p, r in zip(policy, reference)))
+
+
+def _rewards(policy: Pair, reference: Pair, beta: Knob) -> Pair:
+  return Pair(*(implicit_reward(p, r, beta=beta) for p, r in zip(policy, reference)))
+
+
+def _margin(policy: Pair, reference: Pair) -> jax.Array:
+  chosen, rejected = _log_ratios(policy, reference)
+  return chosen - rejected

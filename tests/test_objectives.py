@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from dpojax import losses, objectives
 from dpojax.models import transformer
@@ -50,6 +52,20 @@ def test_rewards_are_beta_times_the_log_ratios_of_policy_and_reference(rng):
   for name in want:
     np.testing.assert_allclose(metrics[name], want[name], rtol=1e-4, err_msg=name)
   np.testing.assert_allclose(loss, want["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(losses.PAIRWISE_LOSSES))
+def test_every_loss_of_the_table_lowers_itself_by_a_step_down_its_gradient(name, rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 0)
+  rows = worlds.packed(worlds.comparisons(rng, 9, 2), 64)
+  options = {"label_smoothing": 0.1} if name in ("robust_dpo", "exo_pair") else {}
+  objective = objectives.preference_objective(
+      transformer.make_apply(CONFIG), losses.PAIRWISE_LOSSES[name], beta=0.3, **options)
+  total = jax.jit(jax.value_and_grad(lambda p: objective.evaluate(p, reference, rows)[0].value()))
+  before, grads = total(params)
+  norm = float(optax.tree.norm(grads))
+  moved = jax.tree.map(lambda p, g: p - np.float32(1e-3 / norm) * g, params, grads)
+  assert norm > 0 and total(moved)[0] < before
 
 
 def test_the_reference_gets_no_gradient(rng):

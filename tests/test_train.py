@@ -230,6 +230,7 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"parallel.strategy": "mesh", "parallel.fsdp": 3}, "config.parallel.data x fsdp x tensor.*8 devices"),
     ({"parallel.fsdp": 2}, "parallel.strategy='mesh'"),
     ({"loss_options.smoothing": 0.1}, "config.loss_options.smoothing is not an option of dpo"),
+    ({"loss": "exo_pair"}, "config.loss is 'exo_pair', which needs loss_options.label_smoothing"),
     ({"reference.checkpoint": "/elsewhere"}, "set reference.may_differ=True"),
     ({"batch_size": 1000}, "batch_size is 1000 but there are 127 comparisons; lower batch_size"),
     ({"model.vocab_size": 5}, "the tokenizer .* has 20 ids but the model 5"),
