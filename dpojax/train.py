@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator
 
 import jax
 import ml_collections
@@ -23,19 +23,17 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, losses, objectives
+from dpojax import checkpoint, objectives, resolve
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
 from dpojax.config import ConfigError
-from dpojax.data import builders, loader, packing, tokenization
+from dpojax.data import loader, packing
 from dpojax.data.examples import DataError
 from dpojax.disk import DiskError, disk_errors
 from dpojax.metrics import MetricsWriter
-from dpojax.models import transformer
-from dpojax.models import config as model_config
-from dpojax.models.config import ModelConfig
 from dpojax.parallel import make_parallel
+from dpojax.resolve import is_main, say
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.PackingError)
 """What a user can mend: shown as one line by the command, without a traceback."""
@@ -43,23 +41,6 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.Packi
 
 class TrainingError(RuntimeError):
   """Training cannot go on; the message says at which step, why, and what is saved."""
-
-
-class Data(NamedTuple):
-  """Training and held-out comparisons, either tokenized; `fingerprint` is of ids and order."""
-
-  train: loader.Subset
-  held_out: loader.Subset | None
-  fingerprint: str
-
-
-class Setup(NamedTuple):
-  """What a run trains: the model, its first params, the objective, and the reference, or None."""
-
-  model: ModelConfig
-  params: Any
-  reference: Any
-  objective: objectives.Objective
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -81,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   config_lib.validate(config)
   workdir = _open_workdir(workdir, config)
   devices = _lift(config)
-  data = load_data(config)
+  data = resolve.load_data(config)
   make_loader = lambda subset: loader.Loader(
       subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
       row_multiple=devices.row_multiple * config.accumulate, span=devices.span)
@@ -89,7 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   held_out_loader = make_loader(data.held_out) if data.held_out is not None else None
   _report_plan(train_loader, config)
 
-  setup = make_setup(config)
+  setup = resolve.make_setup(config)
   _check_metrics(setup, train_loader, config)
   schedule = step_lib.make_schedule(
       config.optimizer.schedule, learning_rate=config.optimizer.learning_rate,
@@ -166,81 +147,6 @@ def join_processes(config: ml_collections.ConfigDict) -> None:
     jax.distributed.initialize(**arguments)
 
 
-def load_data(config: ml_collections.ConfigDict) -> Data:
-  """Prepares, tokenizes and splits the comparisons; says what was used, cut and dropped."""
-  settings = config.data
-  cache = pathlib.Path(settings.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax"))
-  cache = cache.expanduser()
-  tokenizer = tokenization.load_tokenizer(config.tokenizer)
-  truncation = tokenization.Truncation(
-      settings.max_length, settings.max_prompt_length,
-      settings.keep or tokenization.TRUNCATION_SIDE.get(settings.source, "start"))
-
-  def tokenized(path, name, split):
-    comparisons = builders.prepare(
-        settings.source, path=path, config=settings.config, data_dir=cache / "prepared",
-        on_error=settings.on_error, split=split)
-    say(f"{name} records: {_counts(comparisons.report)}")
-    result = tokenization.tokenize(
-        comparisons, tokenizer, truncation=truncation,
-        num_responses=1 if config.objective == "sft" else 2, cache_dir=cache / "tokenized")
-    say(f"{name} tokens: {_counts(result.report)}")
-    return result
-
-  if jax.process_count() > 1 and jax.process_index() > 0:
-    multihost_utils.sync_global_devices("process 0 has prepared the data")
-  every = tokenized(settings.path, "training", "train")
-  held_out_data = tokenized(settings.eval_path, "held-out", "test") if settings.eval_path else None
-  if jax.process_count() > 1 and jax.process_index() == 0:
-    multihost_utils.sync_global_devices("process 0 has prepared the data")
-
-  train, held_out = loader.all_of(every), None
-  if held_out_data is not None:
-    held_out = loader.all_of(held_out_data)
-  if settings.unique_prompts:
-    train = loader.last_of_each_prompt(train)
-  if held_out is None and config.eval_every:
-    train, held_out = loader.hold_out(train, settings.eval_size)
-  if settings.shuffle_labels:
-    train = loader.shuffle_labels(train, config.seed)
-  say(f"{len(train)} training comparisons, {0 if held_out is None else len(held_out)} held out")
-  return Data(train, held_out, every.fingerprint)
-
-
-def make_setup(config: ml_collections.ConfigDict) -> Setup:
-  """Makes or loads the model and its reference, and the objective over them."""
-  if config.model.checkpoint:
-    policy = checkpoint.load_policy(config.model.checkpoint)
-    changes = dict(dtype=config.model.dtype, remat=config.model.remat,
-                   reward_head=config.objective == "reward")
-    model = ModelConfig(**{**vars(policy.config), **changes})
-    params = policy.params
-    if model.reward_head and "reward_head" not in params:
-      params = params | {"reward_head": np.zeros(model.width, np.float32)}
-  else:
-    model = _model_of(config)
-    params = transformer.init_params(model, jax.random.key(config.seed))
-  _check_model(model, config)
-
-  apply = transformer.make_apply(model)
-  chunk_size = config.chunk_size or None
-  if config.objective == "sft":
-    make = {"sequence_sum": objectives.sft_objective,
-            "token_mean": objectives.token_mean_sft_objective}[config.loss]
-    return Setup(model, params, None, make(apply, chunk_size=chunk_size))
-  if config.objective == "reward":
-    return Setup(model, params, None, objectives.reward_objective(apply))
-  objective = objectives.preference_objective(
-      apply, losses.PAIRWISE_LOSSES[config.loss], beta=config.beta, chunk_size=chunk_size,
-      **config.loss_options)
-  reference = params
-  if config.reference.checkpoint:
-    frozen = checkpoint.load_policy(config.reference.checkpoint)
-    reference = frozen.params
-    _check_same_shapes(params, reference, config)
-  return Setup(model, params, reference, objective)
-
-
 def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict) -> None:
   """Refuses to start when policy and reference give different log-probs before step 1.
 
@@ -289,10 +195,10 @@ class Log:
     self.last, self.evaluations, self._steps = {}, {}, config.steps
     self._writer = MetricsWriter(
         workdir, after_step=first or -1, wandb_project=config.wandb_project,
-        settings=config.to_dict()) if _is_main() else None
+        settings=config.to_dict()) if is_main() else None
     self._bar = tqdm.tqdm(
         total=config.steps, initial=first, unit="step",
-        disable=not (_is_main() and sys.stderr.isatty()))
+        disable=not (is_main() and sys.stderr.isatty()))
     self.start_clock()
 
   def __enter__(self):
@@ -332,16 +238,6 @@ class Log:
       say(f"step {step}/{self._steps}  {split}  {text}")
 
 
-def say(text: str) -> None:
-  """Prints a line from the first process."""
-  if _is_main():
-    print(text, flush=True)
-
-
-def _is_main() -> bool:
-  return jax.process_index() == 0
-
-
 def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> pathlib.Path:
   """Makes the workdir and writes config.json, or checks that the run there is the same."""
   workdir = pathlib.Path(workdir).absolute()
@@ -350,7 +246,7 @@ def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict)
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
       config_lib.check_continues(config_lib.from_json(path.read_text()), config)
-    if _is_main():
+    if is_main():
       temporary = path.with_suffix(".tmp")
       temporary.write_text(config_lib.to_json(config))
       os.replace(temporary, path)
@@ -367,42 +263,7 @@ def _lift(config: ml_collections.ConfigDict):
   return devices
 
 
-def _model_of(config: ml_collections.ConfigDict) -> ModelConfig:
-  settings = config.model
-  make = {"llama": model_config.llama_style, "gpt2": model_config.gpt2_style}[settings.family]
-  return make(
-      vocab_size=settings.vocab_size or len(tokenization.load_tokenizer(config.tokenizer)),
-      width=settings.width, layers=settings.layers, heads=settings.heads,
-      kv_heads=settings.kv_heads or None, dtype=settings.dtype, remat=settings.remat,
-      max_positions=settings.max_positions or config.data.max_length,
-      tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers,
-      reward_head=config.objective == "reward")
-
-
-def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
-  ids = len(tokenization.load_tokenizer(config.tokenizer))
-  if ids > model.vocab_size:
-    raise ConfigError(
-        f"the tokenizer {config.tokenizer} has {ids} ids but the model {model.vocab_size}; "
-        "take the model's tokenizer, or set model.vocab_size")
-  if model.positions == "learned" and config.data.max_length > model.max_positions:
-    raise ConfigError(
-        f"config.data.max_length is {config.data.max_length} but the model has learned positions "
-        f"for {model.max_positions} tokens; lower data.max_length")
-
-
-def _check_same_shapes(params, reference, config) -> None:
-  shapes = lambda tree: {jax.tree_util.keystr(path): leaf.shape
-                         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-  ours, theirs = shapes(params), shapes(reference)
-  for name in sorted(ours.keys() | theirs.keys()):
-    if ours.get(name) != theirs.get(name):
-      raise ConfigError(
-          f"config.reference.checkpoint {config.reference.checkpoint} does not fit the policy: "
-          f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy")
-
-
-def _check_metrics(setup: Setup, train_loader: loader.Loader, config) -> None:
+def _check_metrics(setup: resolve.Setup, train_loader: loader.Loader, config) -> None:
   """Traces the objective once, and refuses to rank checkpoints by a metric it does not have."""
   rows = next(train_loader.training(0, 1)).rows
   _, metrics = jax.eval_shape(setup.objective.evaluate, setup.params, setup.reference, rows)
@@ -487,11 +348,6 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
     yield lambda step: flag.is_set()
   finally:
     signal.signal(signal.SIGTERM, before)
-
-
-def _counts(report: dict) -> str:
-  nested = lambda value: f"({_counts(value)})" if isinstance(value, dict) else value
-  return ", ".join(f"{name} {nested(value)}" for name, value in report.items() if value != {})
 
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :arg if it takes one.")

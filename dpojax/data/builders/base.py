@@ -1,5 +1,6 @@
 """What the builders share: reading records, counting what cannot be used, writing ArrayRecord."""
 
+import abc
 import collections
 import dataclasses
 import gzip
@@ -35,16 +36,16 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   code_path = None  # TFDS would look for description and checksum files beside the code
 
   def urls(self) -> dict[str, list[str]]:
-    """Returns the public files of each split of the chosen config."""
-    raise NotImplementedError
+    """Returns the public files of each split of the chosen config; none unless a data set says so."""
+    return {}
 
   def download(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[str]]:
     """Returns the downloaded files of each split."""
     return dl_manager.download(self.urls())
 
+  @abc.abstractmethod
   def parse(self, record: Any) -> Iterable[Example | RecordError]:
     """Returns the comparisons of a record, or raises or returns what is wrong with it."""
-    raise NotImplementedError
 
   def records(self, split: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
     """Yields where a record of the split stands, and the record or what is wrong with it."""

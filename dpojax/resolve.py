@@ -1,0 +1,160 @@
+"""What a config stands for: its comparisons, its model and reference, and the objective over them."""
+
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpojax import checkpoint, losses, objectives
+from dpojax.config import ConfigError
+from dpojax.data import builders, loader, tokenization
+from dpojax.models import config as model_config
+from dpojax.models import transformer
+from dpojax.models.config import ModelConfig
+
+
+class Data(NamedTuple):
+  """Training and held-out comparisons, either tokenized; `fingerprint` is of ids and order."""
+
+  train: loader.Subset
+  held_out: loader.Subset | None
+  fingerprint: str
+
+
+class Setup(NamedTuple):
+  """What a run trains: the model, its first params, the objective, and the reference, or None."""
+
+  model: ModelConfig
+  params: Any
+  reference: Any
+  objective: objectives.Objective
+
+
+def load_data(config: ml_collections.ConfigDict) -> Data:
+  """Prepares, tokenizes and splits the comparisons; says what was used, cut and dropped."""
+  settings = config.data
+  cache = pathlib.Path(settings.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax"))
+  cache = cache.expanduser()
+  tokenizer = tokenization.load_tokenizer(config.tokenizer)
+  truncation = tokenization.Truncation(
+      settings.max_length, settings.max_prompt_length,
+      settings.keep or tokenization.TRUNCATION_SIDE.get(settings.source, "start"))
+
+  def tokenized(path, name, split):
+    comparisons = builders.prepare(
+        settings.source, path=path, config=settings.config, data_dir=cache / "prepared",
+        on_error=settings.on_error, split=split)
+    say(f"{name} records: {_counts(comparisons.report)}")
+    result = tokenization.tokenize(
+        comparisons, tokenizer, truncation=truncation,
+        num_responses=1 if config.objective == "sft" else 2, cache_dir=cache / "tokenized")
+    say(f"{name} tokens: {_counts(result.report)}")
+    return result
+
+  if jax.process_count() > 1 and jax.process_index() > 0:
+    multihost_utils.sync_global_devices("process 0 has prepared the data")
+  every = tokenized(settings.path, "training", "train")
+  held_out_data = tokenized(settings.eval_path, "held-out", "test") if settings.eval_path else None
+  if jax.process_count() > 1 and jax.process_index() == 0:
+    multihost_utils.sync_global_devices("process 0 has prepared the data")
+
+  train, held_out = loader.all_of(every), None
+  if held_out_data is not None:
+    held_out = loader.all_of(held_out_data)
+  if settings.unique_prompts:
+    train = loader.last_of_each_prompt(train)
+  if held_out is None and config.eval_every:
+    train, held_out = loader.hold_out(train, settings.eval_size)
+  if settings.shuffle_labels:
+    train = loader.shuffle_labels(train, config.seed)
+  say(f"{len(train)} training comparisons, {0 if held_out is None else len(held_out)} held out")
+  return Data(train, held_out, every.fingerprint)
+
+
+def make_setup(config: ml_collections.ConfigDict) -> Setup:
+  """Makes or loads the model and its reference, and the objective over them."""
+  if config.model.checkpoint:
+    policy = checkpoint.load_policy(config.model.checkpoint)
+    changes = dict(dtype=config.model.dtype, remat=config.model.remat,
+                   reward_head=config.objective == "reward")
+    model = ModelConfig(**{**vars(policy.config), **changes})
+    params = policy.params
+    if model.reward_head and "reward_head" not in params:
+      params = params | {"reward_head": np.zeros(model.width, np.float32)}
+  else:
+    model = _model_of(config)
+    params = transformer.init_params(model, jax.random.key(config.seed))
+  _check_model(model, config)
+
+  apply = transformer.make_apply(model)
+  chunk_size = config.chunk_size or None
+  if config.objective == "sft":
+    make = {"sequence_sum": objectives.sft_objective,
+            "token_mean": objectives.token_mean_sft_objective}[config.loss]
+    return Setup(model, params, None, make(apply, chunk_size=chunk_size))
+  if config.objective == "reward":
+    return Setup(model, params, None, objectives.reward_objective(apply))
+  objective = objectives.preference_objective(
+      apply, losses.PAIRWISE_LOSSES[config.loss], beta=config.beta, chunk_size=chunk_size,
+      **config.loss_options)
+  reference = params
+  if config.reference.checkpoint:
+    frozen = checkpoint.load_policy(config.reference.checkpoint)
+    reference = frozen.params
+    _check_same_shapes(params, reference, config)
+  return Setup(model, params, reference, objective)
+
+
+def say(text: str) -> None:
+  """Prints a line from the first process."""
+  if is_main():
+    print(text, flush=True)
+
+
+def is_main() -> bool:
+  """Returns whether this is the first of the run's processes, which speaks and writes."""
+  return jax.process_index() == 0
+
+
+def _model_of(config: ml_collections.ConfigDict) -> ModelConfig:
+  settings = config.model
+  make = {"llama": model_config.llama_style, "gpt2": model_config.gpt2_style}[settings.family]
+  return make(
+      vocab_size=settings.vocab_size or len(tokenization.load_tokenizer(config.tokenizer)),
+      width=settings.width, layers=settings.layers, heads=settings.heads,
+      kv_heads=settings.kv_heads or None, dtype=settings.dtype, remat=settings.remat,
+      max_positions=settings.max_positions or config.data.max_length,
+      tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers,
+      reward_head=config.objective == "reward")
+
+
+def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
+  ids = len(tokenization.load_tokenizer(config.tokenizer))
+  if ids > model.vocab_size:
+    raise ConfigError(
+        f"the tokenizer {config.tokenizer} has {ids} ids but the model {model.vocab_size}; "
+        "take the model's tokenizer, or set model.vocab_size")
+  if model.positions == "learned" and config.data.max_length > model.max_positions:
+    raise ConfigError(
+        f"config.data.max_length is {config.data.max_length} but the model has learned positions "
+        f"for {model.max_positions} tokens; lower data.max_length")
+
+
+def _check_same_shapes(params, reference, config) -> None:
+  shapes = lambda tree: {jax.tree_util.keystr(path): leaf.shape
+                         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  ours, theirs = shapes(params), shapes(reference)
+  for name in sorted(ours.keys() | theirs.keys()):
+    if ours.get(name) != theirs.get(name):
+      raise ConfigError(
+          f"config.reference.checkpoint {config.reference.checkpoint} does not fit the policy: "
+          f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy")
+
+
+def _counts(report: dict) -> str:
+  nested = lambda value: f"({_counts(value)})" if isinstance(value, dict) else value
+  return ", ".join(f"{name} {nested(value)}" for name, value in report.items() if value != {})
