@@ -231,37 +231,6 @@ def test_a_reward_of_the_prompt_alone_changes_no_preference_loss(rng):
       losses.plackett_luce_loss(shifted), losses.plackett_luce_loss(rewards), rtol=1e-4)
 
 
-# The theorem, where every response can be counted.
-
-
-@pytest.mark.parametrize("beta", [0.2, 1.0, 3.0])
-@pytest.mark.parametrize("skew", [0.0, 3.0])
-def test_dpo_on_exact_preferences_finds_the_policy_optimal_for_the_reward(beta, skew, rng):
-  """It is pi_ref exp(r / beta) / Z, however pairs are sampled, and attains the objective's maximum."""
-  with jax.enable_x64(True):
-    rewards = jnp.asarray(rng.normal(size=6))
-    reference = jax.nn.log_softmax(jnp.asarray(rng.normal(size=6)))
-    sampling = jnp.asarray(np.exp(skew * rng.normal(size=(6, 6))))
-    sampling += sampling.T  # of pairs, whatever their order
-    preferred = jax.nn.sigmoid(rewards[:, None] - rewards[None, :])
-    def expected_loss(logits):
-      policy = jax.nn.log_softmax(logits)
-      square = lambda x: Pair(*jnp.broadcast_arrays(x[:, None], x[None, :]))
-      every = losses.dpo_loss(square(policy), square(reference), beta=beta)
-      return jnp.sum(sampling / sampling.sum() * preferred * every)
-    logits = reference
-    for _ in range(50):  # Newton; a constant added to all logits changes nothing
-      logits -= jnp.linalg.pinv(jax.hessian(expected_loss)(logits), rtol=1e-12) @ jax.grad(
-          expected_loss)(logits)
-    policy = jax.nn.log_softmax(logits)
-    optimal = jax.nn.log_softmax(reference + rewards / beta)
-    assert 0.5 * jnp.abs(jnp.exp(policy) - jnp.exp(optimal)).sum() < 1e-4
-    objective = jnp.sum(jnp.exp(policy) * losses.kl_penalized_reward(
-        rewards, policy, reference, beta=beta))
-    np.testing.assert_allclose(
-        objective, beta * jax.nn.logsumexp(reference + rewards / beta), rtol=1e-6)
-
-
 # Without a reference, unpaired, and what losses are given.
 
 
