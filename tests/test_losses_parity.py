@@ -4,10 +4,7 @@
 system and the paper mean different things by one name, a test states which composition is which.
 """
 
-import importlib.util
 import json
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -166,14 +163,6 @@ def test_losses_and_gradients_are_trls(name, dtype, tolerance):
       limit = max(tolerance, 1e-5 * case["float32"])  # TRL itself went to float32
       np.testing.assert_allclose(values, want, rtol=limit, atol=limit)
       np.testing.assert_allclose(grads, want_grads, rtol=limit, atol=limit)
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="needs TRL: pip install -e '.[parity]'")
-def test_the_vectors_have_not_moved():
-  command = [sys.executable, "-W", "ignore", "-m", "tests.parity.make_vectors", "--check"]
-  result = subprocess.run(command, cwd=conftest.ROOT, capture_output=True, text=True, timeout=300)
-  assert result.returncode == 0, result.stderr
 
 
 # One name, several readings. x is the vectors' input in float64, as NumPy sees it.
