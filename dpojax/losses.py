@@ -6,7 +6,8 @@ gets is decided by the array that is passed: see `length_normalize`. Everything 
 float32, or float64 for float64 inputs, and is finite with finite gradients at log-ratios of +-1e4.
 Every knob may be a traced array, so a sweep over beta compiles once.
 
-Below, h_w and h_l are log pi - log pi_ref of the chosen and the rejected response, and h = h_w - h_l.
+Below, h_w and h_l are log pi - log pi_ref of the chosen and the rejected response, and
+h = h_w - h_l.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_LARGEST_EXPONENT = 80.0
+_LARGEST_EXPONENT = 60.0
 
 Knob = float | jax.Array
 
@@ -54,15 +55,21 @@ def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array | None = None) ->
   """
   rewards = _wide(rewards)
   there = jnp.ones(rewards.shape, bool) if where is None else where
-  masked = jnp.where(there, rewards, jnp.finfo(rewards.dtype).min / 4)
-  rest = jax.lax.cumlogsumexp(masked, axis=rewards.ndim - 1, reverse=True)
-  return -jnp.sum(masked - rest, axis=-1, where=there)
+  # As sum_k softplus(logsumexp_{j > k} (r_j - r_k)): exact however large the rewards are.
+  rewards = jnp.where(there, rewards, 0)
+  ahead = rewards[..., None, :] - rewards[..., :, None]
+  worse = jnp.triu(jnp.broadcast_to(there[..., None, :], ahead.shape), 1)
+  rivals = jax.nn.logsumexp(jnp.where(worse, ahead, jnp.finfo(ahead.dtype).min / 4), axis=-1)
+  return jnp.sum(jax.nn.softplus(rivals), axis=-1, where=there)
 
 
 def dpo_plackett_luce_loss(
     policy: jax.Array, reference: jax.Array, *, beta: Knob, where: jax.Array | None = None
 ) -> jax.Array:
-  """Returns the DPO loss of rankings (Rafailov et al. 2023, App. A.3): [..., K] best first -> [...]."""
+  """Returns the Plackett-Luce loss of implicit rewards (Rafailov et al. 2023, App. A.3), [...].
+
+  policy, reference and where are [..., K], best first; `plackett_luce_loss` has the formula.
+  """
   return plackett_luce_loss(implicit_reward(policy, reference, beta=beta), where=where)
 
 
@@ -98,7 +105,10 @@ def ipo_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
 
 
 def hinge_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
-  """Returns max(0, 1 - beta h) (RSO's use of SLiC's hinge, Liu et al. 2023), [...]."""
+  """Returns max(0, 1 - beta h), [...]: RSO's hinge on log-ratios (Liu et al. 2023), after SLiC's.
+
+  SLiC itself has no reference: up to a factor it is this loss with a reference of zeros.
+  """
   return jax.nn.relu(1 - beta * _margin(policy, reference))
 
 
@@ -118,7 +128,8 @@ def robust_dpo_loss(
 def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob) -> jax.Array:
   """Returns KL(Bernoulli(sigmoid(beta h)) || Bernoulli(1 - e)) (Ji et al. 2024, Eq. 16), [...].
 
-  e = label_smoothing is in (0, 0.5); at 0 the loss is infinite.
+  With s = sigmoid(beta h): s (log s - log(1 - e)) + (1 - s) (log(1 - s) - log e), least at
+  beta h = log((1 - e) / e). e = label_smoothing is in (0, 0.5); at 0 the loss is infinite.
 
   Raises:
     ValueError: label_smoothing is a number and not positive.
@@ -131,7 +142,11 @@ def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing:
 
 
 def nca_pair_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
-  """Returns -log s(beta h_w) - log s(-beta h_w) / 2 - log s(-beta h_l) / 2 (Chen et al. 2024), [...]."""
+  """Returns -log s(beta h_w) - log s(-beta h_w) / 2 - log s(-beta h_l) / 2, [...].
+
+  The pairwise form of noise contrastive alignment (Chen et al. 2024); s is the sigmoid. The chosen
+  response's terms are least at beta h_w = log 2, above the reference.
+  """
   chosen, rejected = _rewards(policy, reference, beta)
   return -(jax.nn.log_sigmoid(chosen)
            + (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)) / 2)
@@ -140,6 +155,7 @@ def nca_pair_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
 def bco_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, delta: Knob = 0.0) -> jax.Array:
   """Returns -log s(beta h_w - delta) - log s(-(beta h_l - delta)) (Jung et al. 2024), [...].
 
+  The binary classifier's loss of a pair, s the sigmoid: the sum of `bco_loss` of both responses.
   The paper's delta is a running mean of the rewards; TRL's pairwise form has none.
   """
   chosen, rejected = _rewards(policy, reference, beta)
@@ -147,7 +163,10 @@ def bco_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, delta: Knob = 0.
 
 
 def sppo_hard_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
-  """Returns (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2 (Wu et al. 2024), [...]."""
+  """Returns (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2 (Wu et al. 2024, Eq. 4.7), [...].
+
+  SPPO with win probabilities 1 and 0; 1 / beta is the paper's eta.
+  """
   chosen, rejected = _log_ratios(policy, reference)
   return jnp.square(chosen - 0.5 / beta) + jnp.square(rejected + 0.5 / beta)
 
@@ -203,14 +222,15 @@ def aot_unpaired_loss(
   """
   chosen, rejected = (jnp.sort(x, axis=-1) for x in _log_ratios(policy, reference))
   zero = jnp.zeros_like(chosen)
-  return dpo_loss(Pair(chosen, rejected), Pair(zero, zero), beta=beta, label_smoothing=label_smoothing)
+  return dpo_loss(
+      Pair(chosen, rejected), Pair(zero, zero), beta=beta, label_smoothing=label_smoothing)
 
 
 # f-DPO: other divergences than the reverse KL hold the policy near the reference.
 
 
 def reverse_kl(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
-  """Returns f'(u) up to a constant for f(u) = u log u, u = exp(log_ratio): DPO's. alpha is not used."""
+  """Returns f'(u) - 1 = log u for f(u) = u log u, u = exp(log_ratio): DPO's. alpha is not used."""
   return _wide(log_ratio)
 
 
@@ -225,8 +245,11 @@ def js_divergence(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
 
 
 def alpha_divergence(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
-  """Returns f'(u) = (1 - u^-alpha) / alpha, u = exp(log_ratio); alpha is in (0, 1)."""
-  return (1 - _exp(-alpha * _wide(log_ratio))) / alpha
+  """Returns f'(u) = (1 - u^-alpha) / alpha, u = exp(log_ratio); alpha is in (0, 1).
+
+  It goes to `reverse_kl` as alpha goes to 0, and is `forward_kl` up to a constant at 1.
+  """
+  return -jnp.expm1(jnp.minimum(-alpha * _wide(log_ratio), _LARGEST_EXPONENT)) / alpha
 
 
 def f_dpo_loss(
@@ -237,7 +260,7 @@ def f_dpo_loss(
   Args:
     policy, reference: summed log-probs.
     beta: strength of the pull to the reference.
-    divergence: one of the four functions above; `reverse_kl` gives DPO. Exponents are capped at 80.
+    divergence: one of the four functions above; `reverse_kl` gives DPO. Exponents are capped at 60.
     alpha: of `alpha_divergence`.
   """
   chosen, rejected = (divergence(x, alpha=alpha) for x in _log_ratios(policy, reference))
@@ -248,17 +271,19 @@ def f_dpo_loss(
 
 
 def simpo_loss(policy: Pair, *, beta: Knob, gamma: Knob) -> jax.Array:
-  """Returns -log sigmoid(beta (m_w - m_l) - gamma) of MEAN log-probs m (Meng et al. 2024, Eq. 6), [...].
+  """Returns -log sigmoid(beta (m_w - m_l) - gamma) of MEAN log-probs m, [...].
 
-  gamma is the target margin itself; TRL and SimPO's own code give gamma / beta or gamma by name.
+  Meng et al. 2024, Eq. 6. gamma is the target margin itself, as TRL's simpo_gamma; SimPO's own code
+  and Levanter take the ratio gamma / beta (gamma_beta_ratio).
   """
   return -jax.nn.log_sigmoid(beta * (_wide(policy.chosen) - _wide(policy.rejected)) - gamma)
 
 
 def cpo_loss(policy: Pair, *, beta: Knob, label_smoothing: Knob = 0.0) -> jax.Array:
-  """Returns -log sigmoid(beta (log pi(y_w) - log pi(y_l))) of summed log-probs (Xu et al. 2024), [...].
+  """Returns -log sigmoid(beta (log pi(y_w) - log pi(y_l))) of summed log-probs, [...].
 
-  CPO is this plus `nll_loss(policy.chosen)`; with a uniform reference it is DPO.
+  Xu et al. 2024, Eq. 3, whose CPO is this plus `nll_loss(policy.chosen)`. It is DPO without a
+  reference, or with a uniform one.
   """
   zero = jax.tree.map(jnp.zeros_like, policy)
   return dpo_loss(policy, zero, beta=beta, label_smoothing=label_smoothing)
@@ -294,7 +319,10 @@ def kto_loss(
     log_ratios: jax.Array, desirable: jax.Array, kl: jax.Array, *, beta: Knob,
     desirable_weight: Knob = 1.0, undesirable_weight: Knob = 1.0,
 ) -> jax.Array:
-  """Returns w (1 - v), v = sigmoid(+-beta (h - kl)) (Ethayarajh et al. 2024, Eq. 8), [...].
+  """Returns w (1 - sigmoid(+-beta (h - kl))), + where desirable (Ethayarajh et al. 2024), [...].
+
+  The loss lambda_y - v(x, y) of the paper's Sec. 4. With kl = 0 it is the unpaired form of
+  `apo_zero_loss`.
 
   Args:
     log_ratios: h = log pi - log pi_ref of each response, summed.
@@ -350,16 +378,24 @@ def ld_dpo_log_probs(token_log_probs: Pair, mask: Pair, *, alpha: Knob) -> Pair:
 
 
 def wpo_weights(alignment: Pair) -> jax.Array:
-  """Returns min(1, exp(a_w + a_l)) without gradient (Zhou et al. 2024), weights of pairs, [...].
+  """Returns min(1, exp(a_w + a_l)) without gradient (WPO, Zhou et al. 2024), [...].
 
-  `alignment` is, of each response, the mean over tokens of log pi(y_t) - log sum_v pi(v)^2.
+  A pair counts as much as the policy itself would have sampled it (the paper's Eq. 2, aligned to
+  sampling); multiply the loss of the pair by it. TRL's weights have no cap at 1.
+
+  Args:
+    alignment: of each response the mean over tokens of log pi(y_t) - log sum_v pi(v)^2; the latter
+      is logsumexp(2 logits) - 2 logsumexp(logits).
   """
   return jax.lax.stop_gradient(
       jnp.exp(jnp.minimum(_wide(alignment.chosen) + _wide(alignment.rejected), 0.0)))
 
 
 def mix_reference(policy_params: Any, reference_params: Any, *, alpha: Knob) -> Any:
-  """Returns alpha policy + (1 - alpha) reference, leaf by leaf: TR-DPO (Gorbatovski et al. 2024)."""
+  """Returns alpha policy + (1 - alpha) reference, leaf by leaf: TR-DPO, Gorbatovski et al. 2024.
+
+  alpha = 1 is the paper's hard update; leaves keep the reference's dtype.
+  """
   return jax.tree.map(
       lambda p, r: (alpha * p + (1 - alpha) * r).astype(r.dtype), policy_params, reference_params)
 
@@ -375,9 +411,10 @@ def kl_penalized_reward(
 
 
 def kl_k1(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
-  """Returns log pi - log pi_ref of samples of pi: unbiased for KL(pi || pi_ref), of any sign, [...].
+  """Returns log pi - log pi_ref of samples of pi (Schulman 2020), [...].
 
-  Of summed log-probs it estimates the sequences' KL, of token log-probs the tokens'.
+  Unbiased for KL(pi || pi_ref), of any sign. Of summed log-probs it estimates the sequences' KL, of
+  token log-probs the tokens'.
   """
   return _wide(log_probs) - _wide(reference_log_probs)
 
@@ -388,15 +425,24 @@ def kl_k2(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
 
 
 def kl_k3(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
-  """Returns exp(-x) - 1 + x, x = log pi - log pi_ref (Schulman 2020): unbiased, never negative, [...]."""
+  """Returns exp(-x) - 1 + x, x = log pi - log pi_ref (Schulman 2020), [...].
+
+  Unbiased and never negative; the exponent is capped at 60.
+  """
   x = kl_k1(log_probs, reference_log_probs)
-  return jnp.where(-x > _LARGEST_EXPONENT, _exp(-x), jnp.expm1(-jnp.maximum(x, -_LARGEST_EXPONENT))) + x
+  return jnp.expm1(jnp.minimum(-x, _LARGEST_EXPONENT)) + x
 
 
 def token_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
-  """Returns the exact KL of two distributions from their log-probs [..., V], [...]."""
+  """Returns the exact sum_v pi(v) (log pi(v) - log pi_ref(v)) of log-probs [..., V], [...].
+
+  KL(pi || pi_ref) of the next token; summed over the tokens of samples of pi it estimates the
+  sequences' KL without bias. Where pi is 0, log-probs may be -inf.
+  """
   ours, theirs = _wide(log_probs), _wide(reference_log_probs)
-  return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1, where=jnp.isfinite(ours))
+  possible = jnp.isfinite(ours)
+  ours, theirs = jnp.where(possible, ours, 0), jnp.where(possible, theirs, 0)
+  return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1, where=possible)
 
 
 PAIRWISE_LOSSES = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
 from dpojax import losses
@@ -83,54 +84,113 @@ def test_a_loss_is_its_papers_formula(name, beta, pairs):
   np.testing.assert_allclose(loss_named(name)(*single, beta=beta), want, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Every loss as a function of six arrays, whatever it takes; the arrays are h-like or log-prob-like.
+def on_pairs(loss, **knobs):
+  return lambda x: loss(Pair(*x[:2]), Pair(*x[2:4]), beta=x[4], **knobs)
+
+
+MASKED = jnp.asarray([True, False, True, True])
+EVERY_LOSS = {
+    **{name: on_pairs(loss_named(name)) for name in NAMES},
+    "dpo, smoothed": on_pairs(losses.dpo_loss, label_smoothing=0.1),
+    "aot": on_pairs(losses.aot_loss, label_smoothing=0.1),
+    "aot_unpaired": on_pairs(losses.aot_unpaired_loss),
+    "f_dpo, reverse_kl": on_pairs(losses.f_dpo_loss, divergence=losses.reverse_kl),
+    "bradley_terry": lambda x: losses.bradley_terry_loss(x[0], x[1]),
+    "plackett_luce": lambda x: losses.plackett_luce_loss(jnp.stack(x[:4], axis=-1)),
+    "dpo_plackett_luce": lambda x: losses.dpo_plackett_luce_loss(
+        jnp.stack(x[:4], axis=-1), jnp.stack(x[3::-1], axis=-1), beta=x[4],
+        where=jnp.broadcast_to(MASKED, (*x[0].shape, 4))),
+    "simpo": lambda x: losses.simpo_loss(Pair(*x[:2]), beta=x[4], gamma=0.5),
+    "cpo": lambda x: losses.cpo_loss(Pair(*x[:2]), beta=x[4]),
+    "orpo": lambda x: losses.orpo_loss(Pair(*(-jnp.abs(y) for y in x[:2])), weight=x[4]),
+    "unlikelihood": lambda x: losses.unlikelihood_loss(Pair(*x[:2]), alpha=x[4]),
+    "nll": lambda x: losses.nll_loss(x[0]),
+    "kto, desirable": lambda x: losses.kto_loss(x[0], jnp.ones(x[0].shape, bool), 0.3, beta=x[4]),
+    "kto, undesirable": lambda x: losses.kto_loss(
+        x[0], jnp.zeros(x[0].shape, bool), 0.3, beta=x[4], undesirable_weight=1.5),
+    "bco": lambda x: losses.bco_loss(x[0], jnp.ones(x[0].shape, bool), beta=x[4], delta=0.2),
+    "kl_penalized_reward": lambda x: losses.kl_penalized_reward(*x[:3], beta=x[4]),
+    "kl_k1": lambda x: losses.kl_k1(*x[:2]),
+    "kl_k2": lambda x: losses.kl_k2(*x[:2]),
+    "kl_k3": lambda x: losses.kl_k3(*x[:2]),
+}
+"""(chosen, rejected, reference chosen, reference rejected, beta) -> loss, of arrays of one shape."""
+
+SIZES = [-1e4, -60.0, -1.0, 0.0, 1.0, 60.0, 1e4]
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
 def test_gradients_are_those_of_finite_differences(name, pairs):
   with jax.enable_x64(True):
-    policy, reference = jax.tree.map(jnp.asarray, pairs)
-    check_grads(lambda p, b: loss_named(name)(p, reference, beta=b), (policy, 0.7), order=1,
-                modes=["rev"], rtol=1e-4, atol=1e-4, eps=1e-6)
+    policy, reference = jax.tree.map(lambda x: jnp.asarray(x)[0], pairs)
+    check_grads(EVERY_LOSS[name], ((*policy, *reference, 0.7),), order=1,
+                modes=["rev", "fwd"], rtol=1e-4, atol=1e-4, eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_losses_and_gradients_are_finite_at_extremes(name, dtype):
+  """At every pair of log-ratios up to +-1e4, and every beta, the gradient by beta too."""
+  chosen, rejected = jnp.meshgrid(jnp.asarray(SIZES, dtype), jnp.asarray(SIZES, dtype))
+  zero = jnp.zeros_like(chosen)
+  def total(x):
+    values = EVERY_LOSS[name](x)
+    return values.sum(), values
+  for beta in (0.01, 1.0, 10.0):
+    grads, values = jax.grad(total, has_aux=True)((chosen, rejected, zero, zero, beta))
+    assert values.dtype == jnp.float32
+    assert jnp.isfinite(values).all()
+    assert all(jnp.isfinite(g).all() for g in grads)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(name=st.sampled_from(sorted(set(EVERY_LOSS) - {"aot", "aot_unpaired"})),
+       shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3),
+       dtype=st.sampled_from(["float32", "bfloat16", "float16"]), seed=st.integers(0, 9))
+def test_losses_keep_the_shape_and_are_elementwise(name, shape, dtype, seed):
+  x = np.random.default_rng(seed).normal(size=(4, *shape))
+  x = tuple(jnp.asarray(x, dtype))
+  got = EVERY_LOSS[name]((*x, 0.3))
+  assert got.shape == shape and got.dtype == jnp.float32
+  flat = [y.ravel() for y in x]
+  one_by_one = [EVERY_LOSS[name]((*(y[i] for y in flat), 0.3)) for i in range(min(got.size, 3))]
+  np.testing.assert_allclose(got.ravel()[:3], one_by_one, rtol=1e-5, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
-@given(st.sampled_from(NAMES), st.sampled_from([-1e4, -50.0, 0.0, 50.0, 1e4]),
-       st.sampled_from([-1e4, -50.0, 0.0, 50.0, 1e4]), st.sampled_from([0.05, 1.0, 5.0]),
-       st.sampled_from(["float32", "bfloat16"]))
-def test_losses_and_gradients_are_finite_at_extremes(name, chosen, rejected, beta, dtype):
-  policy = Pair(jnp.asarray([chosen], dtype), jnp.asarray([rejected], dtype))
-  reference = Pair(jnp.zeros(1, dtype), jnp.zeros(1, dtype))
-  value, grads = jax.value_and_grad(
-      lambda p: loss_named(name)(p, reference, beta=beta).sum())(policy)
-  assert value.dtype == jnp.float32
-  assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in grads)
+@given(name=st.sampled_from(sorted(EVERY_LOSS)), seed=st.integers(0, 9))
+def test_bfloat16_inputs_are_computed_in_float32(name, seed):
+  x = jnp.asarray(np.random.default_rng(seed).normal(size=(4, 5), scale=20), jnp.bfloat16)
+  widened = EVERY_LOSS[name]((*x.astype(jnp.float32), 0.3))
+  np.testing.assert_array_equal(EVERY_LOSS[name]((*x, 0.3)), widened)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
-@given(st.sampled_from(NAMES), st.sampled_from([(), (1,), (5,), (2, 3), (0,)]))
-def test_losses_keep_the_shape_and_are_elementwise(name, shape):
-  rng = np.random.default_rng(1)
-  policy, reference = (Pair(*jnp.asarray(rng.normal(size=(2, *shape)), jnp.float32)) for _ in "ab")
-  got = loss_named(name)(policy, reference, beta=0.3)
-  assert got.shape == shape
-  flat = [Pair(*(x.ravel() for x in pair)) for pair in (policy, reference)]
-  one_by_one = [loss_named(name)(*(Pair(*(x[i] for x in pair)) for pair in flat), beta=0.3)
-                for i in range(got.size)]
-  np.testing.assert_allclose(got.ravel(), one_by_one, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_a_sweep_of_sixteen_betas_compiles_once_and_vmaps(name, pairs):
+  x = jax.tree.leaves(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), pairs))
+  traces = []
+  @jax.jit
+  def loss(beta):
+    traces.append(beta)
+    return EVERY_LOSS[name]((*x, beta))
+  betas = jnp.geomspace(0.05, 5.0, 16)
+  swept = jnp.stack([loss(beta) for beta in betas])
+  assert len(traces) == 1
+  of_vector = jax.vmap(lambda beta: EVERY_LOSS[name]((*x, beta)))(betas)
+  np.testing.assert_allclose(of_vector, swept, rtol=2e-5, atol=1e-5)
 
 
-def test_a_sweep_of_sixteen_betas_compiles_once_and_vmaps(pairs):
+@pytest.mark.parametrize("loss, knobs", [
+    (losses.dpo_loss, {"label_smoothing": 0.1}), (losses.robust_dpo_loss, {"label_smoothing": 0.1}),
+    (losses.exo_pair_loss, {"label_smoothing": 0.1}), (losses.bco_pair_loss, {"delta": 0.2}),
+    (losses.discopop_loss, {"tau": 0.05}),
+    (functools.partial(losses.f_dpo_loss, divergence=losses.alpha_divergence), {"alpha": 0.3})])
+def test_every_knob_may_be_traced(loss, knobs, pairs):
   policy, reference = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), pairs)
-  for name in NAMES:
-    traces = []
-    @jax.jit
-    def loss(beta, name=name, traces=traces):
-      traces.append(beta)
-      return loss_named(name)(policy, reference, beta=beta)
-    betas = jnp.geomspace(0.05, 5.0, 16)
-    swept = jnp.stack([loss(beta) for beta in betas])
-    assert len(traces) == 1
-    np.testing.assert_allclose(
-        jax.vmap(lambda beta, name=name: loss_named(name)(policy, reference, beta=beta))(betas),
-        swept, rtol=2e-5, atol=1e-5)
+  want = loss(policy, reference, beta=0.3, **knobs)
+  got = jax.jit(lambda knobs: loss(policy, reference, beta=0.3, **knobs))(knobs)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 # DPO.
@@ -214,14 +274,34 @@ def test_plackett_luce_is_the_chance_of_drawing_the_ranking(rng):
   np.testing.assert_allclose(losses.plackett_luce_loss(jnp.asarray(rewards)), -np.log(chance), rtol=1e-5)
 
 
-def test_absent_responses_do_not_count_in_a_ranking(rng):
-  rewards = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
-  where = jnp.arange(5)[None] < jnp.asarray([[5], [3], [2], [1]])
-  got, grads = jax.value_and_grad(
-      lambda r: losses.plackett_luce_loss(r, where=where).sum())(rewards)
-  want = sum(losses.plackett_luce_loss(row[:n]) for row, n in zip(rewards, (5, 3, 2, 1)))
-  np.testing.assert_allclose(got, want, rtol=1e-5)
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(hnp.arrays(bool, (5,)), st.integers(0, 9), st.sampled_from([0.0, np.nan, -np.inf]))
+def test_absent_responses_do_not_count_in_a_ranking(where, seed, absent):
+  """Whatever stands in their places: the loss is that of the others in their order."""
+  rewards = np.random.default_rng(seed).normal(size=5)
+  got, grads = jax.value_and_grad(lambda r: losses.plackett_luce_loss(r, where=jnp.asarray(where)))(
+      jnp.asarray(np.where(where, rewards, absent), jnp.float32))
+  there = rewards[where]
+  want = sum(np.log(np.exp(there[k:]).sum()) - there[k] for k in range(len(there)))
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
   assert not np.any(np.where(where, 0, grads)) and np.all(np.isfinite(grads))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_two_large_rewards_are_ranked_as_exactly_as_a_pair(size):
+  for gap in (-1.0, 0.0, 0.5):
+    pair = jnp.asarray([size + gap, size], jnp.float32)
+    ranking = jax.value_and_grad(losses.plackett_luce_loss)(pair)
+    exact = jax.value_and_grad(lambda r: losses.bradley_terry_loss(r[0], r[1]))(pair)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ranking, exact)
+
+
+def test_the_dpo_loss_of_rankings_of_two_is_the_dpo_loss(pairs):
+  with jax.enable_x64(True):
+    policy, reference = jax.tree.map(jnp.asarray, pairs)
+    ranked = [jnp.stack(pair, axis=-1) for pair in (policy, reference)]
+    np.testing.assert_allclose(losses.dpo_plackett_luce_loss(*ranked, beta=0.3),
+                               losses.dpo_loss(policy, reference, beta=0.3), rtol=1e-12)
 
 
 def test_a_reward_of_the_prompt_alone_changes_no_preference_loss(rng):
@@ -320,7 +400,14 @@ def test_kl_estimators_agree_with_the_exact_kl_in_expectation(rng):
   assert jnp.all(losses.kl_k3(ours, theirs) >= 0)
   np.testing.assert_allclose(
       losses.kl_k2(ours, theirs), np.square(np.asarray(ours) - np.asarray(theirs)) / 2, rtol=1e-5)
-  assert jnp.isfinite(losses.kl_k3(jnp.float32(-1e4), jnp.float32(0.0)))
+
+
+def test_the_kl_of_tokens_allows_impossible_ones_and_gives_them_no_gradient():
+  ours = jnp.log(jnp.asarray([0.0, 0.5, 0.5]))
+  theirs = jnp.log(jnp.asarray([0.2, 0.3, 0.5]))
+  kl, grads = jax.value_and_grad(losses.token_kl)(ours, theirs)
+  np.testing.assert_allclose(kl, 0.5 * np.log(0.5 / 0.3), rtol=1e-6)
+  assert grads[0] == 0 and jnp.isfinite(grads).all()
 
 
 def test_every_public_function_says_what_it_returns():
