@@ -1,4 +1,7 @@
-"""Orbax checkpoints of a run: the train state and what it belongs to, never the reference."""
+"""Orbax checkpoints of a run: the train state and what it belongs to.
+
+The reference is not in them, unless it moves: then the run could not go on without it.
+"""
 
 import hashlib
 import os
@@ -50,22 +53,33 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept)),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler(),
+                       "reference": ocp.PyTreeCheckpointHandler()})
 
   def steps(self) -> list[int]:
     """Returns the steps that can be restored, ascending."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, state: Any, about: dict, metrics: dict | None = None) -> None:
+  def save(
+      self, step: int, state: Any, about: dict, metrics: dict | None = None, reference: Any = None
+  ) -> None:
     """Starts writing the state and what it belongs to; an earlier failure is raised here.
+
+    Args:
+      step: the state's.
+      state: what `restore` returns.
+      about: JSON values.
+      metrics: the evaluation the checkpoint is ranked by.
+      reference: a reference that moves; one that does not is not saved.
 
     Raises:
       DiskError: the disk is full or the folder cannot be written.
     """
+    moving = {} if reference is None else {"reference": ocp.args.PyTreeSave(reference)}
     with disk_errors(self.folder):
       self._manager.save(
           step, metrics=metrics, args=ocp.args.Composite(
-              state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about)))
+              state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about), **moving))
 
   def restore(self, step: int, target: Any) -> tuple[Any, dict]:
     """Returns the state at a step, placed as the target is, and what it belongs to.
@@ -73,8 +87,17 @@ class Checkpoints:
     Raises:
       CheckpointError: its files are damaged.
     """
-    return self._restore(step, ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+    restored = self._restore(
+        step, state=_into(target), about=ocp.args.JsonRestore())
+    return restored.state, restored.about
+
+  def restore_reference(self, step: int, target: Any) -> Any:
+    """Returns the reference that moves, as it was at a step, placed as the target is.
+
+    Raises:
+      CheckpointError: its files are damaged.
+    """
+    return self._restore(step, reference=_into(target)).reference
 
   def restore_arrays(self, step: int, part: str = "") -> tuple[Any, dict]:
     """Returns the state, or one part of it such as `params`, as NumPy arrays in plain dicts.
@@ -85,21 +108,20 @@ class Checkpoints:
     tree = self._manager.item_metadata(step).state.tree
     tree = {part: tree[part]} if part else tree
     as_array = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
-    state, about = self._restore(step, ocp.args.PyTreeRestore(
-        tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)))
-    return state[part] if part else state, about
+    restored = self._restore(
+        step, about=ocp.args.JsonRestore(), state=ocp.args.PyTreeRestore(
+            tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)))
+    return restored.state[part] if part else restored.state, restored.about
 
-  def _restore(self, step: int, state: ocp.args.PyTreeRestore) -> tuple[Any, dict]:
+  def _restore(self, step: int, **items) -> Any:
     try:
-      restored = self._manager.restore(
-          step, args=ocp.args.Composite(state=state, about=ocp.args.JsonRestore()))
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax and tensorstore raise many kinds
       earlier = [other for other in self.steps() if other < step]
       raise CheckpointError(
           f"the checkpoint {self.folder / str(step)} cannot be read "
           f"({str(error).strip().splitlines()[0]}); delete that folder to continue from "
           + (f"step {earlier[-1]}" if earlier else "the start")) from error
-    return restored.state, restored.about
 
   def wait(self) -> None:
     """Returns when everything is written.
@@ -167,6 +189,11 @@ def fingerprint(params: Any) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     digest.update(f"{name} {leaf.shape} {leaf.dtype} {sum_.tolist()}\n".encode())
   return digest.hexdigest()
+
+
+def _into(target: Any) -> ocp.args.PyTreeRestore:
+  return ocp.args.PyTreeRestore(
+      target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 def _higher_is_better(metric: str) -> bool:

@@ -2,21 +2,36 @@
 
 import difflib
 import importlib.util
-import inspect
 import json
 import math
 
 import ml_collections
+from ml_collections import config_dict
 
-from dpojax import losses, parallel, step
+from dpojax import parallel, preference, step
 from dpojax.models import config as model_config
 
 LOSSES = {
     "sft": ("sequence_sum", "token_mean"),
-    "dpo": tuple(losses.PAIRWISE_LOSSES),
+    "dpo": tuple(preference.LOSSES),
     "reward": ("bradley_terry",),
 }
-"""Names `config.loss` takes, by objective."""
+"""Names `config.loss` takes, by objective; for 'dpo' also several, comma-separated, which add."""
+
+COMBINED = ("length_normalize", "ld_alpha", "wpo")
+"""Keys of `loss_options` that change what a loss is given. The others are keywords of losses."""
+
+_KNOBS = {
+    "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
+    "delta": (math.isfinite, "finite"),
+    "tau": (lambda x: 0 < x < math.inf, "positive"),
+    "alpha": (lambda x: 0 <= x < math.inf, "at least 0"),
+    "gamma": (lambda x: 0 <= x < math.inf, "at least 0"),
+    "weight": (lambda x: 0 < x < math.inf, "positive"),
+    "desirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
+    "undesirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
+}
+"""Keywords of losses that `config.loss_options` takes, and the values that make sense."""
 
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
@@ -33,8 +48,14 @@ def defaults() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.objective = "dpo"  # sft, dpo, reward
-  config.loss = "dpo"  # a name in LOSSES[objective]
-  config.loss_options = ml_collections.ConfigDict()  # further keywords of the loss
+  config.loss = "dpo"  # a name in LOSSES[objective]; several, such as dpo,nll_mean, add
+  config.loss_weights = ()  # of each of several losses; empty: 1
+  config.loss_options = ml_collections.ConfigDict()  # keywords of losses; unset: the loss's default
+  for name in _KNOBS:
+    config.loss_options[name] = config_dict.placeholder(float)
+  config.loss_options.length_normalize = False  # mean log-probs over tokens where sums are read
+  config.loss_options.ld_alpha = config_dict.placeholder(float)  # LD-DPO; 1 is plain sums
+  config.loss_options.wpo = False  # weigh pairs by how likely the policy is to sample them
   config.beta = 0.1
   config.steps = 1000
   config.batch_size = 64  # comparisons a step, over all devices
@@ -57,9 +78,11 @@ def defaults() -> ml_collections.ConfigDict:
   config.model.scan_layers = True
 
   config.reference = ml_collections.ConfigDict()
-  config.reference.mode = "inline"
+  config.reference.mode = "inline"  # inline; none: log-probs of 0, a uniform reference
   config.reference.checkpoint = ""  # empty: the weights the policy starts from
   config.reference.may_differ = False  # true: start although policy and reference disagree
+  config.reference.sync_every = 0  # TR-DPO: steps between updates of the reference; 0: frozen
+  config.reference.sync_alpha = 0.6  # share of the policy in an update; 1: a copy of it
 
   config.tokenizer = ""  # folder or hub name
   config.data = ml_collections.ConfigDict()
@@ -68,6 +91,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.config = ""  # the builder's config, such as hh's harmless-base
   config.data.eval_path = ""  # held-out local files; empty: eval_size are held out of the data
   config.data.eval_size = 256
+  config.data.num_responses = 2  # of a ranking that are kept, the best; for dpo_plackett_luce
   config.data.max_length = 512
   config.data.max_prompt_length = 256
   config.data.keep = ""  # end or start of an over-long prompt; empty: the data set's policy
@@ -111,12 +135,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
   known = flatten(defaults())
   given = flatten(config)
   for key, value in given.items():
-    if key.startswith("loss_options."):
-      continue
     if key not in known:
       near = difflib.get_close_matches(key, known, n=1)
       raise ConfigError(f"config.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
     default = known[key]
+    if default is None:  # unset, else a number
+      if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ConfigError(f"config.{key} is {value!r}; it must be a number")
+      continue
+    if key == "loss_weights":
+      value, default = list(value) if isinstance(value, (list, tuple)) else value, []
     kinds = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
       raise ConfigError(
@@ -127,11 +155,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f"config.{missing[0]} is missing; start a config from dpojax.config.defaults()")
 
   _one_of(config, "objective", LOSSES)
-  _one_of(config, "loss", LOSSES[config.objective])
+  _check_losses(config)
   _one_of(config, "model.family", ("llama", "gpt2"))
   _one_of(config, "model.dtype", model_config.DTYPES)
   _one_of(config, "model.remat", model_config.REMATS)
-  _one_of(config, "reference.mode", ("inline",))
+  _one_of(config, "reference.mode", ("inline", "none"))
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
@@ -143,7 +171,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _at_least(config, key, 1)
   for key in ("seed", "chunk_size", "eval_every", "checkpoint_every", "checkpoint_keep",
               "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
-              "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
+              "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
               "parallel.data", "parallel.process_id"):
     _at_least(config, key, 0)
   for key in ("beta", "optimizer.learning_rate"):
@@ -184,26 +212,130 @@ def _check_combinations(config) -> None:
     raise ConfigError(
         f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
         "pip install 'dpojax[wandb]', or leave it empty")
-  if config.objective == "dpo":
-    taken = inspect.signature(losses.PAIRWISE_LOSSES[config.loss]).parameters
-    for name in config.loss_options:
-      if name not in taken or name in ("policy", "reference", "beta"):
-        options = sorted(set(taken) - {"policy", "reference", "beta"})
+
+
+def losses_of(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns the names in `config.loss`."""
+  return [name.strip() for name in config.loss.split(",")]
+
+
+def knobs_of(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Returns the keywords of losses that are set."""
+  return {name: value for name, value in config.loss_options.items()
+          if name in _KNOBS and value is not None}
+
+
+def combined_with(config: ml_collections.ConfigDict) -> dict[str, bool | float]:
+  """Returns what else changes the losses: the keys in `COMBINED` that are set."""
+  return {name: config.loss_options[name] for name in COMBINED
+          if config.loss_options[name] not in (None, False)}
+
+
+def _check_losses(config) -> None:
+  names, allowed = losses_of(config), LOSSES[config.objective]
+  for name in names:
+    if name not in allowed:
+      near = difflib.get_close_matches(name, allowed, n=1)
+      raise ConfigError(
+          f"config.loss is {config.loss!r}; it must be one of {', '.join(map(repr, allowed))}"
+          + (f"; did you mean {near[0]}?" if near else ""))
+  if config.objective != "dpo":
+    asked = knobs_of(config) | combined_with(config)
+    if asked or config.loss_weights:
+      raise ConfigError(
+          f"config.{f'loss_options.{next(iter(asked))}' if asked else 'loss_weights'} is set; "
+          f"objective={config.objective!r} takes none")
+    return
+  _check_sum(config, names)
+  _check_knobs(config, [preference.LOSSES[name] for name in names])
+  _check_reference(config, names)
+
+
+def _check_sum(config, names: list[str]) -> None:
+  """Refuses losses that do not add."""
+  if len(set(names)) < len(names):
+    raise ConfigError(f"config.loss is {config.loss!r}, which names a loss twice; name it once and "
+                      "set its loss_weights")
+  weights = config.loss_weights
+  if weights and len(weights) != len(names):
+    raise ConfigError(f"config.loss_weights has {len(weights)} numbers for {len(names)} losses "
+                      f"({config.loss}); give one for each")
+  for weight in weights:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+      raise ConfigError(f"config.loss_weights has {weight!r}; every weight must be a positive number")
+  for name in names:
+    if preference.LOSSES[name].whole_step and config.accumulate > 1:
+      raise ConfigError(
+          f"config.loss is {config.loss!r} and accumulate {config.accumulate}: {name} compares "
+          "responses of all comparisons of a step, which accumulation computes apart; set accumulate=1")
+  if config.data.num_responses != 2:
+    if config.data.num_responses < 2:
+      raise ConfigError(
+          f"config.data.num_responses is {config.data.num_responses}; it must be at least 2")
+    if names != ["dpo_plackett_luce"]:
+      raise ConfigError(
+          f"config.data.num_responses is {config.data.num_responses} but {config.loss} compares 2 "
+          "responses; set loss='dpo_plackett_luce' or num_responses=2")
+
+
+def _check_knobs(config, chosen: list[preference.Loss]) -> None:
+  """Refuses options that no loss takes, values out of range, and needed ones that are missing."""
+  knobs, combined = knobs_of(config), combined_with(config)
+  for name, value in knobs.items():
+    takers = [loss for loss in chosen if name in loss.knobs()]
+    if not takers:
+      options = sorted({knob for loss in chosen for knob in (*loss.knobs(), *loss.options)})
+      raise ConfigError(
+          f"config.loss_options.{name} is not an option of {config.loss}; it takes {options}")
+    sound, text = _KNOBS[name]
+    if not sound(value):
+      raise ConfigError(f"config.loss_options.{name} is {value}; it must be {text}")
+  for name in combined:
+    if not any(name in loss.options for loss in chosen):
+      reason = ("it reads mean log-probs by definition" if any(loss.mean for loss in chosen)
+                and name == "length_normalize" else "it has no form with it")
+      raise ConfigError(
+          f"config.loss_options.{name} cannot be combined with {config.loss}: {reason}")
+  if len({"length_normalize", "ld_alpha"} & set(combined)) == 2:
+    raise ConfigError(
+        "config.loss_options has length_normalize and ld_alpha, two answers to the same question; "
+        "set one of them")
+  if not 0 <= combined.get("ld_alpha", 1) <= 1:
+    raise ConfigError(
+        f"config.loss_options.ld_alpha is {combined['ld_alpha']}; it must be in [0, 1]")
+  for name, loss in zip(losses_of(config), chosen):
+    for knob, parameter in loss.knobs().items():
+      if parameter.default is parameter.empty and knob not in knobs:
         raise ConfigError(
-            f"config.loss_options.{name} is not an option of {config.loss}; it takes {options}")
-    needed = [name for name, knob in taken.items() if knob.default is knob.empty
-              and name not in ("policy", "reference", "beta", *config.loss_options)]
-    if needed:
-      raise ConfigError(
-          f"config.loss is {config.loss!r}, which needs loss_options.{needed[0]}; set it, such as "
-          f"config.loss_options.{needed[0]} = 0.1 in the config file")
-    if config.reference.checkpoint and not config.reference.may_differ and (
-        config.reference.checkpoint != config.model.checkpoint):
-      raise ConfigError(
-          f"config.reference.checkpoint is {config.reference.checkpoint!r}, not the policy's "
-          f"{config.model.checkpoint!r}; set reference.may_differ=True if that is the purpose")
-  elif len(config.loss_options):
-    raise ConfigError(f"config.loss_options is set; objective={config.objective!r} takes none")
+            f"config.loss is {config.loss!r}, which needs loss_options.{knob}; set it, such as "
+            f"--config.loss_options.{knob}=0.1")
+    if name in ("exo_pair", "f_dpo_alpha_divergence"):
+      knob = "label_smoothing" if name == "exo_pair" else "alpha"
+      if not 0 < knobs.get(knob, 0.5) < 1:
+        raise ConfigError(
+            f"config.loss_options.{knob} is {knobs[knob]}; {name} needs one between 0 and 1")
+
+
+def _check_reference(config, names: list[str]) -> None:
+  """Refuses a reference that is not read, one that cannot move, and two that should agree."""
+  reference = config.reference
+  reads = [name for name in names if preference.LOSSES[name].reads_reference]
+  if reference.mode == "none" and "kto" in names:
+    raise ConfigError("config.reference.mode is 'none' but kto measures its reference point against "
+                      "the reference; set reference.mode='inline', or loss='apo_zero'")
+  if not reads or reference.mode == "none":
+    why = f"{config.loss} has no reference" if not reads else "reference.mode is 'none'"
+    for key in ("checkpoint", "sync_every"):
+      if reference[key]:
+        raise ConfigError(f"config.reference.{key} is {reference[key]!r} but {why}; leave it unset")
+  if not 0 < reference.sync_alpha <= 1:
+    raise ConfigError(
+        f"config.reference.sync_alpha is {reference.sync_alpha}; it must be in (0, 1]")
+  if reference.checkpoint and not reference.may_differ and (
+      reference.checkpoint != config.model.checkpoint):
+    raise ConfigError(
+        f"config.reference.checkpoint is {reference.checkpoint!r}, not the policy's "
+        f"{config.model.checkpoint!r}; set reference.may_differ=True if that is the purpose")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -213,7 +345,10 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(text: str) -> ml_collections.ConfigDict:
   """Returns the config of a `config.json`."""
-  return ml_collections.ConfigDict(json.loads(text))
+  settings = json.loads(text)
+  if isinstance(settings.get("loss_weights"), list):
+    settings["loss_weights"] = tuple(settings["loss_weights"])
+  return ml_collections.ConfigDict(settings)
 
 
 def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> None:

@@ -46,16 +46,27 @@ def token_log_probs(
     raise ValueError(
         f"hidden [..., S, D] {hidden.shape}, head [V, D] {head.shape} and target [..., S] "
         f"{target.shape} do not belong together")
-  *leading, length, _ = hidden.shape
-  if chunk_size is None:
-    chunk_size = CHUNK_ELEMENTS // max(1, math.prod(leading) * head.shape[0])
-  chunk_size = min(max(1, chunk_size), max(1, length))
-  chunks = -(-length // chunk_size)
-  padding = chunks * chunk_size - length
-  pad = [(0, 0)] * len(leading) + [(0, padding)]
-  padded = _chunked_log_probs(
-      jnp.pad(hidden, pad + [(0, 0)]), head, jnp.pad(target, pad), chunks)
-  return padded[..., :length]
+  length = hidden.shape[-2]
+  padded, chunks = _padded(hidden, head, chunk_size)
+  pad = [(0, 0)] * (target.ndim - 1) + [(0, padded.shape[-2] - length)]
+  return _chunked_log_probs(padded, head, jnp.pad(target, pad), chunks)[..., :length]
+
+
+def token_log_collisions(
+    hidden: jax.Array, head: jax.Array, *, chunk_size: int | None = None
+) -> jax.Array:
+  """Returns log sum_v p(v)^2, p = softmax(hidden head^T), [..., S] float32: the log-probability
+  that two draws of the token agree. Shapes and memory are those of `token_log_probs`; it is for
+  weights, so nothing is kept for a gradient.
+  """
+  def one_chunk(hidden):
+    logits = _logits(hidden, head)
+    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+
+  length = hidden.shape[-2]
+  padded, chunks = _padded(hidden, head, chunk_size)
+  values = jax.lax.map(one_chunk, _to_chunks(padded, chunks, -2))
+  return _from_chunks(values, -1)[..., :length]
 
 
 def log_probs(
@@ -79,16 +90,26 @@ def log_probs(
   Returns:
     `sums` and `lengths`, [R, num_slots] float32; 0 where a row holds no such response.
   """
-  predicting = jax.vmap(lambda row, index: row[index])(hidden, source)
-  values = token_log_probs(predicting, head, target, chunk_size=chunk_size)
-  sums = jax.vmap(partial(sum_by_slot, num_slots=num_slots))(values, slot)
-  lengths = jax.vmap(partial(sum_by_slot, num_slots=num_slots))(jnp.ones_like(values), slot)
+  values = token_log_probs(
+      predicting_states(hidden, source), head, target, chunk_size=chunk_size)
+  sums = sum_by_slots(values, slot, num_slots=num_slots)
+  lengths = sum_by_slots(jnp.ones_like(values), slot, num_slots=num_slots)
   return SequenceLogProbs(sums, lengths)
+
+
+def predicting_states(hidden: jax.Array, source: jax.Array) -> jax.Array:
+  """Returns the hidden states [R, S, D] that predict the scored tokens, from [R, L, D] and [R, S]."""
+  return jax.vmap(lambda row, index: row[index])(hidden, source)
 
 
 def sum_by_slot(values: jax.Array, slot: jax.Array, *, num_slots: int) -> jax.Array:
   """Sums the [S] values of one row by slot into [num_slots]; slot num_slots is dropped."""
   return jax.ops.segment_sum(values, slot, num_segments=num_slots + 1)[:-1]
+
+
+def sum_by_slots(values: jax.Array, slot: jax.Array, *, num_slots: int) -> jax.Array:
+  """`sum_by_slot` of every row: [R, S] to [R, num_slots]."""
+  return jax.vmap(partial(sum_by_slot, num_slots=num_slots))(values, slot)
 
 
 def sequence_log_prob(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -120,6 +141,17 @@ def sequence_log_prob(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> 
 
 sequence_log_probs = jax.vmap(sequence_log_prob)
 """`sequence_log_prob` of a batch: [B, T, V], [B, T], [B, T] -> [B]."""
+
+
+def _padded(hidden: jax.Array, head: jax.Array, chunk_size: int | None) -> tuple[jax.Array, int]:
+  """Pads the token axis to whole chunks; returns that and the number of chunks."""
+  *leading, length, _ = hidden.shape
+  if chunk_size is None:
+    chunk_size = CHUNK_ELEMENTS // max(1, math.prod(leading) * head.shape[0])
+  chunk_size = min(max(1, chunk_size), max(1, length))
+  chunks = -(-length // chunk_size)
+  pad = [(0, 0)] * len(leading) + [(0, chunks * chunk_size - length), (0, 0)]
+  return jnp.pad(hidden, pad), chunks
 
 
 def _to_chunks(x: jax.Array, chunks: int, axis: int) -> jax.Array:

@@ -200,30 +200,31 @@ def discopop_loss(policy: Pair, reference: Pair, *, beta: Knob, tau: Knob = 0.05
 
 
 def aot_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0
+    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0,
+    where: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the DPO loss of sorted margins (Melnyk et al. 2024, paired), [..., B].
 
   The policy's margins log pi(y_w) - log pi(y_l) and the reference's are sorted over the last axis
-  and compared rank by rank: not elementwise, the last axis is the batch.
+  and compared rank by rank: not elementwise, the last axis is the batch. Pairs that are not `where`
+  rank last, and their losses are 0.
   """
-  ours = jnp.sort(_wide(policy.chosen) - _wide(policy.rejected), axis=-1)
-  theirs = jnp.sort(_wide(reference.chosen) - _wide(reference.rejected), axis=-1)
-  zero = jnp.zeros_like(ours)
-  return dpo_loss(Pair(ours, zero), Pair(theirs, zero), beta=beta, label_smoothing=label_smoothing)
+  ours = _sorted(_wide(policy.chosen) - _wide(policy.rejected), where)
+  theirs = _sorted(_wide(reference.chosen) - _wide(reference.rejected), where)
+  return _dpo_of_ranks(ours, theirs, beta, label_smoothing, where)
 
 
 def aot_unpaired_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0
+    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0,
+    where: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the DPO loss of sorted log-ratios (Melnyk et al. 2024, unpaired), [..., B].
 
-  h_w and h_l are sorted over the last axis each and compared rank by rank: not elementwise.
+  h_w and h_l are sorted over the last axis each and compared rank by rank: not elementwise. Pairs
+  that are not `where` rank last, and their losses are 0.
   """
-  chosen, rejected = (jnp.sort(x, axis=-1) for x in _log_ratios(policy, reference))
-  zero = jnp.zeros_like(chosen)
-  return dpo_loss(
-      Pair(chosen, rejected), Pair(zero, zero), beta=beta, label_smoothing=label_smoothing)
+  chosen, rejected = (_sorted(x, where) for x in _log_ratios(policy, reference))
+  return _dpo_of_ranks(chosen, rejected, beta, label_smoothing, where)
 
 
 # f-DPO: other divergences than the reverse KL hold the policy near the reference.
@@ -479,6 +480,25 @@ def _log1mexp(x: jax.Array) -> jax.Array:
   small = jnp.maximum(x, -1.0)
   large = jnp.minimum(x, -0.5)
   return jnp.where(x > -0.7, jnp.log(-jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))
+
+
+def _sorted(x: jax.Array, where: jax.Array | None) -> jax.Array:
+  """Returns x sorted over the last axis, with 0 behind those that are `where`."""
+  if where is None:
+    return jnp.sort(x, axis=-1)
+  last = jnp.sort(jnp.where(where, x, jnp.inf), axis=-1)
+  return jnp.where(_ranked(where), last, 0)
+
+
+def _ranked(where: jax.Array) -> jax.Array:
+  """[..., B] bool: the first places, as many as are `where`."""
+  return jnp.sort(where, axis=-1, descending=True)
+
+
+def _dpo_of_ranks(ours, theirs, beta, label_smoothing, where) -> jax.Array:
+  zero = jnp.zeros_like(ours)
+  values = dpo_loss(Pair(ours, zero), Pair(theirs, zero), beta=beta, label_smoothing=label_smoothing)
+  return values if where is None else jnp.where(_ranked(where), values, 0)
 
 
 def _log_ratios(policy: Pair, reference: Pair) -> Pair:

@@ -4,7 +4,6 @@ An objective returns `Mean`s, a total and the count it is over. Totals and count
 and accumulation steps before the one division, so a device with fewer comparisons weighs less.
 """
 
-from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from dpojax import losses
 from dpojax.data.packing import Rows
-from dpojax.log_probs import log_probs
+from dpojax.log_probs import SequenceLogProbs, log_probs
 from dpojax.models.transformer import Outputs
 
 Apply = Callable[[Any, Rows], Outputs]
@@ -25,7 +24,8 @@ class Mean(NamedTuple):
   count: jax.Array
 
   def value(self) -> jax.Array:
-    return self.total / jnp.maximum(self.count, 1)
+    """Returns the mean; nan where there is nothing it is a mean of."""
+    return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1), jnp.nan)
 
 
 class Objective(NamedTuple):
@@ -43,13 +43,15 @@ class Objective(NamedTuple):
   needs_reference: bool
 
 
-def response_log_probs(outputs: Outputs, rows: Rows, *, num_responses: int, chunk_size=None):
-  """Returns `SequenceLogProbs` of [R, P, K]: the log-prob of each response and its length."""
+def response_log_probs(
+    outputs: Outputs, rows: Rows, *, num_responses: int, chunk_size: int | None = None
+) -> SequenceLogProbs:
+  """Returns the log-prob of each response and its length, [R, P, K] each."""
   comparisons = rows.example.shape[-1]
   flat = log_probs(
       outputs.hidden, outputs.head, rows.source, rows.target, rows.slot,
       num_slots=comparisons * num_responses, chunk_size=chunk_size)
-  return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], comparisons, num_responses), flat)
+  return jax.tree.map(lambda x: x.reshape(-1, comparisons, num_responses), flat)
 
 
 def response_rewards(outputs: Outputs, rows: Rows, *, num_responses: int) -> jax.Array:
@@ -71,8 +73,12 @@ def response_rewards(outputs: Outputs, rows: Rows, *, num_responses: int) -> jax
 
 def mean_of_comparisons(values: jax.Array, rows: Rows) -> Mean:
   """Returns the mean of [R, P] values over the comparisons that are there."""
-  there = rows.example >= 0
-  return Mean(jnp.sum(values, where=there), jnp.sum(there, dtype=jnp.float32))
+  return mean_where(values, rows.example >= 0)
+
+
+def mean_where(values: jax.Array, where: jax.Array) -> Mean:
+  """Returns the mean of values [...] where a mask of the same shape is true."""
+  return Mean(jnp.sum(values, where=where), jnp.sum(where, dtype=jnp.float32))
 
 
 def sft_objective(apply: Apply, *, chunk_size: int | None = None) -> Objective:
@@ -106,60 +112,29 @@ def _sft(apply: Apply, chunk_size: int | None, reduce: Callable) -> Objective:
   return Objective(evaluate, num_responses=1, needs_reference=False)
 
 
-def preference_objective(
-    apply: Apply, loss_fn: Callable, *, beta: float | jax.Array, chunk_size: int | None = None,
-    **options,
-) -> Objective:
-  """A pairwise loss of `dpojax.losses` between the first (chosen) and second (rejected) response.
-
-  Args:
-    apply: the model; it is applied to the policy's params and to the reference's.
-    loss_fn: (policy, reference, *, beta, **options) -> loss of each pair.
-    beta: strength of the pull to the reference.
-    chunk_size: see `dpojax.log_probs.token_log_probs`.
-    **options: further knobs of the loss.
-  """
-  score = partial(response_log_probs, num_responses=2, chunk_size=chunk_size)
-
-  def evaluate(params, reference, rows):
-    policy = _pair(score(apply(params, rows), rows).sums)
-    frozen = _pair(jax.lax.stop_gradient(score(apply(reference, rows), rows).sums))
-    loss = mean_of_comparisons(loss_fn(policy, frozen, beta=beta, **options), rows)
-    rewards = losses.Pair(*(
-        losses.implicit_reward(p, r, beta=beta) for p, r in zip(policy, frozen)))
-    metrics = {"loss": loss} | _reward_metrics(rewards, rows) | {
-        "logps/chosen": mean_of_comparisons(policy.chosen, rows),
-        "logps/rejected": mean_of_comparisons(policy.rejected, rows),
-        "log_ratios/chosen": mean_of_comparisons(policy.chosen - frozen.chosen, rows),
-        "log_ratios/rejected": mean_of_comparisons(policy.rejected - frozen.rejected, rows),
-        "log_ratios/abs": mean_of_comparisons(
-            (jnp.abs(policy.chosen - frozen.chosen)
-             + jnp.abs(policy.rejected - frozen.rejected)) / 2, rows),
-    }
-    return loss, metrics
-
-  return Objective(evaluate, num_responses=2, needs_reference=True)
-
-
 def reward_objective(apply: Apply) -> Objective:
   """The Bradley-Terry reward model (Rafailov et al. 2023, Eq. 2): a scalar head on last tokens."""
   def evaluate(params, reference, rows):
-    rewards = _pair(response_rewards(apply(params, rows), rows, num_responses=2))
+    rewards = pair_of(response_rewards(apply(params, rows), rows, num_responses=2))
     loss = mean_of_comparisons(losses.bradley_terry_loss(rewards.chosen, rewards.rejected), rows)
-    return loss, {"loss": loss} | _reward_metrics(rewards, rows)
+    there = losses.Pair(rows.example >= 0, rows.example >= 0)
+    return loss, {"loss": loss} | reward_metrics(rewards, there)
 
   return Objective(evaluate, num_responses=2, needs_reference=False)
 
 
-def _pair(values: jax.Array) -> losses.Pair:
+def pair_of(values: jax.Array) -> losses.Pair:
+  """Returns chosen and rejected of [..., K]."""
   return losses.Pair(values[..., 0], values[..., 1])
 
 
-def _reward_metrics(rewards: losses.Pair, rows: Rows) -> dict[str, Mean]:
+def reward_metrics(rewards: losses.Pair, there: losses.Pair) -> dict[str, Mean]:
+  """Returns what the field plots of rewards [R, P] of pairs, over the responses that are there."""
   margins = rewards.chosen - rewards.rejected
+  both = there.chosen & there.rejected
   return {
-      "rewards/chosen": mean_of_comparisons(rewards.chosen, rows),
-      "rewards/rejected": mean_of_comparisons(rewards.rejected, rows),
-      "rewards/accuracies": mean_of_comparisons((margins > 0).astype(margins.dtype), rows),
-      "rewards/margins": mean_of_comparisons(margins, rows),
+      "rewards/chosen": mean_where(rewards.chosen, there.chosen),
+      "rewards/rejected": mean_where(rewards.rejected, there.rejected),
+      "rewards/accuracies": mean_where((margins > 0).astype(margins.dtype), both),
+      "rewards/margins": mean_where(margins, both),
   }

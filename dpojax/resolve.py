@@ -9,7 +9,8 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpojax import checkpoint, losses, objectives
+from dpojax import checkpoint, objectives, preference
+from dpojax import config as config_lib
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
 from dpojax.models import config as model_config
@@ -20,8 +21,8 @@ from dpojax.models.config import ModelConfig
 class Data(NamedTuple):
   """Training and held-out comparisons, either tokenized; `fingerprint` is of ids and order."""
 
-  train: loader.Subset
-  held_out: loader.Subset | None
+  train: loader.Subset | loader.Mismatched
+  held_out: loader.Subset | loader.Mismatched | None
   fingerprint: str
 
 
@@ -51,7 +52,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     say(f"{name} records: {_counts(comparisons.report)}")
     result = tokenization.tokenize(
         comparisons, tokenizer, truncation=truncation,
-        num_responses=1 if config.objective == "sft" else 2, cache_dir=cache / "tokenized")
+        cache_dir=cache / "tokenized", **_responses(config))
     say(f"{name} tokens: {_counts(result.report)}")
     return result
 
@@ -71,12 +72,20 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     train, held_out = loader.hold_out(train, settings.eval_size)
   if settings.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)
+  if config.objective == "dpo" and "kto" in config_lib.losses_of(config):
+    mismatched = lambda subset: loader.mismatched(subset, config.seed, settings.max_length)
+    train, held_out = mismatched(train), held_out and mismatched(held_out)
   say(f"{len(train)} training comparisons, {0 if held_out is None else len(held_out)} held out")
   return Data(train, held_out, every.fingerprint)
 
 
-def make_setup(config: ml_collections.ConfigDict) -> Setup:
-  """Makes or loads the model and its reference, and the objective over them."""
+def make_setup(config: ml_collections.ConfigDict, *, axis_name: str | None = None) -> Setup:
+  """Makes or loads the model and its reference, and the objective over them.
+
+  Args:
+    config: all keys.
+    axis_name: the mapped axis that rows are spread over, under `pmap`.
+  """
   if config.model.checkpoint:
     policy = checkpoint.load_policy(config.model.checkpoint)
     changes = dict(dtype=config.model.dtype, remat=config.model.remat,
@@ -98,15 +107,33 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
     return Setup(model, params, None, make(apply, chunk_size=chunk_size))
   if config.objective == "reward":
     return Setup(model, params, None, objectives.reward_objective(apply))
-  objective = objectives.preference_objective(
-      apply, losses.PAIRWISE_LOSSES[config.loss], beta=config.beta, chunk_size=chunk_size,
-      **config.loss_options)
+  objective = preference.preference_objective(
+      apply, preference.make_terms(
+          config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
+      beta=config.beta, num_responses=config.data.num_responses,
+      with_reference=config.reference.mode != "none", chunk_size=chunk_size, axis_name=axis_name,
+      **config_lib.combined_with(config))
+  if not objective.needs_reference:
+    return Setup(model, params, None, objective)
   reference = params
   if config.reference.checkpoint:
     frozen = checkpoint.load_policy(config.reference.checkpoint)
     reference = frozen.params
     _check_same_shapes(params, reference, config)
   return Setup(model, params, reference, objective)
+
+
+def _responses(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """How many responses of a comparison are kept, and how many it must have."""
+  if config.objective == "sft":
+    return dict(num_responses=1, fewest=1)
+  if config.objective == "dpo":
+    names = config_lib.losses_of(config)
+    if all(preference.LOSSES[name].single for name in names):
+      return dict(num_responses=2, fewest=1)
+    if names == ["dpo_plackett_luce"]:
+      return dict(num_responses=config.data.num_responses, fewest=2)
+  return dict(num_responses=2, fewest=2)
 
 
 def say(text: str) -> None:

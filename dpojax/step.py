@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpojax.losses import mix_reference
 from dpojax.objectives import Mean, Objective
 
 OPTIMIZERS = ("rmsprop", "adamw", "sgd")
@@ -126,6 +127,18 @@ def make_train_step(
     return kept._replace(finite=finite), metrics
 
   return train_step
+
+
+def make_reference_step(*, alpha: float) -> Callable:
+  """Returns `reference_step(reference, state) -> (reference, ())`: TR-DPO's update of the reference.
+
+  After an update that is not finite, when the state stands still, the reference does too.
+  """
+  def reference_step(reference, state):
+    mixed = mix_reference(state.params, reference, alpha=alpha)
+    return jax.tree.map(lambda new, old: jnp.where(state.finite, new, old), mixed, reference), ()
+
+  return reference_step
 
 
 def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> Callable:

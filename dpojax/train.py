@@ -70,8 +70,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   held_out_loader = make_loader(data.held_out) if data.held_out is not None else None
   _report_plan(train_loader, config)
 
-  setup = resolve.make_setup(config)
-  _check_metrics(setup, train_loader, config)
+  setup = resolve.make_setup(config, axis_name=devices.axis_name)
+  _check_metrics(setup, train_loader, config, devices.axis_name)
   schedule = step_lib.make_schedule(
       config.optimizer.schedule, learning_rate=config.optimizer.learning_rate,
       warmup_steps=config.optimizer.warmup_steps, steps=config.steps)
@@ -93,12 +93,18 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     saved, was = checkpoints.restore(first, devices.restore_target(state))
     _check_same(was, about, workdir)
     state = devices.place(saved._replace(finite=np.ones((), bool)))
+    if config.reference.sync_every:
+      reference = devices.place(
+          checkpoints.restore_reference(first, devices.restore_target(reference)))
     say(f"continuing from step {first} of {workdir}")
 
   train_step = devices.lift(step_lib.make_train_step(
       setup.objective, tx, schedule=schedule, accumulate=config.accumulate,
       axis_name=devices.axis_name), donate_state=True)
   evaluate = make_evaluate(setup.objective, devices)
+  move_reference = devices.lift(
+      step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
+  moving = lambda: devices.collect(reference) if config.reference.sync_every else None
 
   with Log(workdir, config, first) as log, _stop_signal() as stop_asked:
     if first == 0:
@@ -113,12 +119,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     for batch, rows in _placed_ahead(train_loader.training(first, config.steps), devices):
       state, metrics = train_step(state, reference, rows)
       step = batch.step + 1
+      if config.reference.sync_every and step % config.reference.sync_every == 0:
+        reference, _ = move_reference(reference, state)
       log.advance(batch)
       due = lambda every: every and (step % every == 0 or step == config.steps)
       stopping = stop_asked(step)
       logging_now, saving = step == 1 or due(config.log_every), due(config.checkpoint_every)
       if (logging_now or saving or stopping) and not devices.collect(state.finite):
-        _stop_at_a_bad_step(state, devices, checkpoints, about, workdir, config)
+        _stop_at_a_bad_step(state, moving(), devices, checkpoints, about, workdir, config)
       if logging_now:
         metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
         log.write(step, "train", metrics | log.rates())
@@ -126,7 +134,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
         log.write(step, "eval", evaluate(state.params, reference, held_out_loader.evaluation()))
         log.start_clock()
       if saving or (stopping and config.checkpoint_every):
-        checkpoints.save(step, devices.collect(state), about, log.evaluations.get(step))
+        checkpoints.save(
+            step, devices.collect(state), about, log.evaluations.get(step), reference=moving())
       if stopping:
         checkpoints.wait()
         raise TrainingError(
@@ -180,7 +189,8 @@ def make_evaluate(objective: objectives.Objective, devices) -> Callable:
       part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows))
       for name, mean in jax.device_get(devices.collect(part)).items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
-    return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
+    return {name: float(total / count) if count else float("nan")
+            for name, (total, count) in sums.items()}
 
   return evaluate
 
@@ -226,7 +236,8 @@ class Log:
     return rates
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-    """Writes the metrics of a step and says the main ones."""
+    """Writes the metrics of a step, but those of nothing (such as margins of no pairs)."""
+    metrics = {name: value for name, value in metrics.items() if not np.isnan(value)}
     self.last[split] = metrics
     if split == "eval":
       self.evaluations[step] = metrics
@@ -263,10 +274,13 @@ def _lift(config: ml_collections.ConfigDict):
   return devices
 
 
-def _check_metrics(setup: resolve.Setup, train_loader: loader.Loader, config) -> None:
+def _check_metrics(
+    setup: resolve.Setup, train_loader: loader.Loader, config, axis_name: str | None) -> None:
   """Traces the objective once, and refuses to rank checkpoints by a metric it does not have."""
   rows = next(train_loader.training(0, 1)).rows
-  _, metrics = jax.eval_shape(setup.objective.evaluate, setup.params, setup.reference, rows)
+  evaluate = jax.vmap(setup.objective.evaluate, in_axes=(None, None, 0), axis_name=axis_name)
+  _, metrics = jax.eval_shape(
+      evaluate, setup.params, setup.reference, jax.tree.map(lambda x: x[None], rows))
   if config.checkpoint_best and config.checkpoint_best not in metrics:
     raise ConfigError(
         f"config.checkpoint_best is {config.checkpoint_best!r}; it must be one of "
@@ -277,7 +291,8 @@ def _check_space(workdir: pathlib.Path, state: Any, config: ml_collections.Confi
   """Refuses to start when not even one checkpoint fits the disk."""
   if not config.checkpoint_every:
     return
-  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  saved = (state, state.params) if config.reference.sync_every else state
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
   free = shutil.disk_usage(workdir).free
   if free < needed:
     raise DiskError(
@@ -314,13 +329,13 @@ def _placed_ahead(
   yield from queue
 
 
-def _stop_at_a_bad_step(state, devices, checkpoints, about, workdir, config) -> None:
+def _stop_at_a_bad_step(state, moving, devices, checkpoints, about, workdir, config) -> None:
   """Saves the last good state, which the step has kept, and raises."""
   good = int(devices.collect(state.step))
   saved = "nothing is saved: checkpoint_every is 0"
   if config.checkpoint_every:
     if good and good not in checkpoints.steps():
-      checkpoints.save(good, devices.collect(state), about)
+      checkpoints.save(good, devices.collect(state), about, reference=moving)
     checkpoints.wait()
     saved = f"the state before it is saved in {workdir}"
   raise TrainingError(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from dpojax import losses, objectives, parallel, step
+from dpojax import parallel, preference, step
 from dpojax.data import packing
 from dpojax.models import transformer
 from tests import worlds
@@ -18,9 +18,9 @@ CONFIG = worlds.llama(vocab_size=64, width=32, mlp_width=64)
 ROWS = 16
 
 
-def pieces():
+def pieces(num_responses=2):
   """The comparisons, the params and a reference that differs from them."""
-  examples = worlds.comparisons(np.random.default_rng(0), 21, 2)
+  examples = worlds.comparisons(np.random.default_rng(0), 21, num_responses)
   return examples, worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 7)
 
 
@@ -29,21 +29,21 @@ def rows_of(examples, first=0, count=ROWS):
   lengths = worlds.lengths_of(examples)
   plan = packing.plan_in_order(lengths, len(examples), 64)
   assert plan.rows[0] < ROWS - 2
-  return packing.fill(examples, plan.row[0], count, plan.shape, num_responses=2,
+  return packing.fill(examples, plan.row[0], count, plan.shape, num_responses=len(examples[0][1]),
                       example=range(len(examples)), first_row=first)
 
 
-def objective():
-  return objectives.preference_objective(
-      transformer.make_apply(CONFIG), losses.dpo_loss, beta=0.3)
+def objective(loss="dpo", axis_name=None):
+  return preference.preference_objective(
+      transformer.make_apply(CONFIG), preference.make_terms([loss]), beta=0.3, axis_name=axis_name)
 
 
-def lifted(devices, *, accumulate=1):
+def lifted(devices, *, accumulate=1, loss="dpo"):
   """Returns the placed state after one step, and the metrics."""
-  examples, params, reference = pieces()
+  examples, params, reference = pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
   train_step = devices.lift(step.make_train_step(
-      objective(), tx, accumulate=accumulate, axis_name=devices.axis_name), donate_state=True)
+      objective(loss, devices.axis_name), tx, accumulate=accumulate, axis_name=devices.axis_name), donate_state=True)
   state = devices.place(step.init_state(params, tx))
   rows = devices.place_rows(rows_of(examples, *devices.span(ROWS)), ROWS)
   return train_step(state, devices.place(reference), rows)

@@ -28,6 +28,14 @@ def test_the_three_forms_give_the_same_comparison():
     assert examples.parse_record(record) == conversation
 
 
+def test_a_response_judged_by_itself_stands_on_the_side_of_its_label():
+  alone = {"prompt": "Q", "completion": "yes", "label": True}
+  assert examples.parse_record(alone) == Example("Q", ("yes", ""))
+  assert examples.parse_record(alone | {"label": False}) == Example("Q", ("", "yes"))
+  chat = {"prompt": [USER], "completion": [answer("Up.")], "label": False}
+  assert examples.parse_record(chat) == Example([USER], ("", "Up."))
+
+
 def test_an_empty_prompt_and_a_single_response_are_allowed():
   assert examples.parse_record({"prompt": "", "responses": ["a"]}) == Example("", ("a",))
 
@@ -48,6 +56,9 @@ def test_an_empty_prompt_and_a_single_response_are_allowed():
     ({"prompt": "Q", "chosen": "a", "rejected": " \n"}, "empty_response", '"rejected" is empty'),
     ({"prompt": "Q", "chosen": "a", "rejected": "a"}, "identical_responses", "the same text"),
     ({"prompt": "Q", "responses": ["a", "b", "a"]}, "identical_responses", '"responses"[2]'),
+    ({"prompt": "Q", "completion": "a"}, "missing_key", '"label" is missing'),
+    ({"prompt": "Q", "completion": "a", "label": 1}, "wrong_type", "a number, not true or false"),
+    ({"prompt": "Q", "completion": " ", "label": True}, "empty_response", '"completion" is empty'),
     ({"prompt": "Q", "responses": []}, "too_few_responses", "empty list"),
     ({"prompt": "Q", "responses": ["a", 1]}, "wrong_type", '"responses"[1] is a number'),
     ({"prompt": "Q", "responses": "a"}, "wrong_type", '"responses" is a string'),

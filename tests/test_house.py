@@ -13,7 +13,7 @@ PACKAGE = conftest.ROOT / "dpojax"
 ORDER = [
     "losses", "log_probs", "disk", "models.config", "models.attention", "models.transformer", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
-    "sampling", "objectives", "step", "parallel", "config", "checkpoint",
+    "sampling", "objectives", "preference", "step", "parallel", "config", "checkpoint",
     "metrics", "resolve", "train"]
 """A module imports only modules before it; a package stands for all its modules."""
 

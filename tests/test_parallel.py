@@ -18,10 +18,14 @@ LIFTS = [("pmap", 0, 1, 1), ("mesh", 8, 1, 1), ("mesh", 1, 8, 1), ("mesh", 2, 2,
 
 @pytest.fixture(scope="module")
 def one_device():
-  """Params and loss after the step on one device, without any lift."""
-  examples, params, reference = sgd_step.pieces()
+  return on_one_device("dpo")
+
+
+def on_one_device(loss):
+  """Params before and after the step on one device, without any lift, and its loss."""
+  examples, params, reference = sgd_step.pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
-  train_step = jax.jit(step.make_train_step(sgd_step.objective(), tx))
+  train_step = jax.jit(step.make_train_step(sgd_step.objective(loss), tx))
   state, metrics = train_step(step.init_state(params, tx), reference, sgd_step.rows_of(examples))
   return params, jax.device_get(state.params), float(metrics["loss"])
 
@@ -43,6 +47,14 @@ def test_a_lift_gives_the_step_of_one_device(
   state, metrics = sgd_step.lifted(devices, accumulate=accumulate)
   got, loss = jax.device_get(devices.collect((state.params, metrics["loss"])))
   assert_same_step(got, loss, one_device)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "kto", "bco"])
+def test_losses_over_the_whole_step_are_those_of_one_device(loss):
+  want = on_one_device(loss)
+  for devices in (parallel.Replicas(), parallel.Mesh(data=2, fsdp=2, tensor=2)):
+    state, metrics = sgd_step.lifted(devices, loss=loss)
+    assert_same_step(*jax.device_get(devices.collect((state.params, metrics["loss"]))), want)
 
 
 @pytest.mark.parametrize("strategy, data, fsdp, tensor", [LIFTS[0], LIFTS[1], LIFTS[3]])

@@ -1,6 +1,7 @@
 """Text becomes ids with an exact boundary, is cut as in the paper's code, and is accounted for."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -284,7 +285,7 @@ def test_only_the_best_responses_are_kept(both):
   read = lambda tokens: [
       [both["gpt2"].decode(ids[:-1]).strip() for ids in tokens[i][1]] for i in range(len(tokens))]
   for count, kept, dropped in (
-      (None, [["a", "b", "c"], ["d"], ["e", "f"]], {}), (1, [["a"], ["d"], ["e"]], {}),
+      (None, [["a", "b", "c"], ["d", "", ""], ["e", "f", ""]], {}), (1, [["a"], ["d"], ["e"]], {}),
       (2, [["a", "b"], ["e", "f"]], {"too_few_responses": 1})):
     tokens = tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, num_responses=count)
     assert read(tokens) == kept
@@ -296,6 +297,19 @@ def test_only_the_best_responses_are_kept(both):
     tokens[2]
   with pytest.raises(DataError, match=r"none of 1 comparisons can be used .*too_few_responses': 1"):
     tokenization.tokenize(Memory(data[1:2]), both["gpt2"], truncation=ROOMY, num_responses=2)
+
+
+def test_a_response_alone_keeps_its_side_and_needs_a_loss_that_reads_it(both):
+  data = Memory([Example("Q", (" a", "")), Example("Q", ("", " b")), Example("Q", (" c", " d"))])
+  tokenize = functools.partial(
+      tokenization.tokenize, data, both["gpt2"], truncation=ROOMY, num_responses=2)
+  alone = tokenize(fewest=1)
+  assert [[len(ids) for ids in alone[i][1]] for i in range(3)] == [[2, 0], [0, 2], [2, 2]]
+  assert (alone.lengths[:, 1:] > 0).tolist() == [[True, False], [False, True], [True, True]]
+  assert both["gpt2"].decode(alone[1][1][1][:-1]) == " b"
+  pairs = tokenize()
+  assert len(pairs) == 1 and pairs.report["dropped"] == {"too_few_responses": 2}
+
 
 
 def test_the_report_of_real_pairs_agrees_with_their_ids(tokenizer, hh):

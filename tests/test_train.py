@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, disk, metrics, train
+from dpojax import checkpoint, disk, metrics, preference, train
 from dpojax import config as config_lib
 from dpojax.metrics import read_metrics
 from tests import conftest, worlds
@@ -74,6 +74,85 @@ def test_a_reward_model_learns_and_the_best_checkpoint_is_kept(given, sft, tmp_p
   kept = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
   assert len(kept) <= 2 and max(accuracy[step] for step in kept) == max(
       value for step, value in accuracy.items() if step)
+
+
+KNOBS = {
+    "robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
+    "simpo": {"gamma": 0.5}, "orpo": {"weight": 0.1}, "unlikelihood": {"alpha": 0.1},
+    "discopop": {"tau": 1.0}}  # with its tau of 0.05 the slope at a margin of 0 is upward
+
+
+@pytest.mark.parametrize("loss", [*preference.LOSSES, "dpo,nll_mean"])
+def test_a_run_with_any_loss_learns_what_is_preferred(loss, given, sft, tmp_path):
+  changes = {f"loss_options.{knob}": value for knob, value in KNOBS.get(loss, {}).items()}
+  result = train.run(worlds.run_config(
+      "dpo", **given, loss=loss, steps=6, checkpoint_every=0, eval_every=6, log_every=6,
+      **{"model.checkpoint": sft, **changes}), tmp_path)
+  first, last = lines(tmp_path, "eval")
+  assert last["loss"] < first["loss"] and last["logps/chosen"] > first["logps/chosen"] - 1
+  assert result["rewards/accuracies"] > 0.6 and math.isfinite(result["rewards/margins"])
+  assert ("log_ratios/abs" in result) == any(
+      preference.LOSSES[name].reads_reference for name in loss.split(","))
+
+
+def test_responses_judged_one_by_one_are_enough_for_kto(given, sft, tmp_path):
+  records = [{"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"],
+              "label": bool(good)} for pair, good in zip(
+                  worlds.pairs(np.random.default_rng(1), 150), [1, 0] * 75)]
+  path = worlds.write_jsonl(tmp_path / "single.jsonl", records)
+  train.run(worlds.run_config(
+      "dpo", **given | {"path": path}, loss="kto", steps=8, checkpoint_every=0, eval_every=8,
+      **{"model.checkpoint": sft}), tmp_path)
+  first, last = lines(tmp_path, "eval")
+  assert last["loss"] < first["loss"]
+  assert last["rewards/chosen"] > last["rewards/rejected"] and "rewards/accuracies" not in last
+
+
+def test_rankings_of_several_lengths_train(given, sft, tmp_path):
+  records = [{"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"], " the"][:k]}
+             for pair, k in zip(worlds.pairs(np.random.default_rng(1), 150), [3, 2, 3] * 50)]
+  path = worlds.write_jsonl(tmp_path / "ranked.jsonl", records)
+  result = train.run(worlds.run_config(
+      "dpo", **given | {"path": path}, loss="dpo_plackett_luce", steps=8, checkpoint_every=0,
+      eval_every=8, **{"model.checkpoint": sft, "data.num_responses": 3}), tmp_path)
+  first, _ = lines(tmp_path, "eval")
+  shares = [len(r["responses"]) for r in records]
+  assert min(shares) == 2 and math.log(2) < first["loss"] < math.log(6)
+  assert result["loss"] < first["loss"] - 0.1 and result["rewards/accuracies"] > 0.9
+
+
+def test_a_reference_that_follows_at_every_step_keeps_the_loss_at_log_2(given, sft, tmp_path):
+  train.run(worlds.run_config("dpo", **given, steps=4, eval_every=0, **{
+      "model.checkpoint": sft, "reference.sync_every": 1, "reference.sync_alpha": 1.0}), tmp_path)
+  for line in lines(tmp_path, "train"):
+    assert abs(line["loss"] - math.log(2)) < 1e-5
+
+
+def test_a_run_whose_reference_moves_continues_where_it_was(given, sft, tmp_path):
+  settings = dict(**given, eval_every=0, **{
+      "model.checkpoint": sft, "reference.sync_every": 2, "reference.sync_alpha": 0.5})
+  train.run(worlds.run_config("dpo", **settings, steps=8), tmp_path / "whole")
+  for steps in (6, 8):
+    train.run(worlds.run_config("dpo", **settings, steps=steps), tmp_path / "twice")
+  (want, want_metrics), (got, got_metrics) = (
+      state_files(tmp_path / name, 8) for name in ("whole", "twice"))
+  assert got_metrics == want_metrics
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_knobs_and_weights_of_losses_are_set_from_the_command_line(given, tmp_path):
+  done = subprocess.run(
+      [sys.executable, "-m", "dpojax.train", "--config=configs/dpo.py", f"--workdir={tmp_path}",
+       "--config.loss=simpo,nll_mean", "--config.loss_weights=(1.0,0.5)",
+       "--config.loss_options.gamma=0.5", "--config.loss_options.wpo=True",
+       f"--config.tokenizer={given['tokenizer']}", "--config.data.path=/nowhere.jsonl"],
+      cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+  assert "data.path /nowhere.jsonl: no such file" in done.stderr, done.stderr[-2000:]
+  settings = checkpoint.load_settings(tmp_path)
+  assert config_lib.losses_of(settings) == ["simpo", "nll_mean"]
+  assert settings.loss_weights == (1.0, 0.5)
+  assert config_lib.knobs_of(settings) == {"gamma": 0.5}
+  assert config_lib.combined_with(settings) == {"wpo": True}
 
 
 def test_the_checkpoint_holds_the_references_fingerprint_and_not_the_reference(given, sft, tmp_path):
@@ -229,7 +308,29 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"checkpoint_best": "los"}, "config.checkpoint_best is 'los'; it must be one of .*rewards/accuracies"),
     ({"parallel.strategy": "mesh", "parallel.fsdp": 3}, "config.parallel.data x fsdp x tensor.*8 devices"),
     ({"parallel.fsdp": 2}, "parallel.strategy='mesh'"),
-    ({"loss_options.smoothing": 0.1}, "config.loss_options.smoothing is not an option of dpo"),
+    ({"loss_options.smoothing": 0.1}, "config.loss_options.smoothing is not a key"),
+    ({"loss_options.gamma": 0.1}, "config.loss_options.gamma is not an option of dpo; it takes"),
+    ({"loss_options.label_smoothing": 0.6}, "label_smoothing is 0.6; it must be in \\[0, 0.5\\)"),
+    ({"loss": "exo_pair", "loss_options.label_smoothing": 0.0}, "exo_pair needs one between 0 and 1"),
+    ({"loss": "simpo"}, "needs loss_options.gamma; set it, such as --config.loss_options.gamma=0.1"),
+    ({"loss": "dpo,dop"}, "config.loss is 'dpo,dop'.*did you mean dpo"),
+    ({"loss": "dpo,dpo"}, "names a loss twice; name it once"),
+    ({"loss": "dpo,nll", "loss_weights": (1.0,)}, "loss_weights has 1 numbers for 2 losses"),
+    ({"loss": "dpo,nll", "loss_weights": (1.0, 0.0)}, "every weight must be a positive number"),
+    ({"loss": "aot", "accumulate": 2}, "aot compares responses of all comparisons.*set accumulate=1"),
+    ({"loss": "kto", "accumulate": 2}, "kto compares responses of all comparisons"),
+    ({"loss": "orpo", "loss_options.weight": 1.0, "loss_options.length_normalize": True},
+     "length_normalize cannot be combined with orpo: it reads mean log-probs by definition"),
+    ({"loss": "kto", "loss_options.wpo": True}, "loss_options.wpo cannot be combined with kto"),
+    ({"loss_options.ld_alpha": 0.5, "loss_options.length_normalize": True}, "set one of them"),
+    ({"loss_options.ld_alpha": 1.5}, "ld_alpha is 1.5; it must be in"),
+    ({"data.num_responses": 4}, "num_responses is 4 but dpo compares 2 responses"),
+    ({"loss": "dpo_plackett_luce", "data.num_responses": 1}, "it must be at least 2"),
+    ({"loss": "cpo", "reference.sync_every": 2}, "sync_every is 2 but cpo has no reference"),
+    ({"reference.mode": "none", "reference.sync_every": 2}, "but reference.mode is 'none'"),
+    ({"reference.mode": "none", "loss": "kto"}, "kto measures its reference point against"),
+    ({"reference.sync_every": 2, "reference.sync_alpha": 0.0}, "sync_alpha is 0.0; it must be in"),
+    ({"objective": "sft", "loss": "token_mean", "loss_options.gamma": 1.0}, "loss_options.gamma is set"),
     ({"loss": "exo_pair"}, "config.loss is 'exo_pair', which needs loss_options.label_smoothing"),
     ({"reference.checkpoint": "/elsewhere"}, "set reference.may_differ=True"),
     ({"batch_size": 1000}, "batch_size is 1000 but there are 127 comparisons; lower batch_size"),

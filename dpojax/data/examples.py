@@ -11,7 +11,9 @@ class Example(NamedTuple):
 
   Attributes:
     prompt: plain text, or the messages of a conversation, each {"role": str, "content": str}.
-    responses: [K] texts, best first. In a conversation, the content of the assistant's message.
+    responses: [K] texts, best first. In a conversation, the content of the assistant's message. Of
+      a response alone that was judged by itself, the absent counterpart is "": (text, "") is
+      desirable, ("", text) is not.
   """
 
   prompt: str | list[dict]
@@ -35,12 +37,13 @@ class LeftOut(RecordError):
 
 
 def parse_record(record: Any) -> Example:
-  """Returns the example of a JSONL record in one of its three forms.
+  """Returns the example of a JSONL record in one of its four forms.
 
   {"prompt": str, "chosen": str, "rejected": str}; the same with lists of messages, with or without
-  "prompt" (then the messages before the last one, which chosen and rejected share); and
-  {"prompt": str or messages, "responses": [...]}, best first. One response is enough: it can be
-  fine-tuned on. Other keys are ignored.
+  "prompt" (then the messages before the last one, which chosen and rejected share);
+  {"prompt": str or messages, "responses": [...]}, best first, where one response is enough to be
+  fine-tuned on; and {"prompt": ..., "completion": ..., "label": bool}, a response judged by itself,
+  for losses that need no pairs. Other keys are ignored.
 
   Raises:
     RecordError: the record has none of the forms, or its responses cannot be compared.
@@ -54,6 +57,16 @@ def parse_record(record: Any) -> Example:
     prompt = _prompt(record)
     names = [f'"responses"[{k}]' for k in range(len(responses))]
     return checked(prompt, [_response(*pair, prompt) for pair in zip(responses, names)], names)
+
+  if "completion" in record and "chosen" not in record:
+    desirable = record.get("label")
+    _require(isinstance(desirable, bool), "wrong_type" if "label" in record else "missing_key",
+             f'"label" is {_kind(desirable)}, not true or false' if "label" in record
+             else '"label" is missing: true for a desirable "completion", false for another')
+    prompt = _prompt(record)
+    completion = _response(get(record, "completion", (str, list)), '"completion"', prompt)
+    example = checked(prompt, [completion], ['"completion"'])
+    return example._replace(responses=(completion, "") if desirable else ("", completion))
 
   chosen, rejected = (get(record, key, (str, list)) for key in ("chosen", "rejected"))
   if "prompt" not in record and isinstance(chosen, list) and isinstance(rejected, list):

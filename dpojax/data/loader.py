@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from dpojax.data import packing
+from dpojax.data.examples import DataError
 from dpojax.data.packing import Rows
 from dpojax.data.tokenization import Tokenized
 
@@ -45,6 +46,59 @@ class Subset:
   def example(self, i: int) -> int:
     """Returns the example's id in the data set."""
     return int(self.data.example[self.index[i]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatched:
+  """Comparisons that each have one more response, the last: one to another comparison's prompt.
+
+  KTO's reference point is measured on them (Ethayarajh et al. 2024, Sec. 4.1). The response is cut
+  where prompt and response would exceed `max_length` tokens.
+  """
+
+  subset: Subset
+  partner: np.ndarray
+  which: np.ndarray
+  max_length: int
+
+  def __len__(self) -> int:
+    return len(self.subset)
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[N, 2 + K] tokens of the prompt and of each response."""
+    lengths = self.subset.lengths
+    borrowed = lengths[self.partner, 1 + self.which]
+    room = self.max_length - lengths[:, 0]
+    return np.concatenate([lengths, np.minimum(borrowed, room)[:, None]], axis=1)
+
+  def comparison(self, i: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the prompt's ids, the responses', and the borrowed response's, of the i-th comparison."""
+    prompt, responses = self.subset.comparison(i)
+    _, others = self.subset.comparison(int(self.partner[i]))
+    return prompt, [*responses, others[self.which[i]][:self.max_length - len(prompt)]]
+
+  def example(self, i: int) -> int:
+    """Returns the example's id in the data set."""
+    return self.subset.example(i)
+
+
+def mismatched(subset: Subset, seed: int, max_length: int) -> Mismatched:
+  """Returns the comparisons, each with a random response of another one.
+
+  Raises:
+    DataError: there is only one comparison.
+  """
+  if len(subset) < 2:
+    raise DataError(
+        f"there is {len(subset)} comparison, and kto needs responses to other prompts; add data")
+  rng = np.random.default_rng([seed, 2])
+  circle = rng.permutation(len(subset))
+  partner = np.empty(len(subset), int)
+  partner[circle] = np.roll(circle, 1)
+  there = subset.lengths[partner, 1:] > 0
+  which = np.argmax(rng.random(there.shape) * there, axis=1)
+  return Mismatched(subset, partner, which, max_length)
 
 
 def all_of(data: Tokenized) -> Subset:
@@ -105,7 +159,7 @@ class Loader:
   """Training batches of a subset by step number, and evaluation batches in order."""
 
   def __init__(
-      self, subset: Subset, *, seed: int, batch_size: int, row_length: int, row_multiple: int = 1,
+      self, subset: Subset | Mismatched, *, seed: int, batch_size: int, row_length: int, row_multiple: int = 1,
       span: Callable[[int], tuple[int, int]] = lambda rows: (0, rows)):
     """Prepares the plans.
 

@@ -191,6 +191,8 @@ def fill(
     _place(out, r, start, prompt, number + 1, 0, 0)
     at = start + len(prompt)
     for k, response in enumerate(responses):
+      if not len(response):
+        continue
       _place(out, r, at, response, number + 1, k + 1, len(prompt))
       source = np.arange(at - 1, at + len(response) - 1)
       source[0] = start + len(prompt) - 1

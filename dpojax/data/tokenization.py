@@ -89,13 +89,12 @@ class Tokenized:
     return len(self.lengths)
 
   def __getitem__(self, i: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns the prompt's ids and the list of the responses' ids."""
+    """Returns the prompt's ids and those of each of the K responses, none for an absent one."""
     if not -len(self) <= i < len(self):
       raise IndexError(f"comparison {i} of {len(self)}")
     i %= len(self)
     ids = np.asarray(self.ids[self.offsets[i]:self.offsets[i + 1]])
-    lengths = self.lengths[i][self.lengths[i] > 0]
-    prompt, *responses = np.split(ids, np.cumsum(lengths)[:-1])
+    prompt, *responses = np.split(ids, np.cumsum(self.lengths[i])[:-1])
     return prompt, responses
 
 
@@ -125,7 +124,8 @@ def load_tokenizer(name: str) -> Any:
 
 def tokenize(
     comparisons: Comparisons, tokenizer: Any, *, truncation: Truncation,
-    num_responses: int | None = None, cache_dir: str | os.PathLike | None = None,
+    num_responses: int | None = None, fewest: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Tokenized:
   """Returns the comparisons in ids, from the cache if they were tokenized before.
 
@@ -133,24 +133,25 @@ def tokenize(
     comparisons: prompts and responses in text.
     tokenizer: from `load_tokenizer`.
     truncation: how long they may be.
-    num_responses: how many responses to keep, the best; comparisons with fewer are dropped. None
-      keeps all of them.
+    num_responses: `K`, how many responses to keep, the best; None keeps all of them.
+    fewest: comparisons with fewer responses among those are dropped; `num_responses` unless given.
     cache_dir: where arrays are kept, under their fingerprint; None keeps them in memory.
 
   Raises:
     DataError: no comparison is left, conversations but no chat template, or no room on the disk.
   """
+  fewest = (num_responses or 1) if fewest is None else fewest
   identity = {
       "version": _VERSION, "comparisons": comparisons.fingerprint,
       "tokenizer": _tokenizer_identity(tokenizer), "truncation": dataclasses.asdict(truncation),
-      "num_responses": num_responses}
+      "num_responses": num_responses, "fewest": fewest}
   fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
   if cache_dir is None:
     return Tokenized(
-        *_tokenize(comparisons, tokenizer, truncation, num_responses), fingerprint=fingerprint)
+        *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest), fingerprint=fingerprint)
   folder = pathlib.Path(cache_dir).expanduser() / fingerprint
   if not folder.exists():
-    _store(folder, *_tokenize(comparisons, tokenizer, truncation, num_responses))
+    _store(folder, *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest))
   arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
   return Tokenized(*arrays, json.loads((folder / "report.json").read_text()), fingerprint)
 
@@ -190,7 +191,13 @@ class _Encoder:
     self.special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
   def encode(self, examples: Sequence[Example]) -> list[Encoded | RecordError]:
-    """Returns ids of each example, or what is wrong with it."""
+    """Returns ids of each example, or what is wrong with it; no ids for an absent response."""
+    present = [example._replace(responses=tuple(filter(None, example.responses)))
+               for example in examples]
+    return [_with_absent(example, encoded)
+            for example, encoded in zip(examples, self._encode_present(present))]
+
+  def _encode_present(self, examples: Sequence[Example]) -> list[Encoded | RecordError]:
     texts = [self._texts(example) for example in examples]
     out = list(texts)
     for chat in (False, True):
@@ -297,12 +304,20 @@ class _Encoder:
     return ids
 
 
+def _with_absent(example: Example, encoded: Encoded | RecordError) -> Encoded | RecordError:
+  if isinstance(encoded, RecordError):
+    return encoded
+  ids = iter(encoded[1])
+  return encoded[0], [next(ids) if response else [] for response in example.responses]
+
+
 _MARK = "\ufdd0"
 """A code point that Unicode keeps free for uses inside a program."""
 
 
 def _tokenize(
-    comparisons: Comparisons, tokenizer: Any, truncation: Truncation, num_responses: int | None
+    comparisons: Comparisons, tokenizer: Any, truncation: Truncation, num_responses: int | None,
+    fewest: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
   """Returns the arrays and the report of `Tokenized`."""
   encoder = _Encoder(tokenizer)
@@ -314,23 +329,25 @@ def _tokenize(
     examples = [_best(comparisons[i], num_responses) for i in numbers]
     for i, example, encoded in zip(numbers, examples, encoder.encode(examples)):
       try:
-        if num_responses and len(example.responses) < num_responses:
-          raise RecordError("too_few_responses", f"it has {len(example.responses)}")
+        present = sum(map(bool, example.responses))
+        if present < fewest:
+          raise RecordError("too_few_responses", f"it has {present}")
         prompt, responses = _cut(encoded, truncation, encoder, counts)
       except RecordError as error:
         dropped[error.reason] += 1
         continue
       if i < _CHECKED and isinstance(example.prompt, str):
-        text = encoder.decode(encoded[0], encoded[1][0])
+        k = next(k for k, response in enumerate(example.responses) if response)
+        text = encoder.decode(encoded[0], encoded[1][k])
         counts["checked"] += 1
-        counts["changed_by_tokenizer"] += text != example.prompt + example.responses[0]
+        counts["changed_by_tokenizer"] += text != example.prompt + example.responses[k]
       lengths.append([len(prompt), *map(len, responses)])
       ids.append(np.array([token for part in (prompt, *responses) for token in part], np.int32))
       index.append(i)
   if not index:
     raise DataError(f"none of {len(comparisons)} comparisons can be used ({dict(dropped)}); check "
                     "data.path and the tokenizer")
-  width = max(map(len, lengths))
+  width = 1 + num_responses if num_responses else max(map(len, lengths))
   padded = np.array([each + [0] * (width - len(each)) for each in lengths], np.int32)
   totals = padded.sum(axis=1, dtype=np.int64)
   responses = padded[:, 1:]
@@ -376,7 +393,7 @@ def _cut(
   cut = sum(len(each) < len(whole) for each, whole in zip(responses, encoded[1]))
   counts["prompts_cut"] += len(prompt) < len(encoded[0])
   counts["responses_cut"] += cut
-  counts["responses_without_eos"] += sum(each[-1] != encoder.eos for each in responses)
+  counts["responses_without_eos"] += sum(each[-1:] not in ([], [encoder.eos]) for each in responses)
   counts["prompts_started_with_eos"] += encoder.bos is None and encoded[0] == [encoder.eos]
   return prompt, responses
 

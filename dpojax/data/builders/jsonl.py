@@ -1,4 +1,4 @@
-"""Local JSON lines in the three forms of `dpojax.data.examples.parse_record`."""
+"""Local JSON lines in the four forms of `dpojax.data.examples.parse_record`."""
 
 from typing import Any
 

@@ -1,0 +1,318 @@
+"""The preference objective: every loss, read from packed rows, is its formula on single sequences."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpojax import losses, objectives, preference
+from dpojax.data import loader
+from dpojax.losses import Pair
+from dpojax.models import transformer
+from tests import worlds
+
+CONFIG = worlds.llama(layers=1)
+BETA = 0.3
+KNOBS = {
+    "robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
+    "aot": {"label_smoothing": 0.1}, "bco_pair": {"delta": 0.2}, "discopop": {"tau": 0.1},
+    "f_dpo_alpha_divergence": {"alpha": 0.3}, "simpo": {"gamma": 0.5}, "orpo": {"weight": 0.7},
+    "unlikelihood": {"alpha": 0.2}, "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}
+NAMES = sorted(preference.LOSSES)
+
+
+def num_responses_of(name):
+  return {"dpo_plackett_luce": 4, "kto": 3}.get(name, 2)
+
+
+def objective(*names, weights=(), knobs=None, **options):
+  if knobs is None:
+    knobs = {knob: value for name in names for knob, value in KNOBS.get(name, {}).items()}
+  return preference.preference_objective(
+      transformer.make_apply(CONFIG), preference.make_terms(names, weights, knobs), beta=BETA,
+      num_responses=4 if "dpo_plackett_luce" in names else 2, **options)
+
+
+def evaluate(objective, params, reference, rows):
+  loss, metrics = jax.jit(objective.evaluate)(params, reference, rows)
+  return float(loss.value()), {name: float(mean.value()) for name, mean in metrics.items()}
+
+
+class Single(NamedTuple):
+  """Of each comparison and response: token log-probs [N, K, T], where they are, and WPO's terms."""
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  collisions: np.ndarray
+
+  @property
+  def sums(self):
+    return np.where(self.mask, self.tokens, 0).sum(-1)
+
+  @property
+  def means(self):
+    return self.sums / np.maximum(self.mask.sum(-1), 1)
+
+
+def single_sequences(params, examples, longest=24):
+  """Every sequence alone, through the whole vocabulary's log-softmax."""
+  model = transformer.Transformer(CONFIG)
+  position = jnp.arange(longest)[None]
+  one = jnp.ones_like(position)
+
+  @jax.jit
+  def log_softmax(ids):
+    hidden = model.apply({"params": params}, ids[None], position, one, 0 * one)[0]
+    return jax.nn.log_softmax(hidden @ transformer.output_head(params).T)
+
+  shape = (len(examples), len(examples[0][1]), longest)
+  out = Single(np.zeros(shape), np.zeros(shape, bool), np.zeros(shape))
+  for i, (prompt, responses) in enumerate(examples):
+    for k, response in enumerate(responses):
+      ids = np.concatenate([prompt, response]).astype(int)
+      every = np.asarray(log_softmax(np.pad(ids, (0, longest - len(ids)))), np.float64)
+      places = range(max(len(prompt), 1), len(ids))
+      for t, place in enumerate(places):
+        out.tokens[i, k, t] = every[place - 1, ids[place]]
+        out.collisions[i, k, t] = np.log(np.exp(2 * every[place - 1]).sum())
+      out.mask[i, k, :len(places)] = True
+  return out
+
+
+def pair(values):
+  return Pair(jnp.asarray(values[:, 0]), jnp.asarray(values[:, 1]))
+
+
+def by_formula(name, policy, reference):
+  """The mean loss, from arrays of single sequences."""
+  entry, knobs = preference.LOSSES[name], dict(KNOBS.get(name, {}))
+  if entry.takes_beta():
+    knobs["beta"] = BETA
+  ratios = policy.sums - reference.sums
+  if name == "kto":
+    kl = max(0.0, ratios[:, 2].mean())
+    desirable = jnp.array([[True, False]] * len(ratios))
+    return losses.kto_loss(ratios[:, :2], desirable, jnp.full(ratios[:, :2].shape, kl), **knobs)
+  if name == "bco":
+    desirable = jnp.array([[True, False]] * len(ratios))
+    return losses.bco_loss(ratios, desirable, delta=BETA * ratios.mean(), **knobs)
+  if name == "dpo_plackett_luce":
+    return losses.dpo_plackett_luce_loss(policy.sums, reference.sums, **knobs)
+  if name in ("nll", "nll_mean"):
+    return losses.nll_loss((policy.means if entry.mean else policy.sums)[:, 0])
+  if not entry.reads_reference:
+    return entry.function(pair(policy.means if entry.mean else policy.sums), **knobs)
+  return entry.function(pair(policy.sums), pair(reference.sums), **knobs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_loss_is_the_formula_on_single_sequences(name, rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  examples = worlds.comparisons(rng, 9, num_responses_of(name))
+  rows = worlds.packed(examples, 64)
+  got, _ = evaluate(objective(name), params, reference, rows)
+  want = by_formula(name, *(single_sequences(p, examples) for p in (params, reference)))
+  np.testing.assert_allclose(got, jnp.mean(want), rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_down_the_gradient_lowers_every_loss(name, rng):
+  params = worlds.params_of(CONFIG, 0)
+  rows = worlds.packed(worlds.comparisons(rng, 9, num_responses_of(name)), 64)
+  total = jax.jit(jax.value_and_grad(
+      lambda p: objective(name).evaluate(p, params, rows)[0].value()))
+  before, grads = total(params)
+  norm = float(optax.tree.norm(grads))
+  moved = jax.tree.map(lambda p, g: p - np.float32(1e-3 / norm) * g, params, grads)
+  assert norm > 0 and total(moved)[0] < before
+
+
+def two_models(rng, count=9):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  examples = worlds.comparisons(rng, count, 2)
+  singles = [single_sequences(p, examples) for p in (params, reference)]
+  return params, reference, worlds.packed(examples, 64), *singles
+
+
+def test_length_normalize_gives_the_loss_mean_log_probs(rng):
+  params, reference, rows, policy, frozen = two_models(rng)
+  got, metrics = evaluate(objective("ipo", length_normalize=True), params, reference, rows)
+  want = losses.ipo_loss(pair(policy.means), pair(frozen.means), beta=BETA)
+  np.testing.assert_allclose(got, jnp.mean(want), rtol=1e-4)
+  margins = policy.means - frozen.means
+  np.testing.assert_allclose(
+      metrics["rewards/margins"], BETA * (margins[:, 0] - margins[:, 1]).mean(), rtol=1e-4)
+
+
+def test_ld_alpha_discounts_tokens_behind_the_shorter_response(rng):
+  params, reference, rows, policy, frozen = two_models(rng)
+  def discounted(single):
+    lengths = single.mask.sum(-1)
+    weights = np.where(np.arange(24) < lengths.min(-1)[:, None], 1.0, 0.25)[:, None]
+    return pair((single.tokens * weights * single.mask).sum(-1))
+  got, _ = evaluate(objective("dpo", ld_alpha=0.25), params, reference, rows)
+  want = losses.dpo_loss(discounted(policy), discounted(frozen), beta=BETA)
+  np.testing.assert_allclose(got, jnp.mean(want), rtol=1e-4)
+  plain, whole = (evaluate(objective("dpo", **o), params, reference, rows)[0]
+                  for o in ({}, {"ld_alpha": 1.0}))
+  np.testing.assert_allclose(whole, plain, rtol=1e-6)
+  assert abs(got - plain) > 1e-3 * abs(plain)
+
+
+def test_wpo_weighs_each_pair_without_a_gradient_through_the_weight(rng):
+  params, reference, rows, policy, frozen = two_models(rng)
+  alignment = (np.where(policy.mask, policy.tokens - policy.collisions, 0).sum(-1)
+               / policy.mask.sum(-1))
+  weights = np.minimum(1, np.exp(alignment.sum(-1)))
+  assert weights.min() < 0.9
+  values = losses.dpo_loss(pair(policy.sums), pair(frozen.sums), beta=BETA)
+  got, _ = evaluate(objective("dpo", wpo=True), params, reference, rows)
+  np.testing.assert_allclose(got, (weights * values).mean(), rtol=1e-4)
+
+  gradient = lambda objective: jax.jit(jax.grad(
+      lambda p: objective.evaluate(p, reference, rows)[0].total))(params)
+  want = jax.jit(jax.grad(lambda p: jnp.sum(_by_example(rows, weights) * _losses(p, reference, rows))))(
+      params)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(
+      g, w, atol=1e-4 * np.abs(w).max() + 1e-6), gradient(objective("dpo", wpo=True)), want)
+
+
+def _by_example(rows, values):
+  """[N] values of examples where they stand in the rows, [R, P]."""
+  return jnp.where(rows.example >= 0, jnp.asarray(values)[rows.example], 0)
+
+
+def _losses(params, reference, rows):
+  apply = transformer.make_apply(CONFIG)
+  policy, frozen = (objectives.pair_of(
+      objectives.response_log_probs(apply(p, rows), rows, num_responses=2).sums)
+      for p in (params, reference))
+  return losses.dpo_loss(policy, frozen, beta=BETA)
+
+
+def test_losses_add_with_their_weights_and_are_told_apart(rng):
+  params, reference, rows, *_ = two_models(rng)
+  names, weights = ("dpo", "nll_mean", "kto"), (1.0, 0.2, 0.5)
+  rows = worlds.packed(worlds.comparisons(rng, 9, 3), 64)
+  parts = [evaluate(preference.preference_objective(
+      transformer.make_apply(CONFIG), preference.make_terms([name]), beta=BETA), params, reference,
+      rows)[0] for name in ("kto",)]
+  loss, metrics = evaluate(objective(*names, weights=weights, knobs={}), params, reference, rows)
+  np.testing.assert_allclose(
+      loss, sum(w * metrics[f"loss/{name}"] for name, w in zip(names, weights)), rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss/kto"], parts[0], rtol=1e-5)
+
+
+def test_without_a_reference_dpo_is_cpo_and_nothing_is_compared(rng):
+  params, reference, rows, *_ = two_models(rng)
+  free = objective("dpo", with_reference=False)
+  assert not free.needs_reference and not objective("cpo").needs_reference
+  got, metrics = evaluate(free, params, None, rows)
+  want, _ = evaluate(objective("cpo"), params, None, rows)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  assert not [name for name in metrics if name.startswith("log_ratios")]
+
+
+def test_a_response_that_is_not_there_counts_nothing(rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  nothing = np.zeros(0, int)
+  examples = [(prompt, [good, nothing, other] if i % 3 else [nothing, bad, other])
+              for i, (prompt, (good, bad, other)) in enumerate(
+                  worlds.comparisons(rng, 9, 3, empty_prompts=False))]
+  policy, frozen = (single_sequences(p, examples) for p in (params, reference))
+  ratios = policy.sums - frozen.sums
+  desirable = np.arange(9) % 3 > 0
+  values = losses.kto_loss(
+      np.where(desirable, ratios[:, 0], ratios[:, 1]), desirable,
+      jnp.full(9, max(0.0, ratios[:, 2].mean())), beta=BETA, **KNOBS["kto"])
+  rows = worlds.packed(examples, 64)
+  loss, metrics = evaluate(objective("kto"), params, reference, rows)
+  np.testing.assert_allclose(loss, values.mean(), rtol=1e-4)
+  np.testing.assert_allclose(metrics["logps/chosen"], policy.sums[desirable, 0].mean(), rtol=1e-4)
+  assert np.isnan(metrics["rewards/accuracies"])
+
+
+def test_a_ranking_may_be_shorter_than_the_longest(rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  examples = [(prompt, responses[:3] + [responses[3][:0]] if i % 2 else responses)
+              for i, (prompt, responses) in enumerate(
+                  worlds.comparisons(rng, 8, 4, empty_prompts=False))]
+  policy, frozen = (single_sequences(p, examples).sums for p in (params, reference))
+  want = [losses.dpo_plackett_luce_loss(p[:k], f[:k], beta=BETA)
+          for p, f, k in zip(policy, frozen, [4, 3] * 4)]
+  got, _ = evaluate(objective("dpo_plackett_luce"), params, reference, worlds.packed(examples, 64))
+  np.testing.assert_allclose(got, np.mean(want), rtol=1e-4)
+
+
+def test_a_borrowed_response_is_another_comparisons_and_fits():
+  rng = np.random.default_rng(0)
+  examples = worlds.comparisons(rng, 20, 2, empty_prompts=False)
+  class Data:
+    lengths = worlds.lengths_of(examples)
+    example = np.arange(20)
+    def __len__(self):
+      return 20
+    def __getitem__(self, i):
+      return examples[i]
+  subset = loader.mismatched(loader.all_of(Data()), seed=0, max_length=14)
+  used = []
+  for i in range(20):
+    prompt, (chosen, rejected, borrowed) = subset.comparison(i)
+    assert subset.lengths[i].tolist() == [len(prompt), len(chosen), len(rejected), len(borrowed)]
+    assert 0 < len(borrowed) and len(prompt) + len(borrowed) <= 14
+    partner = int(subset.partner[i])
+    assert partner != i and any(
+        np.array_equal(borrowed, response[:len(borrowed)]) for response in examples[partner][1])
+    used.append(partner)
+  assert sorted(used) == list(range(20))
+
+
+def test_first_loss_is_log_2_whatever_the_weights(rng):
+  params = worlds.params_of(CONFIG)
+  rows = worlds.packed(worlds.comparisons(rng, 9, 2), 64)
+  loss, metrics = evaluate(objective("dpo"), params, params, rows)
+  np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+  assert metrics["log_ratios/abs"] < 1e-5
+
+
+def test_rewards_are_beta_times_the_log_ratios_of_policy_and_reference(rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  rows = worlds.packed(worlds.comparisons(rng, 9, 2), 64)
+  apply = transformer.make_apply(CONFIG)
+  scores = [np.asarray(objectives.response_log_probs(apply(p, rows), rows, num_responses=2).sums)[
+      np.asarray(rows.example) >= 0] for p in (params, reference)]
+  ratios = scores[0] - scores[1]
+  loss, metrics = evaluate(objective("dpo"), params, reference, rows)
+  rewards = BETA * ratios
+  want = {
+      "loss": np.log1p(np.exp(rewards[:, 1] - rewards[:, 0])).mean(),
+      "rewards/chosen": rewards[:, 0].mean(), "rewards/rejected": rewards[:, 1].mean(),
+      "rewards/margins": (rewards[:, 0] - rewards[:, 1]).mean(),
+      "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).mean(),
+      "logps/chosen": scores[0][:, 0].mean(), "logps/rejected": scores[0][:, 1].mean(),
+      "log_ratios/chosen": ratios[:, 0].mean(), "log_ratios/rejected": ratios[:, 1].mean(),
+      "log_ratios/abs": np.abs(ratios).mean()}
+  assert metrics.keys() == want.keys()
+  for name in want:
+    np.testing.assert_allclose(metrics[name], want[name], rtol=1e-4, err_msg=name)
+  np.testing.assert_allclose(loss, want["loss"], rtol=1e-4)
+
+
+def test_the_reference_gets_no_gradient(rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  rows = worlds.packed(worlds.comparisons(rng, 5, 2), 64)
+  grads = jax.grad(lambda reference: objective("dpo").evaluate(params, reference, rows)[0].total)(reference)
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_padding_rows_change_nothing(rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  examples = worlds.comparisons(rng, 9, 2)
+  few = worlds.packed(examples, 64)
+  many = worlds.packed(examples, 64, rows=few.tokens.shape[0] + 3)
+  want, got = (evaluate(objective("dpo"), params, reference, rows)[1] for rows in (few, many))
+  for name in want:
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
