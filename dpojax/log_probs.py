@@ -23,8 +23,22 @@ class SequenceLogProbs(NamedTuple):
   lengths: jax.Array
 
 
+class Head(NamedTuple):
+  """An output embedding whose logits have more to them; it stands wherever a `head` does.
+
+  `weights` [V, D]; `bias` [V], added to the logits, or None; `soft_cap`, a constant scalar that
+  makes a logit cap * tanh(logit / cap), or None.
+  """
+
+  weights: jax.Array
+  bias: jax.Array | None = None
+  soft_cap: jax.Array | float | None = None
+
+
 def token_log_probs(
-    hidden: jax.Array, head: jax.Array, target: jax.Array, *, chunk_size: int | None = None
+    hidden: jax.Array, head: jax.Array | Head, target: jax.Array, *,
+    bias: jax.Array | None = None, soft_cap: jax.Array | float | None = None,
+    chunk_size: int | None = None,
 ) -> jax.Array:
   """Returns log softmax(hidden head^T)[target] for each token, in float32.
 
@@ -32,20 +46,29 @@ def token_log_probs(
 
   Args:
     hidden: [..., S, D] hidden states that predict, in the compute dtype.
-    head: [V, D] output embedding; the input embedding itself when tied.
+    head: [V, D] output embedding, the input embedding itself when tied; or a `Head`, which brings
+      its own bias and soft cap.
     target: [..., S] int, the id each hidden state has to predict, in 0..V-1.
+    bias: [V], added to the logits.
+    soft_cap: a logit becomes cap * tanh(logit / cap); a constant, its gradient is 0.
     chunk_size: scored tokens a chunk, along S; by default as many as fit `CHUNK_ELEMENTS` logits.
 
   Returns:
-    [..., S] log-probs, float32 (float64 for float64 inputs), differentiable in hidden and head.
+    [..., S] log-probs, float32 (float64 for float64 inputs), differentiable in hidden, head and
+    bias.
 
   Raises:
     ValueError: the shapes do not belong together.
   """
-  if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != head.shape[-1]:
+  head = head if isinstance(head, Head) else Head(head, bias, soft_cap)
+  weights, bias, _ = head
+  if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != weights.shape[-1]:
     raise ValueError(
-        f"hidden [..., S, D] {hidden.shape}, head [V, D] {head.shape} and target [..., S] "
+        f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
         f"{target.shape} do not belong together")
+  if bias is not None and bias.shape != weights.shape[:1]:
+    raise ValueError(
+        f"head [V, D] {weights.shape} and bias [V] {bias.shape} do not belong together")
   length = hidden.shape[-2]
   padded, chunks = _padded(hidden, head, chunk_size)
   pad = [(0, 0)] * (target.ndim - 1) + [(0, padded.shape[-2] - length)]
@@ -53,12 +76,14 @@ def token_log_probs(
 
 
 def token_log_collisions(
-    hidden: jax.Array, head: jax.Array, *, chunk_size: int | None = None
+    hidden: jax.Array, head: jax.Array | Head, *, chunk_size: int | None = None
 ) -> jax.Array:
   """Returns log sum_v p(v)^2, p = softmax(hidden head^T), [..., S] float32: the log-probability
   that two draws of the token agree. Shapes and memory are those of `token_log_probs`; it is for
   weights, so nothing is kept for a gradient.
   """
+  head = head if isinstance(head, Head) else Head(head)
+
   def one_chunk(hidden):
     logits = _logits(hidden, head)
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
@@ -69,9 +94,14 @@ def token_log_collisions(
   return _from_chunks(values, -1)[..., :length]
 
 
+def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
+  """Returns the logits [..., V] of hidden states [..., D], all at once; for a few tokens."""
+  return _logits(hidden, head if isinstance(head, Head) else Head(head))
+
+
 def log_probs(
-    hidden: jax.Array, head: jax.Array, source: jax.Array, target: jax.Array, slot: jax.Array,
-    *, num_slots: int, chunk_size: int | None = None,
+    hidden: jax.Array, head: jax.Array | Head, source: jax.Array, target: jax.Array,
+    slot: jax.Array, *, num_slots: int, chunk_size: int | None = None,
 ) -> SequenceLogProbs:
   """Returns the summed log-prob of every response of every row.
 
@@ -80,7 +110,7 @@ def log_probs(
 
   Args:
     hidden: [R, L, D] hidden states.
-    head: [V, D] output embedding.
+    head: [V, D] output embedding, or a `Head`.
     source: [R, S] where in its row the hidden state that predicts stands.
     target: [R, S] the id to score.
     slot: [R, S] the response a token belongs to, 0..num_slots-1; num_slots is padding.
@@ -143,11 +173,11 @@ sequence_log_probs = jax.vmap(sequence_log_prob)
 """`sequence_log_prob` of a batch: [B, T, V], [B, T], [B, T] -> [B]."""
 
 
-def _padded(hidden: jax.Array, head: jax.Array, chunk_size: int | None) -> tuple[jax.Array, int]:
+def _padded(hidden: jax.Array, head: Head, chunk_size: int | None) -> tuple[jax.Array, int]:
   """Pads the token axis to whole chunks; returns that and the number of chunks."""
   *leading, length, _ = hidden.shape
   if chunk_size is None:
-    chunk_size = CHUNK_ELEMENTS // max(1, math.prod(leading) * head.shape[0])
+    chunk_size = CHUNK_ELEMENTS // max(1, math.prod(leading) * head.weights.shape[0])
   chunk_size = min(max(1, chunk_size), max(1, length))
   chunks = -(-length // chunk_size)
   pad = [(0, 0)] * len(leading) + [(0, chunks * chunk_size - length), (0, 0)]
@@ -167,11 +197,16 @@ def _from_chunks(x: jax.Array, axis: int) -> jax.Array:
   return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def _logits(hidden: jax.Array, head: Head) -> jax.Array:
   """Logits [..., V] of the head in the dtype of the hidden states, accumulated in float32."""
-  return jnp.einsum(
-      "...d,vd->...v", hidden, head.astype(hidden.dtype),
+  logits = jnp.einsum(
+      "...d,vd->...v", hidden, head.weights.astype(hidden.dtype),
       preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+  if head.bias is not None:
+    logits += jnp.broadcast_to(head.bias.astype(logits.dtype), logits.shape)
+  if head.soft_cap is not None:
+    logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
+  return logits
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -194,26 +229,35 @@ def _forward(hidden, head, target, chunks):
 
 def _backward(chunks, residuals, cotangent):
   hidden, head, target, normaliser = residuals
-  weights = head.astype(hidden.dtype)
+  weights = head.weights.astype(hidden.dtype)
 
-  def one_chunk(head_grad, chunk):
+  def one_chunk(grads, chunk):
     hidden, target, normaliser, cotangent = chunk
-    probs = jnp.exp(_logits(hidden, head) - normaliser[..., None])
+    logits = _logits(hidden, head)
+    probs = jnp.exp(logits - normaliser[..., None])
     ids = jax.lax.broadcasted_iota(target.dtype, probs.shape, probs.ndim - 1)
     hit = (ids == target[..., None]).astype(probs.dtype)
-    logits_grad = ((hit - probs) * cotangent[..., None]).astype(hidden.dtype)
+    logits_grad = (hit - probs) * cotangent[..., None]
+    if head.soft_cap is not None:
+      logits_grad *= 1.0 - jnp.square(logits / head.soft_cap)
+    bias_grad = grads.bias
+    if bias_grad is not None:
+      bias_grad += jnp.sum(logits_grad.reshape(-1, logits_grad.shape[-1]), axis=0)
+    logits_grad = logits_grad.astype(hidden.dtype)
     hidden_grad = jnp.einsum("...v,vd->...d", logits_grad, weights)
     flat_grad = logits_grad.reshape(-1, logits_grad.shape[-1])
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    head_grad += jnp.einsum(
-        "tv,td->vd", flat_grad, flat_hidden, preferred_element_type=head_grad.dtype)
-    return head_grad, hidden_grad
+    head_grad = grads.weights + jnp.einsum(
+        "tv,td->vd", flat_grad, flat_hidden, preferred_element_type=grads.weights.dtype)
+    return Head(head_grad, bias_grad, grads.soft_cap), hidden_grad
 
-  zero = jnp.zeros(head.shape, jnp.promote_types(head.dtype, jnp.float32))
-  head_grad, hidden_grad = jax.lax.scan(one_chunk, zero, (
+  zeros = jax.tree.map(
+      lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32)), head)
+  grads, hidden_grad = jax.lax.scan(one_chunk, zeros, (
       _to_chunks(hidden, chunks, -2), _to_chunks(target, chunks, -1),
       _to_chunks(normaliser, chunks, -1), _to_chunks(cotangent, chunks, -1)))
-  return _from_chunks(hidden_grad, -2), head_grad.astype(head.dtype), None
+  head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), grads, head)
+  return _from_chunks(hidden_grad, -2), head_grad, None
 
 
 _chunked_log_probs.defvjp(_forward, _backward)

@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpojax.log_probs import logits_of
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 
@@ -41,14 +42,14 @@ def make_sampler(
   """
   model = transformer.Transformer(config)
 
-  def logits_of(params, hidden):
-    return jnp.einsum(
-        "rd,vd->rv", hidden, transformer.output_head(params).astype(hidden.dtype),
-        preferred_element_type=jnp.float32)
-
   def sample(params: Any, prompts: jax.Array, lengths: jax.Array, key: jax.Array,
              temperature: float | jax.Array = 1.0) -> Samples:
     batch, width = prompts.shape
+    if config.longest is not None and width + max_new_tokens > config.longest:
+      raise ValueError(
+          f"prompts of up to {width} tokens and {max_new_tokens} new ones are longer than the "
+          f"{config.longest} positions the model has; lower max_new_tokens or cut the prompts")
+    head = transformer.make_head(config, params)
     cache = transformer.init_cache(config, batch, width + max_new_tokens)
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     there = (positions < lengths[:, None]).astype(jnp.int32)
@@ -87,10 +88,10 @@ def make_sampler(
       one = jnp.ones((rows, 1), jnp.int32)
       hidden, cache = model.apply(
           {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache)
-      return step + 1, logits_of(params, hidden[:, 0]), cache, done, tokens, counts, log_probs
+      return step + 1, logits_of(hidden[:, 0], head), cache, done, tokens, counts, log_probs
 
     carry = (
-        0, repeat(logits_of(params, last), 0), cache, jnp.zeros(rows, bool),
+        0, repeat(logits_of(last, head), 0), cache, jnp.zeros(rows, bool),
         jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.float32))
     *_, tokens, counts, log_probs = jax.lax.while_loop(unfinished, extend, carry)

@@ -64,7 +64,7 @@ def make_optimizer(
 
 
 def _decayed(params):
-  names = ("scale", "bias", "reward_head")
+  names = ("scale", "bias", "head_bias", "reward_head")
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in names, params)
 
 

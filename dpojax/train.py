@@ -81,7 +81,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   state = devices.place(step_lib.init_state(setup.params, tx))
   reference = None if setup.reference is None else devices.place(setup.reference)
   about = {
-      "model": vars(setup.model), "data": data.fingerprint,
+      "model": setup.model.as_dict(), "data": data.fingerprint,
       "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
 

@@ -11,7 +11,8 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
-    "losses", "log_probs", "disk", "models.config", "models.attention", "models.transformer", "models",
+    "losses", "log_probs", "disk", "models.config", "models.attention", "models.rotary",
+    "models.transformer", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "sampling", "objectives", "preference", "step", "parallel", "config", "checkpoint",
     "metrics", "resolve", "train"]

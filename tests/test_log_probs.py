@@ -1,5 +1,7 @@
 """The log-prob primitive against the naive form, in value, gradient and memory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,12 @@ from dpojax import log_probs
 from experiments import log_prob_memory
 
 
-def naive(hidden, head, target):
+def naive(hidden, head, target, bias=None, soft_cap=None):
   logits = jnp.einsum("...d,vd->...v", hidden, head)
+  if bias is not None:
+    logits += jnp.broadcast_to(bias, logits.shape)
+  if soft_cap is not None:
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
   return jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
 
 
@@ -36,6 +42,36 @@ def test_chunks_give_the_naive_log_probs_and_gradients_in_float64(leading, chunk
     for g, w in zip(got_grads, want_grads):
       assert g.dtype == jnp.float64
       np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.5])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_bias_and_a_soft_cap_give_the_naive_gradients_in_float64(with_bias, soft_cap, rng):
+  with jax.enable_x64(True):
+    hidden, head, target = world(rng, dtype=np.float64)
+    bias = jnp.asarray(rng.normal(size=17)) if with_bias else None
+    weights = jnp.asarray(rng.normal(size=target.shape))
+    def total(form):
+      score = lambda h, w, b: jnp.sum(weights * form(h, w, target, bias=b, soft_cap=soft_cap))
+      return jax.value_and_grad(score, argnums=(0, 1, 2))(hidden, head, bias)
+    got, got_grads = total(partial(log_probs.token_log_probs, chunk_size=4))
+    want, want_grads = total(naive)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    for g, w in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12)
+
+
+def test_a_head_brings_its_bias_and_cap_wherever_a_head_goes(rng):
+  hidden, weights, target = world(rng)
+  bias = jnp.asarray(rng.normal(size=17), jnp.float32)
+  head = log_probs.Head(weights, bias, 2.5)
+  want = log_probs.token_log_probs(hidden, weights, target, bias=bias, soft_cap=2.5)
+  np.testing.assert_array_equal(log_probs.token_log_probs(hidden, head, target), want)
+  logits = jax.nn.log_softmax(log_probs.logits_of(hidden, head))
+  np.testing.assert_allclose(
+      jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0], want, rtol=1e-5)
+  grads = jax.jit(jax.grad(lambda head: log_probs.token_log_probs(hidden, head, target).sum()))(head)
+  assert grads.bias.shape == (17,) and grads.soft_cap == 0.0
 
 
 def test_gradients_are_those_of_finite_differences(rng):
@@ -93,6 +129,8 @@ def test_wrong_shapes_are_named(rng):
   hidden, head, target = world(rng)
   with pytest.raises(ValueError, match=r"hidden .*\(3, 11, 5\).*target .*\(3, 10\)"):
     log_probs.token_log_probs(hidden, head, target[:, :-1])
+  with pytest.raises(ValueError, match=r"head .*\(17, 5\) and bias .*\(5,\)"):
+    log_probs.token_log_probs(hidden, head, target, bias=jnp.zeros(5))
   with pytest.raises(ValueError, match=r"logits .*\(4, 7\).*tokens .*\(5,\)"):
     log_probs.sequence_log_prob(jnp.zeros((4, 7)), jnp.zeros(5, int), jnp.ones(5, bool))
 

@@ -1,8 +1,9 @@
 """Attention over packed, branching rows.
 
 The rule, for a query q and a key k of one row: q sees k when both are of one comparison, k's
-position is at most q's, and k is prompt or of q's own branch. A KV cache follows the same rule:
-its keys carry the same three numbers.
+position is at most q's, and k is prompt or of q's own branch. A layer with a sliding window sees
+only the last of these, counted in positions of the sequence, never in places of the row. A KV cache
+follows the same rule: its keys carry the same three numbers.
 """
 
 from typing import NamedTuple
@@ -19,18 +20,23 @@ class TokenIds(NamedTuple):
   branch: jax.Array
 
 
-def visible(query: TokenIds, key: TokenIds) -> jax.Array:
-  """Returns [R, Q, T] bool: whether each of Q queries sees each of T keys."""
+def visible(query: TokenIds, key: TokenIds, *, window: int = 0) -> jax.Array:
+  """Returns [R, Q, T] bool: whether each of Q queries sees each of T keys.
+
+  A window further keeps a query from keys `window` or more positions before it; 0 is none.
+  """
   q = jax.tree.map(lambda x: x[:, :, None], query)
   k = jax.tree.map(lambda x: x[:, None, :], key)
-  return ((q.comparison == k.comparison) & (k.position <= q.position)
+  seen = ((q.comparison == k.comparison) & (k.position <= q.position)
           & ((k.branch == 0) | (k.branch == q.branch)))
+  return seen & (q.position - k.position < window) if window else seen
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, query_ids: TokenIds, key_ids: TokenIds
+    q: jax.Array, k: jax.Array, v: jax.Array, query_ids: TokenIds, key_ids: TokenIds, *,
+    scale: float = 0.0, window: int = 0, soft_cap: float = 0.0,
 ) -> jax.Array:
-  """Returns softmax(q k^T / sqrt(H)) v under the rule, softmax in float32.
+  """Returns softmax(scale q k^T) v under the rule, scores and softmax in float32.
 
   Args:
     q: [R, Q, N, H] queries.
@@ -38,6 +44,9 @@ def attention(
     v: [R, T, M, H] values.
     query_ids: ids of the queries, [R, Q].
     key_ids: ids of the keys, [R, T].
+    scale: what scores are multiplied by; 0 is 1 / sqrt(H).
+    window: see `visible`.
+    soft_cap: scores become cap * tanh(score / cap); 0 leaves them.
 
   Returns:
     [R, Q, N, H] in the dtype of q. Every query must see at least one key, which holds when its
@@ -47,8 +56,11 @@ def attention(
   key_heads = k.shape[2]
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
   scores = jnp.einsum("rqmgh,rtmh->rmgqt", q, k, preferred_element_type=jnp.float32)
-  mask = visible(query_ids, key_ids)[:, None, None]
-  scores = jnp.where(mask, scores * head_size**-0.5, jnp.finfo(scores.dtype).min)
+  scores = scores * (scale or head_size**-0.5)
+  if soft_cap:
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+  mask = visible(query_ids, key_ids, window=window)[:, None, None]
+  scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   mixed = jnp.einsum("rmgqt,rtmh->rqmgh", weights, v)
   return mixed.reshape(rows, length, heads, head_size)

@@ -1,17 +1,52 @@
 """The dimensions and choices that make a decoder, one dataclass for all families."""
 
 import dataclasses
+import json
 
-POSITIONS = ("rotary", "learned")
-NORMS = ("rms", "layer")
-MLPS = ("swiglu", "gelu")
+POSITIONS = ("rotary", "interleaved", "learned")
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
+NORMS = ("rms", "rms_offset", "layer")
+RESIDUALS = ("sequential", "parallel", "shared")
+MLPS = ("swiglu", "geglu", "geglu_exact", "gelu", "gelu_exact")
+BIASES = ("none", "qkv", "attention", "mlp", "all")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched beyond the length of pretraining; see `models.rotary`.
+
+  Attributes:
+    name: 'linear', 'dynamic', 'yarn' or 'llama3'.
+    factor: by how much.
+    original_positions: longest sequence of pretraining ('yarn', 'llama3').
+    low, high: rotations over the original length below which a frequency is stretched wholly and
+      above which it is kept ('llama3': low and high frequency factor; 'yarn': beta slow and fast).
+    magnitude: sines and cosines are multiplied by it ('yarn').
+    truncate: whether the bounds of the ramp are rounded to whole frequencies ('yarn').
+  """
+
+  name: str
+  factor: float
+  original_positions: int = 0
+  low: float = 1.0
+  high: float = 4.0
+  magnitude: float = 1.0
+  truncate: bool = True
+
+  def __post_init__(self):
+    if self.name not in ROPE_SCALINGS:
+      raise ValueError(
+          f"model.rope_scaling.name is {self.name!r}; it must be one of {', '.join(ROPE_SCALINGS)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only Transformer. `llama_style` and `gpt2_style` fill in the two families' choices.
+  """A decoder-only Transformer: the dimensions, and each choice in which the families differ.
+
+  `llama_style` and `gpt2_style` fill in two families' choices; `models.hf` reads those of published
+  models.
 
   Attributes:
     vocab_size: `V`, ids the embedding holds.
@@ -21,19 +56,37 @@ class ModelConfig:
     kv_heads: key and value heads; a divisor of `heads` (grouped-query attention).
     head_size: `H`; width / heads in most families.
     mlp_width: hidden size of the MLP.
-    max_positions: longest sequence; the size of the table when positions are learned.
-    positions: 'rotary' or 'learned'.
-    norm: 'rms' or 'layer'.
-    mlp: 'swiglu' or 'gelu' (the tanh form, as GPT-2).
-    biases: whether projections and MLP have biases.
-    tie_embeddings: whether the output embedding is the input embedding.
+    max_positions: longest sequence of training; the size of the table when positions are learned.
+    positions: 'rotary' (in two halves), 'interleaved' (rotary in neighbours, as GPT-J), 'learned'.
+    rotary_size: leading dimensions of a head that are rotated; 0 is all of them.
     rope_theta: base of the rotary frequencies.
+    rope_scaling: how they are stretched, or None.
+    local_rope_theta: base in layers with a window, never stretched; 0 treats them as all others.
+    layer_windows: keys a query sees in its own sequence, itself included, layer by layer and over
+      again from the first; 0 is all of them.
+    norm: 'rms', 'rms_offset' (times 1 + scale, as Gemma) or 'layer'.
     norm_eps: added to the variance in norms.
+    post_norms: whether what attention and MLP add to the residual stream is normed too.
+    query_key_norms: whether the heads of queries and keys are normed, before rotation.
+    residual: 'sequential', 'parallel' (attention and MLP read the same stream, each behind its own
+      norm, as NeoX) or 'shared' (both behind one norm, as GPT-J).
+    mlp: 'swiglu', 'geglu' or 'gelu' (the tanh form, as GPT-2), or the latter two with the exact
+      form, 'geglu_exact' and 'gelu_exact'.
+    biases: which projections have them: 'none', 'qkv', 'attention' (its output too), 'mlp' or
+      'all'; True and False stand for 'all' and 'none'.
+    attention_scale: what scores are multiplied by; 0 is 1 / sqrt(head_size).
+    attention_soft_cap: scores become cap * tanh(score / cap); 0 leaves them.
+    embedding_scale: what the input embedding is multiplied by.
+    tie_embeddings: whether the output embedding is the input embedding.
+    head_bias: whether logits have a bias.
+    logit_soft_cap: logits become cap * tanh(logit / cap); 0 leaves them.
     dtype: compute dtype, 'float32' or 'bfloat16'; parameters are float32.
     remat: what the backward pass recomputes: 'none', 'full' (each block) or 'dots' (all but
       matrix products).
-    scan_layers: one compiled block for all layers instead of a copy a layer.
+    scan_layers: one compiled block for all layers, or one a window of the pattern, instead of a
+      copy a layer.
     reward_head: adds a scalar head on hidden states, for reward models.
+    published: what `models.hf` needs to write the folder a model was read from; '' for our own.
   """
 
   vocab_size: int
@@ -45,18 +98,39 @@ class ModelConfig:
   mlp_width: int
   max_positions: int
   positions: str = "rotary"
-  norm: str = "rms"
-  mlp: str = "swiglu"
-  biases: bool = False
-  tie_embeddings: bool = False
+  rotary_size: int = 0
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  local_rope_theta: float = 0.0
+  layer_windows: tuple[int, ...] = (0,)
+  norm: str = "rms"
   norm_eps: float = 1e-5
+  post_norms: bool = False
+  query_key_norms: bool = False
+  residual: str = "sequential"
+  mlp: str = "swiglu"
+  biases: str = "none"
+  attention_scale: float = 0.0
+  attention_soft_cap: float = 0.0
+  embedding_scale: float = 1.0
+  tie_embeddings: bool = False
+  head_bias: bool = False
+  logit_soft_cap: float = 0.0
   dtype: str = "float32"
   remat: str = "none"
   scan_layers: bool = True
   reward_head: bool = False
+  published: str = ""
 
   def __post_init__(self):
+    # The forms JSON gives back.
+    replace = lambda name, value: object.__setattr__(self, name, value)
+    replace("layer_windows", tuple(self.layer_windows))
+    if isinstance(self.rope_scaling, dict):
+      replace("rope_scaling", RopeScaling(**self.rope_scaling))
+    if isinstance(self.biases, bool):
+      replace("biases", "all" if self.biases else "none")
+
     for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width",
                  "max_positions"):
       value = getattr(self, name)
@@ -66,13 +140,44 @@ class ModelConfig:
       raise ValueError(
           f"model.heads is {self.heads} and model.kv_heads {self.kv_heads}; "
           "kv_heads must divide heads")
-    if self.positions == "rotary" and self.head_size % 2:
+    if self.positions != "learned" and self.head_size % 2:
       raise ValueError(f"model.head_size is {self.head_size}; rotary positions need an even one")
-    for name, allowed in (("positions", POSITIONS), ("norm", NORMS), ("mlp", MLPS),
-                          ("dtype", DTYPES), ("remat", REMATS)):
+    if self.rotary_size % 2 or not 0 <= self.rotary_size <= self.head_size:
+      raise ValueError(
+          f"model.rotary_size is {self.rotary_size}; it must be even and at most model.head_size, "
+          f"{self.head_size}")
+    if not self.layer_windows or min(self.layer_windows) < 0:
+      raise ValueError(
+          f"model.layer_windows is {self.layer_windows}; it must hold a window a layer of the "
+          "pattern, 0 for none")
+    for name, allowed in (
+        ("positions", POSITIONS), ("norm", NORMS), ("residual", RESIDUALS), ("mlp", MLPS),
+        ("biases", BIASES), ("dtype", DTYPES), ("remat", REMATS)):
       if getattr(self, name) not in allowed:
         raise ValueError(
             f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+  @property
+  def longest(self) -> int | None:
+    """The longest sequence the model is defined for, or None where it has no such bound.
+
+    Learned positions end with their table. 'dynamic' frequencies depend on the length of the whole
+    sequence beyond it, which a packed row and a cache do not have.
+    """
+    bounded = self.positions == "learned" or (
+        self.rope_scaling is not None and self.rope_scaling.name == "dynamic")
+    return self.max_positions if bounded else None
+
+  @property
+  def scanned_layers(self) -> int:
+    """How many of the first layers are stacked: whole periods of the pattern, if several."""
+    period = len(self.layer_windows)
+    periods = self.layers // period
+    return periods * period if self.scan_layers and (periods > 1 or period == 1) else 0
+
+  def as_dict(self) -> dict:
+    """Returns the config as JSON holds it; `ModelConfig(**config.as_dict())` is the config."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def llama_style(
@@ -94,4 +199,4 @@ def gpt2_style(
   return ModelConfig(**{**dict(
       vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads or heads,
       head_size=width // heads, mlp_width=4 * width, max_positions=max_positions,
-      positions="learned", norm="layer", mlp="gelu", biases=True, tie_embeddings=True), **changes})
+      positions="learned", norm="layer", mlp="gelu", biases="all", tie_embeddings=True), **changes})

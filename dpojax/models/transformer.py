@@ -1,11 +1,15 @@
 """The decoder, in Flax Linen: token ids of packed rows in, hidden states out."""
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpojax.log_probs import Head
+from dpojax.models import rotary
 from dpojax.models.attention import TokenIds, attention
 from dpojax.models.config import ModelConfig
 
@@ -13,11 +17,12 @@ from dpojax.models.config import ModelConfig
 class Outputs(NamedTuple):
   """What an `apply(params, rows)` returns to the objectives.
 
-  `hidden` [R, L, D]; `head` [V, D], the output embedding; `reward_head` [D], or None.
+  `hidden` [R, L, D]; `head`, the output embedding [V, D], or a `Head` where logits have a bias or a
+  soft cap; `reward_head` [D], or None.
   """
 
   hidden: jax.Array
-  head: jax.Array
+  head: jax.Array | Head
   reward_head: jax.Array | None = None
 
 
@@ -41,15 +46,16 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    config = self.config
-    scale = self.param("scale", nn.initializers.ones, (config.width,))
+    config, size = self.config, x.shape[-1:]
+    offset = config.norm == "rms_offset"
+    scale = self.param("scale", nn.initializers.zeros if offset else nn.initializers.ones, size)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if config.norm == "layer":
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
-    x = jnp.einsum("...d,d->...d", x, scale)
+    x = jnp.einsum("...d,d->...d", x, 1.0 + scale if offset else scale)
     if config.norm == "layer":
-      bias = self.param("bias", nn.initializers.zeros, (config.width,))
+      bias = self.param("bias", nn.initializers.zeros, size)
       x = x + jnp.broadcast_to(bias, x.shape)
     return x.astype(config.dtype)
 
@@ -57,74 +63,118 @@ class Norm(nn.Module):
 class Linear(nn.Module):
   """y = x kernel + bias over the last `len(inputs)` axes of x, in the compute dtype."""
 
-  config: ModelConfig
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
+  bias: bool
   scale: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    fan_in = 1
-    for size in self.inputs:
-      fan_in *= size
+    fan_in = math.prod(self.inputs)
     kernel = self.param(
         "kernel", nn.initializers.normal(self.scale * fan_in**-0.5), self.inputs + self.outputs)
     axes = tuple(range(x.ndim - len(self.inputs), x.ndim))
     y = jax.lax.dot_general(
         x, kernel.astype(x.dtype), ((axes, tuple(range(len(self.inputs)))), ((), ())))
-    if self.config.biases:
+    if self.bias:
       bias = self.param("bias", nn.initializers.zeros, self.outputs)
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
     return y
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-  """Rotary embedding (Su et al. 2021) of [R, L, N, H] at positions [R, L], in two halves."""
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = jnp.einsum("rl,h->rlh", positions.astype(jnp.float32), frequencies)[:, :, None]
-  sin, cos = jnp.sin(angles), jnp.cos(angles)
-  first, second = x[..., :half], x[..., half:]
-  return jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+ACTIVATIONS = {
+    "swiglu": nn.silu, "geglu": nn.gelu, "gelu": nn.gelu,
+    "geglu_exact": partial(nn.gelu, approximate=False),
+    "gelu_exact": partial(nn.gelu, approximate=False)}
 
 
 class Block(nn.Module):
-  """Attention and MLP, each behind a norm and added to the residual stream."""
+  """Attention and MLP, each behind a norm and added to the residual stream.
+
+  `window` is the layer's, see `ModelConfig.layer_windows`.
+  """
 
   config: ModelConfig
+  window: int
 
   @nn.compact
   def __call__(self, x, ids: TokenIds, key_ids: TokenIds, cache):
     config = self.config
+    y = Norm(config, name="attention_norm")(x)
+    attended, cache = self._attention(y, ids, key_ids, cache)
+    if config.post_norms:
+      attended = Norm(config, name="attention_post_norm")(attended)
+    if config.residual == "sequential":
+      x = x + attended
+    if config.residual != "shared":
+      y = Norm(config, name="mlp_norm")(x)
+    y = self._mlp(y)
+    if config.post_norms:
+      y = Norm(config, name="mlp_post_norm")(y)
+    return x + y if config.residual == "sequential" else x + (attended + y), cache
+
+  def _attention(self, y, ids, key_ids, cache):
+    config = self.config
     width, heads = (config.width,), (config.heads, config.head_size)
     key_heads = (config.kv_heads, config.head_size)
-    residual_scale = (2 * config.layers) ** -0.5
-
-    y = Norm(config, name="attention_norm")(x)
-    q = Linear(config, width, heads, name="query")(y)
-    k = Linear(config, width, key_heads, name="key")(y)
-    v = Linear(config, width, key_heads, name="value")(y)
-    if config.positions == "rotary":
-      q = rotate(q, ids.position, config.rope_theta)
-      k = rotate(k, ids.position, config.rope_theta)
+    bias = config.biases in ("qkv", "attention", "all")
+    q = Linear(width, heads, bias, name="query")(y)
+    k = Linear(width, key_heads, bias, name="key")(y)
+    v = Linear(width, key_heads, bias, name="value")(y)
+    if config.query_key_norms:
+      q, k = Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k)
+    if config.positions != "learned":
+      q, k = self._rotate(q, ids.position), self._rotate(k, ids.position)
     if cache is not None:
       keys, values, start = cache
       k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
       v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), start, axis=1)
       cache = (k, v)
-    y = attention(q, k, v, ids, key_ids)
-    x = x + Linear(config, heads, width, residual_scale, name="attention_out")(y)
+    y = attention(q, k, v, ids, key_ids, scale=config.attention_scale, window=self.window,
+                  soft_cap=config.attention_soft_cap)
+    out = Linear(heads, width, config.biases in ("attention", "all"), self._residual_scale(),
+                 name="attention_out")
+    return out(y), cache
 
-    y = Norm(config, name="mlp_norm")(x)
-    hidden = (config.mlp_width,)
-    if config.mlp == "swiglu":
-      y = nn.silu(Linear(config, width, hidden, name="gate")(y)) * Linear(
-          config, width, hidden, name="up")(y)
+  def _rotate(self, x, positions):
+    config = self.config
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if self.window and config.local_rope_theta:
+      theta, scaling = config.local_rope_theta, None
+    frequencies = rotary.frequencies(config.rotary_size or config.head_size, theta, scaling)
+    return rotary.rotate(
+        x, positions, frequencies, magnitude=1.0 if scaling is None else scaling.magnitude,
+        interleaved=config.positions == "interleaved")
+
+  def _mlp(self, y):
+    config = self.config
+    width, hidden, bias = (config.width,), (config.mlp_width,), config.biases in ("mlp", "all")
+    activation = ACTIVATIONS[config.mlp]
+    if config.mlp in ("gelu", "gelu_exact"):
+      y = activation(Linear(width, hidden, bias, name="up")(y))
     else:
-      y = nn.gelu(Linear(config, width, hidden, name="up")(y), approximate=True)
-    x = x + Linear(config, hidden, width, residual_scale, name="down")(y)
-    return x, cache
+      y = activation(Linear(width, hidden, bias, name="gate")(y)) * Linear(
+          width, hidden, bias, name="up")(y)
+    return Linear(hidden, width, bias, self._residual_scale(), name="down")(y)
+
+  def _residual_scale(self):
+    return (2 * self.config.layers) ** -0.5
+
+
+class Period(nn.Module):
+  """One block a window of the layer pattern, `block_0`, ...; caches have an axis of blocks."""
+
+  config: ModelConfig
+  block: type[nn.Module]
+
+  @nn.compact
+  def __call__(self, x, ids, key_ids, caches):
+    written = []
+    for i, window in enumerate(self.config.layer_windows):
+      cache = jax.tree.map(lambda a: a[i], caches)
+      x, cache = self.block(self.config, window, name=f"block_{i}")(x, ids, key_ids, cache)
+      written.append(cache)
+    return x, jax.tree.map(lambda *blocks: jnp.stack(blocks), *written)
 
 
 class Embed(nn.Module):
@@ -143,8 +193,9 @@ class Embed(nn.Module):
 class Transformer(nn.Module):
   """A decoder-only Transformer over packed rows.
 
-  Params are a plain dict: `embed`, `positions` (learned ones), `layers` (stacked along axis 0 when
-  scanned, else `layer_0`, ...), `final_norm`, `head` (untied ones), `reward_head`.
+  Params are a plain dict: `embed`, `positions` (learned ones), `layers` (the scanned ones, stacked
+  along axis 0; with a pattern of windows `layers/block_0`, ...), `layer_0`, ... (those that are not
+  scanned), `final_norm`, `head` (untied ones), `head_bias`, `reward_head`.
   """
 
   config: ModelConfig
@@ -160,10 +211,14 @@ class Transformer(nn.Module):
     config = self.config
     ids = TokenIds(positions, comparison, branch)
     x = Embed(config, config.vocab_size, name="embed")(tokens)
+    if config.embedding_scale != 1.0:
+      x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.positions == "learned":
       x = x + Embed(config, config.max_positions, name="positions")(positions)
     if not config.tie_embeddings:
       self.param("head", nn.initializers.normal(0.02), (config.vocab_size, config.width))
+    if config.head_bias:
+      self.param("head_bias", nn.initializers.zeros, (config.vocab_size,))
     if config.reward_head:
       self.param("reward_head", nn.initializers.zeros, (config.width,))
 
@@ -173,30 +228,45 @@ class Transformer(nn.Module):
       key_ids = jax.tree.map(write, cache.ids, ids)
       starts = jnp.broadcast_to(cache.next, (config.layers,))
       layer_caches = (cache.keys, cache.values, starts)
-
-    block = Block
-    if config.remat != "none":
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      block = nn.remat(
-          Block, prevent_cse=not config.scan_layers,
-          policy=policy if config.remat == "dots" else None)
-    if config.scan_layers:
-      stack = nn.scan(
-          block, variable_axes={"params": 0}, split_rngs={"params": True},
-          in_axes=(nn.broadcast, nn.broadcast, 0), out_axes=0, length=config.layers)
-      x, layer_caches = stack(config, name="layers")(x, ids, key_ids, layer_caches)
-    else:
-      written = []
-      for layer in range(config.layers):
-        layer_cache = jax.tree.map(lambda a: a[layer], layer_caches)
-        x, layer_cache = block(config, name=f"layer_{layer}")(x, ids, key_ids, layer_cache)
-        written.append(layer_cache)
-      if cache is not None:
-        layer_caches = jax.tree.map(lambda *layers: jnp.stack(layers), *written)
+    x, layer_caches = self._layers(x, ids, key_ids, layer_caches)
     x = Norm(config, name="final_norm")(x)
     if cache is None:
       return x
     return x, Cache(*layer_caches, key_ids, cache.next + tokens.shape[1])
+
+  def _layers(self, x, ids, key_ids, caches):
+    """The blocks: first the scanned ones, then the others; caches have an axis of layers."""
+    config = self.config
+    windows, scanned = config.layer_windows, config.scanned_layers
+    period = len(windows)
+
+    def rematerialised(prevent_cse):
+      if config.remat == "none":
+        return Block
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      return nn.remat(
+          Block, prevent_cse=prevent_cse, policy=policy if config.remat == "dots" else None)
+
+    written = []
+    if scanned:
+      block = rematerialised(prevent_cse=False)
+      scan = partial(
+          nn.scan, variable_axes={"params": 0}, split_rngs={"params": True},
+          in_axes=(nn.broadcast, nn.broadcast, 0), out_axes=0, length=scanned // period)
+      first = jax.tree.map(lambda a: a[:scanned], caches)
+      if period == 1:
+        x, first = scan(block)(config, windows[0], name="layers")(x, ids, key_ids, first)
+      else:
+        first = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), first)
+        x, first = scan(Period)(config, block, name="layers")(x, ids, key_ids, first)
+        first = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), first)
+      written.append(first)
+    block = rematerialised(prevent_cse=True)
+    for i in range(scanned, config.layers):
+      cache = jax.tree.map(lambda a: a[i], caches)
+      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, key_ids, cache)
+      written.append(jax.tree.map(lambda a: a[None], cache))
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -219,6 +289,14 @@ def output_head(params: dict) -> jax.Array:
   return params["head"] if "head" in params else params["embed"]["embedding"]
 
 
+def make_head(config: ModelConfig, params: dict) -> jax.Array | Head:
+  """Returns what turns hidden states into logits: the output embedding, or a `Head` of it."""
+  weights = output_head(params)
+  if not (config.head_bias or config.logit_soft_cap):
+    return weights
+  return Head(weights, params.get("head_bias"), config.logit_soft_cap or None)
+
+
 def make_apply(config: ModelConfig):
   """Returns `apply(params, rows) -> Outputs`, the form every objective takes a model in."""
   model = Transformer(config)
@@ -226,6 +304,6 @@ def make_apply(config: ModelConfig):
   def apply(params, rows) -> Outputs:
     hidden = model.apply(
         {"params": params}, rows.tokens, rows.positions, rows.comparison, rows.branch)
-    return Outputs(hidden, output_head(params), params.get("reward_head"))
+    return Outputs(hidden, make_head(config, params), params.get("reward_head"))
 
   return apply
