@@ -12,7 +12,7 @@ PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
     "losses", "log_probs", "disk", "models.config", "models.attention", "models.rotary",
-    "models.transformer", "models.hf", "models",
+    "models.transformer", "models.families", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "sampling", "objectives", "preference", "step", "parallel", "config", "checkpoint",
     "metrics", "resolve", "train"]

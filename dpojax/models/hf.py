@@ -1,0 +1,439 @@
+"""Hugging Face folders in and out: config.json and safetensors, tensor by tensor.
+
+Files are mapped into memory, and a parameter is a view of the tensor that holds it, transposed,
+split and cut as the parameter asks. So only what a caller places is ever read, a folder is written
+a tensor at a time, and nobody holds the model twice. The files are mapped here and not by the
+safetensors package because its slices are copies, without strides.
+"""
+
+import collections
+import json
+import math
+import mmap
+import os
+import pathlib
+import shutil
+from typing import Any, Callable, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpojax.disk import disk_errors
+from dpojax.models import families, transformer
+from dpojax.models.config import ModelConfig
+from dpojax.models.families import Family, HuggingFaceError, Tensor
+
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Dtypes of tensors and their names in the files."""
+
+SHARD_BYTES = 5 * 10**9
+"""Largest file a folder is written in, but for a tensor that is larger."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+
+Index = tuple[slice, ...]
+Read = Callable[[Index], np.ndarray]
+Place = Callable[[str, jax.ShapeDtypeStruct, Read], Any]
+"""(path of a parameter, its shape and dtype, read) -> the parameter where it is to be kept, where
+`read(index)` gives the part at an index as a new array."""
+
+
+class Model(NamedTuple):
+  """A model read from a folder: its config, and its params as `place` has returned them."""
+
+  config: ModelConfig
+  params: Any
+
+
+def is_model_folder(path: str | os.PathLike) -> bool:
+  """Returns whether a path is a Hugging Face model: a config.json there names a model type."""
+  try:
+    return "model_type" in json.loads((pathlib.Path(path) / "config.json").read_text())
+  except (OSError, ValueError):
+    return False
+
+
+def locate(name: str | os.PathLike) -> pathlib.Path:
+  """Returns the folder itself, or that of a hub name, fetched unless it was fetched before.
+
+  Raises:
+    HuggingFaceError: there is no such folder and no such model can be fetched.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if folder.is_dir():
+    return folder
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+  except Exception as error:  # huggingface_hub and what carries it raise many kinds
+    reason = str(error).strip().partition("\n")[0]
+    raise HuggingFaceError(
+        f"model {str(name)!r} is no folder and cannot be fetched from the hub ({reason}); give a "
+        "folder with config.json and *.safetensors, or a hub name while there is a network"
+    ) from error
+
+
+def load(
+    name: str | os.PathLike, *, place: Place | None = None, dtype: str = "float32", **changes
+) -> Model:
+  """Returns the model of a folder or hub name.
+
+  Args:
+    name: the folder or hub name.
+    place: where a parameter is kept, and so which parts of it are read; by default whole, as NumPy
+      arrays. `parallel.Mesh.place_part` reads for each device its own part.
+    dtype: of the parameters, 'float32' or 'bfloat16'.
+    **changes: what the weights leave open in the config: dtype, remat, scan_layers.
+
+  Raises:
+    HuggingFaceError: the folder is not there or not supported, or its tensors are not those of
+      the model.
+  """
+  folder = locate(name)
+  values = _read_json(folder / "config.json")
+  family = families.family_of(values)
+  config = ModelConfig(**vars(families.read_config(values)) | changes)
+  files = _Files(folder)
+  stacks = _stacks(config, family)
+  names = _find(stacks, family, files, config)
+  published = _published(folder, values, family, names, files)
+
+  def placed(path, leaf):
+    path = _path(path)
+    stack = stacks[path]
+
+    def read(index: Index) -> np.ndarray:
+      part = np.empty([len(range(*i.indices(n))) for i, n in zip(index, leaf.shape)], dtype)
+      layers, index = (part, index) if stack.layered else (part[None], (slice(None), *index))
+      for layer, piece in zip(layers, stack.pieces[index[0]], strict=True):
+        layer[...] = piece.of(files.array(names[piece.name]), config)[index[1:]]
+        files.forget(names[piece.name])
+      return part
+
+    return (place or _whole)(path, jax.ShapeDtypeStruct(leaf.shape, dtype), read)
+
+  params = jax.tree_util.tree_map_with_path(placed, _shapes(config))
+  return Model(ModelConfig(**vars(config) | {"published": published}), params)
+
+
+def save(
+    folder: str | os.PathLike, config: ModelConfig, params: Any, *, dtype: str = "",
+    shard_bytes: int = SHARD_BYTES, tokenizer: str | os.PathLike = "", **settings
+) -> None:
+  """Writes a model as a folder that `transformers` reads.
+
+  A model that was read from a folder gets that folder's config.json, tensor names and dtypes.
+
+  Args:
+    folder: where to; made if missing.
+    config: the model's.
+    params: its params, NumPy or JAX arrays, whole or in parts over devices.
+    dtype: of all tensors; '' keeps those of the folder the model was read from, or float32.
+    shard_bytes: largest file, but for a tensor that is larger.
+    tokenizer: a folder whose tokenizer files are copied, or ''.
+    **settings: what a config.json of a model of our own says besides its dimensions.
+
+  Raises:
+    HuggingFaceError: the folder holds something already, or the model has no form in one.
+    DiskError: the disk is full or cannot be written.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists() and any(folder.iterdir()):
+    raise HuggingFaceError(f"{folder} is not empty; give a folder that is, or a new one")
+  if "reward_head" in params:
+    raise HuggingFaceError(
+        "the model has a reward head, for which causal language models of transformers have no "
+        "place; write a policy, or take the head out of params")
+  published = json.loads(config.published) if config.published else {
+      "config": families.write_config(config) | settings, "dtype": "float32"}
+  values = published["config"]
+  if dtype:
+    values = {key: value for key, value in values.items() if key != "dtype"} | {
+        "torch_dtype": dtype}
+  family = families.family_of(values)
+  arrays = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  stacks = _stacks(config, family)
+  if arrays.keys() != stacks.keys():
+    raise HuggingFaceError(
+        f"params are not those of the config: {_some(arrays.keys() ^ stacks.keys())} are in one "
+        "of them only")
+
+  holders = collections.defaultdict(list)  # of each tensor: its pieces, and where they are
+  for path, stack in stacks.items():
+    for i, piece in enumerate(stack.pieces):
+      holders[piece.name].append((piece, path, (i,) if stack.layered else ()))
+  plan = {}
+  for name, parts in holders.items():
+    actual, stored = _as_published(name, published, family)
+    shape = families.dimensions(config, parts[0][0].tensor.shape)
+    plan[actual] = _Entry(dtype or stored, shape, parts)
+
+  def tensor(name):
+    entry = plan[name]
+    whole = np.empty(entry.shape, jnp.dtype(entry.dtype))
+    with np.errstate(over="raise"):
+      for piece, path, index in entry.parts:
+        try:
+          piece.of(whole, config)[...] = np.asarray(arrays[path][index])
+        except FloatingPointError as error:
+          raise HuggingFaceError(
+              f"{name} does not fit into {entry.dtype}; choose another dtype") from error
+    return whole
+
+  with disk_errors(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, plan, tensor, shard_bytes)
+    for name in TOKENIZER_FILES if tokenizer else ():
+      if (pathlib.Path(tokenizer) / name).is_file():
+        shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)
+    if "generation_config" in published:
+      _write_json(folder / "generation_config.json", published["generation_config"])
+    _write_json(folder / "config.json", values)  # last: a folder is a model once it is all there
+
+
+class _Piece(NamedTuple):
+  """What a tensor holds of a parameter, all of it or one layer, and the shape it has there."""
+
+  name: str
+  tensor: Tensor
+  shape: tuple[int, ...]
+
+  def of(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Returns the piece as a view of the tensor."""
+    return self.tensor.part(array, config).reshape(self.shape, copy=False)
+
+
+class _Stack(NamedTuple):
+  """The pieces of a parameter: one a layer along its first axis if `layered`, else the only one."""
+
+  pieces: list[_Piece]
+  layered: bool
+
+
+class _Entry(NamedTuple):
+  """A tensor to be written."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  parts: list[tuple[_Piece, str, tuple[int, ...]]]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+class _Files:
+  """The tensors of a folder's safetensors files, mapped into memory."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Reads the files' headers.
+
+    Raises:
+      HuggingFaceError: a file is missing or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+      names = sorted(set(_read_json(index)["weight_map"].values()))
+    self.entries = {}  # name -> (file, dtype, shape, start)
+    for name in names:
+      self._open(folder / name)
+
+  def _open(self, path: pathlib.Path) -> None:
+    try:
+      with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+      raise HuggingFaceError(
+          f"{path} does not exist; weights are read from *.safetensors files") from error
+    try:
+      length = int.from_bytes(mapped[:8], "little")
+      header = json.loads(mapped[8:8 + length])
+      header.pop("__metadata__", None)
+      size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+      if 8 + length + size > len(mapped):
+        raise ValueError(f"{8 + length + size} bytes were written and {len(mapped)} are there")
+    except (ValueError, KeyError) as error:
+      raise HuggingFaceError(f"{path} is damaged ({error}); fetch it again") from error
+    dtypes = {stored: name for name, stored in DTYPES.items()}
+    for name, entry in header.items():
+      start = 8 + length + entry["data_offsets"][0]
+      dtype = dtypes.get(entry["dtype"], entry["dtype"])
+      self.entries[name] = (mapped, dtype, tuple(entry["shape"]), start)
+
+  def array(self, name: str) -> np.ndarray:
+    """Returns a tensor, of which only what is looked at is read.
+
+    Raises:
+      HuggingFaceError: its dtype is not supported.
+    """
+    mapped, dtype, shape, start = self.entries[name]
+    if dtype not in DTYPES:
+      raise HuggingFaceError(
+          f"tensor {name} is of dtype {dtype}, which is not supported; supported are "
+          f"{', '.join(DTYPES)}")
+    return np.frombuffer(mapped, jnp.dtype(dtype), math.prod(shape), start).reshape(shape)
+
+  def forget(self, name: str) -> None:
+    """Lets the system take back the memory a tensor was read into."""
+    mapped, dtype, shape, start = self.entries[name]
+    first = start - start % mmap.PAGESIZE
+    mapped.madvise(
+        mmap.MADV_DONTNEED, first, start - first + math.prod(shape) * jnp.dtype(dtype).itemsize)
+
+
+def _shapes(config: ModelConfig) -> Any:
+  config = ModelConfig(**vars(config) | {"reward_head": False})
+  return jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+
+
+def _path(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _whole(path: str, leaf: jax.ShapeDtypeStruct, read: Read) -> np.ndarray:
+  return read((slice(None),) * len(leaf.shape))
+
+
+def _stacks(config: ModelConfig, family: Family) -> dict[str, _Stack]:
+  stacks, period = {}, len(config.layer_windows)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(config)):
+    path = _path(path)
+    head, _, name = path.partition("/")
+    layers, layered = [0], head == "layers"
+    if layered:
+      first = 0
+      if period > 1:
+        block, _, name = name.partition("/")
+        first = int(block.removeprefix("block_"))
+      layers = range(first, config.scanned_layers, period)
+    elif head.startswith("layer_"):
+      layers = [int(head.removeprefix("layer_"))]
+    else:
+      name = path
+    tensor = family.tensors[name]
+    shape = leaf.shape[1:] if layered else leaf.shape
+    stacks[path] = _Stack(
+        [_Piece(tensor.name.format(layer), tensor, shape) for layer in layers], layered)
+  return stacks
+
+
+def _find(
+    stacks: dict[str, _Stack], family: Family, files: _Files, config: ModelConfig
+) -> dict[str, str]:
+  """What each tensor is called in the files, after a check that they hold these and no others."""
+  bare = not any(name.startswith(family.prefix) for name in files.entries)
+  wanted = {piece.name: piece for stack in stacks.values() for piece in stack.pieces}
+  names = {}
+  for name in wanted:
+    plain = name.removeprefix(family.prefix) if bare else name
+    names[name] = family.aliases[plain] if (
+        plain not in files.entries and plain in family.aliases) else plain
+  missing = set(names.values()) - files.entries.keys()
+  extra = {name for name in files.entries.keys() - set(names.values())
+           if not name.endswith(family.ignored)}
+  head = family.tensors["head"].name
+  if config.tie_embeddings and extra & {head, family.aliases.get(head)}:
+    copy, = extra & {head, family.aliases.get(head)}
+    if not _same(files, copy, names[family.tensors["embed/embedding"].name]):
+      raise HuggingFaceError(
+          f'config.json has "tie_word_embeddings": true but {copy} is not the input embedding; '
+          "set it to false to keep both")
+    extra.remove(copy)
+  if missing or extra:
+    raise HuggingFaceError(
+        "the tensors are not those of the model config.json describes: "
+        + "; ".join(f"{what} {_some(which)}" for what, which in (
+            ("missing are", missing), ("unknown are", extra)) if which))
+  for name, piece in wanted.items():
+    shape = families.dimensions(config, piece.tensor.shape)
+    if files.entries[names[name]][2] != shape:
+      raise HuggingFaceError(
+          f"tensor {names[name]} is {list(files.entries[names[name]][2])} but config.json makes it "
+          f"{list(shape)}")
+  return names
+
+
+def _same(files: _Files, name: str, other: str) -> bool:
+  first, second = files.array(name), files.array(other)
+  return first.shape == second.shape and all(
+      np.array_equal(first[i:i + 4096], second[i:i + 4096]) for i in range(0, len(first), 4096))
+
+
+def _published(
+    folder: pathlib.Path, values: dict, family: Family, names: dict[str, str], files: _Files
+) -> str:
+  """What `save` needs to write the same folder again, as JSON."""
+  dtypes = collections.Counter(files.entries[name][1] for name in names.values())
+  published = {
+      "config": values, "dtype": dtypes.most_common(1)[0][0],
+      "bare": not any(name.startswith(family.prefix) for name in names.values())}
+  if (folder / "generation_config.json").is_file():
+    published["generation_config"] = _read_json(folder / "generation_config.json")
+  others = {}
+  for name, actual in names.items():
+    found = (actual, files.entries[actual][1])
+    if found != _as_published(name, published, family):
+      others[name] = found
+  return json.dumps(published | ({"others": others} if others else {}))
+
+
+def _as_published(name: str, published: dict, family: Family) -> tuple[str, str]:
+  """A tensor's name and dtype in the folder a model was read from."""
+  if name in published.get("others", {}):
+    return tuple(published["others"][name])
+  plain = name.removeprefix(family.prefix) if published.get("bare") else name
+  return plain, published["dtype"]
+
+
+def _write_shards(
+    folder: pathlib.Path, plan: dict[str, _Entry], tensor: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+  shards, room = [], 0
+  for name in sorted(plan, key=lambda name: -jnp.dtype(plan[name].dtype).itemsize):
+    if not shards or plan[name].nbytes > room:
+      shards.append([])
+      room = shard_bytes
+    shards[-1].append(name)
+    room -= plan[name].nbytes
+  file_of = lambda i: "model.safetensors" if len(shards) == 1 else (
+      f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
+  for i, names in enumerate(shards):
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+      start, end = end, end + plan[name].nbytes
+      header[name] = {"dtype": DTYPES[plan[name].dtype], "shape": plan[name].shape,
+                      "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / file_of(i), "wb") as file:
+      file.write(len(text).to_bytes(8, "little") + text)
+      for name in names:
+        file.write(tensor(name).reshape(-1).view(np.uint8).data)
+  if len(shards) > 1:
+    _write_json(folder / "model.safetensors.index.json", {
+        "metadata": {"total_size": sum(entry.nbytes for entry in plan.values())},
+        "weight_map": {name: file_of(i) for i, names in enumerate(shards) for name in names}})
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise HuggingFaceError(f"{path} does not exist; give a Hugging Face model folder") from error
+  except ValueError as error:
+    raise HuggingFaceError(f"{path} is not JSON ({error})") from error
+
+
+def _write_json(path: pathlib.Path, values: dict) -> None:
+  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _some(names) -> str:
+  names = sorted(names)
+  return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
