@@ -149,15 +149,24 @@ class Mesh:
     return Rows(*map(place, rows))
 
   def lift(self, step: Callable, *, donate_state: bool) -> Callable:
-    """Returns the step under `jit`; a donated first argument keeps its shardings in the output."""
-    if not donate_state:
-      return jax.jit(step)
+    """Returns the step under `jit`; a donated first argument keeps its shardings in the output.
 
-    def pinned(state, *args):
-      state, metrics = step(state, *args)
-      return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
+    While it is traced the mesh is set, for code that depends on how rows are cut.
+    """
+    if donate_state:
+      def pinned(state, *args):
+        state, metrics = step(state, *args)
+        return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
-    return jax.jit(pinned, donate_argnums=(0,))
+      jitted = jax.jit(pinned, donate_argnums=(0,))
+    else:
+      jitted = jax.jit(step)
+
+    def lifted(*args):
+      with jax.set_mesh(self.mesh):
+        return jitted(*args)
+
+    return lifted
 
 
 def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 1):

@@ -24,10 +24,10 @@ def pieces(num_responses=2):
   return examples, worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 7)
 
 
-def rows_of(examples, first=0, count=ROWS):
-  """16 rows with 0 to 3 comparisons each: the first ones full, the last ones empty."""
+def rows_of(examples, first=0, count=ROWS, row_length=64):
+  """16 rows of comparisons: the first ones full, the last ones empty."""
   lengths = worlds.lengths_of(examples)
-  plan = packing.plan_in_order(lengths, len(examples), 64)
+  plan = packing.plan_in_order(lengths, len(examples), row_length)
   assert plan.rows[0] < ROWS - 2
   return packing.fill(examples, plan.row[0], count, plan.shape, num_responses=len(examples[0][1]),
                       example=range(len(examples)), first_row=first)
@@ -38,14 +38,14 @@ def objective(loss="dpo", axis_name=None):
       transformer.make_apply(CONFIG), preference.make_terms([loss]), beta=0.3, axis_name=axis_name)
 
 
-def lifted(devices, *, accumulate=1, loss="dpo"):
+def lifted(devices, *, accumulate=1, loss="dpo", row_length=64):
   """Returns the placed state after one step, and the metrics."""
   examples, params, reference = pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
   train_step = devices.lift(step.make_train_step(
       objective(loss, devices.axis_name), tx, accumulate=accumulate, axis_name=devices.axis_name), donate_state=True)
   state = devices.place(step.init_state(params, tx))
-  rows = devices.place_rows(rows_of(examples, *devices.span(ROWS)), ROWS)
+  rows = devices.place_rows(rows_of(examples, *devices.span(ROWS), row_length), ROWS)
   return train_step(state, devices.place(reference), rows)
 
 

@@ -11,7 +11,7 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
-    "losses", "log_probs", "disk", "models.config", "models.attention", "models.rotary",
+    "losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.rotary",
     "models.transformer", "models.families", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "sampling", "objectives", "preference", "step", "parallel", "config", "checkpoint",

@@ -21,12 +21,12 @@ def one_device():
   return on_one_device("dpo")
 
 
-def on_one_device(loss):
+def on_one_device(loss, **options):
   """Params before and after the step on one device, without any lift, and its loss."""
   examples, params, reference = sgd_step.pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
   train_step = jax.jit(step.make_train_step(sgd_step.objective(loss), tx))
-  state, metrics = train_step(step.init_state(params, tx), reference, sgd_step.rows_of(examples))
+  state, metrics = train_step(step.init_state(params, tx), reference, sgd_step.rows_of(examples, **options))
   return params, jax.device_get(state.params), float(metrics["loss"])
 
 
@@ -47,6 +47,13 @@ def test_a_lift_gives_the_step_of_one_device(
   state, metrics = sgd_step.lifted(devices, accumulate=accumulate)
   got, loss = jax.device_get(devices.collect((state.params, metrics["loss"])))
   assert_same_step(got, loss, one_device)
+
+
+def test_rows_long_enough_for_attention_in_blocks_give_the_same_step():
+  want = on_one_device("dpo", row_length=160)
+  for devices in (parallel.Replicas(), parallel.Mesh(data=2, fsdp=2, tensor=2)):
+    state, metrics = sgd_step.lifted(devices, row_length=160)
+    assert_same_step(*jax.device_get(devices.collect((state.params, metrics["loss"]))), want)
 
 
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "kto", "bco"])

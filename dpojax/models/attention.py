@@ -36,7 +36,7 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, query_ids: TokenIds, key_ids: TokenIds, *,
     scale: float = 0.0, window: int = 0, soft_cap: float = 0.0,
 ) -> jax.Array:
-  """Returns softmax(scale q k^T) v under the rule, scores and softmax in float32.
+  """Returns softmax(scale q k^T) v under the rule, scores and softmax in float32 at least.
 
   Args:
     q: [R, Q, N, H] queries.
@@ -55,7 +55,8 @@ def attention(
   rows, length, heads, head_size = q.shape
   key_heads = k.shape[2]
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
-  scores = jnp.einsum("rqmgh,rtmh->rmgqt", q, k, preferred_element_type=jnp.float32)
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  scores = jnp.einsum("rqmgh,rtmh->rmgqt", q, k, preferred_element_type=wide)
   scores = scores * (scale or head_size**-0.5)
   if soft_cap:
     scores = soft_cap * jnp.tanh(scores / soft_cap)

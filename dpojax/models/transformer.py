@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.log_probs import Head
-from dpojax.models import rotary
+from dpojax.models import blockwise, rotary
 from dpojax.models.attention import TokenIds, attention
 from dpojax.models.config import ModelConfig
 
@@ -130,8 +130,11 @@ class Block(nn.Module):
       k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
       v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), start, axis=1)
       cache = (k, v)
-    y = attention(q, k, v, ids, key_ids, scale=config.attention_scale, window=self.window,
-                  soft_cap=config.attention_soft_cap)
+    form = dict(scale=config.attention_scale, window=self.window, soft_cap=config.attention_soft_cap)
+    if cache is None and y.shape[1] > 2 * blockwise.BLOCK:
+      y = blockwise.blockwise_attention(q, k, v, ids, **form)
+    else:
+      y = attention(q, k, v, ids, key_ids, **form)
     out = Linear(heads, width, config.biases in ("attention", "all"), self._residual_scale(),
                  name="attention_out")
     return out(y), cache

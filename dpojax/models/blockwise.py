@@ -1,0 +1,202 @@
+"""Attention in blocks: the same numbers as `attention.attention`, without its [L, L] scores.
+
+The online softmax of FlashAttention (Dao et al. 2022) in plain XLA, with its own VJP. A block of
+queries visits only the blocks of keys that some query of it may see, so in packed rows the work is
+that of the comparisons, not of the row, and memory is linear in the row length.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpojax.models.attention import TokenIds, visible
+
+BLOCK = 64
+"""Tokens of a block. Half a comparison of HH: smaller blocks skip more, larger ones multiply better."""
+
+_NEVER = -1e30
+
+
+class Form(NamedTuple):
+  """The static choices: see `attention.attention`."""
+
+  scale: float
+  window: int
+  soft_cap: float
+  block: int
+
+
+def blockwise_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, scale: float = 0.0,
+    window: int = 0, soft_cap: float = 0.0, block: int = BLOCK, rows_at_once: int = 0,
+) -> jax.Array:
+  """Returns `attention.attention` of tokens among themselves; 0 for padding.
+
+  Args:
+    q: [R, L, N, H] queries.
+    k: [R, L, M, H] keys of M key heads, M a divisor of N.
+    v: [R, L, M, H] values.
+    ids: ids of the tokens, [R, L].
+    scale, window, soft_cap: see `attention.attention`.
+    block: tokens a block, of queries and of keys.
+    rows_at_once: rows that go through the blocks together, and visit those that any of them needs;
+      a divisor of R. 0 is one a device on CPUs, whose caches hold one, and all elsewhere.
+
+  Returns:
+    [R, L, N, H] in the dtype of q.
+  """
+  rows, length, heads, head_size = q.shape
+  shards = _row_shards()
+  if not rows_at_once:
+    rows_at_once = shards if jax.default_backend() == "cpu" and rows % shards == 0 else rows
+  padding = -length % block
+  pad = lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+  q, k, v, *ids = map(pad, (q, k, v, *ids))
+  q = q.reshape(*q.shape[:2], k.shape[2], heads // k.shape[2], head_size)
+  form = Form(scale or head_size**-0.5, window, soft_cap, block)
+
+  # Rows are cut over devices in whole runs: taking one of each run leaves every device its own.
+  apart = lambda x: jnp.swapaxes(
+      x.reshape(rows_at_once, rows // rows_at_once, *x.shape[1:]), 0, 1)
+  out = jax.lax.map(
+      lambda x: _attend(*x[:3], TokenIds(*x[3:]), form), tuple(map(apart, (q, k, v, *ids))))
+  out = jnp.swapaxes(out, 0, 1).reshape(rows, length + padding, heads, head_size)
+  return out[:, :length]
+
+
+def _row_shards() -> int:
+  """Devices that the rows are cut over, where the caller has set a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+
+
+def visible_blocks(ids: TokenIds, *, block: int, window: int = 0) -> jax.Array:
+  """Returns [R, B, B] bool: whether queries of a block may see keys of another.
+
+  Never false where one does: blocks are compared by the ranges of their numbers.
+  """
+  there = ids.comparison > 0
+  cut = lambda x: x.reshape(x.shape[0], -1, block)
+  least = jax.tree.map(lambda x: cut(jnp.where(there, x, jnp.iinfo(x.dtype).max)).min(-1), ids)
+  most = jax.tree.map(lambda x: cut(jnp.where(there, x, -1)).max(-1), ids)
+  q_least, q_most = (jax.tree.map(lambda x: x[:, :, None], ends) for ends in (least, most))
+  k_least, k_most = (jax.tree.map(lambda x: x[:, None, :], ends) for ends in (least, most))
+  meets = lambda name: ((getattr(q_least, name) <= getattr(k_most, name))
+                        & (getattr(k_least, name) <= getattr(q_most, name)))
+  seen = meets("comparison") & (k_least.position <= q_most.position)
+  seen &= (k_least.branch == 0) | meets("branch")
+  if window:
+    seen &= q_least.position - k_most.position < window
+  return seen
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, ids, form):
+  return _forward(q, k, v, ids, form)[0]
+
+
+def _wide(dtype) -> jnp.dtype:
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(equation, a, b, preferred_element_type=_wide(a.dtype))
+
+
+def _part(x: jax.Array, i: jax.Array, form: Form, axis: int = 1) -> jax.Array:
+  return jax.lax.dynamic_slice_in_dim(x, i * form.block, form.block, axis)
+
+
+def _parts(ids: TokenIds, i: jax.Array, form: Form) -> TokenIds:
+  return jax.tree.map(lambda x: _part(x, i, form), ids)
+
+
+def _visits(ids: TokenIds, form: Form) -> tuple[jax.Array, jax.Array]:
+  """Returns for each block of queries the key blocks, those to be visited first, and their number."""
+  seen = jnp.any(visible_blocks(ids, block=form.block, window=form.window), axis=0)
+  return jnp.argsort(~seen, axis=-1, stable=True), jnp.sum(seen, axis=-1)
+
+
+def _scores(q, k, query_ids, key_ids, form):
+  """Returns the scores [R, M, G, Q, T] and which of them count."""
+  scores = form.scale * _einsum("rqmgh,rtmh->rmgqt", q, k)
+  if form.soft_cap:
+    scores = form.soft_cap * jnp.tanh(scores / form.soft_cap)
+  seen = visible(query_ids, key_ids, window=form.window)
+  seen &= query_ids.comparison[:, :, None] > 0
+  return scores, jnp.broadcast_to(seen[:, None, None], scores.shape)
+
+
+def _forward(q, k, v, ids, form):
+  rows, length, key_heads, group, head_size = q.shape
+  order, count = _visits(ids, form)
+  wide = _wide(q.dtype)
+
+  def of_queries(i):
+    q_part, q_ids = _part(q, i, form), _parts(ids, i, form)
+
+    def visit(carry):
+      j, most, total, mixed = carry
+      at = order[i, j]
+      scores, seen = _scores(q_part, _part(k, at, form), q_ids, _parts(ids, at, form), form)
+      new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, _NEVER), axis=-1))
+      weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0)
+      old = jnp.exp(most - new)
+      mixed = mixed * old[..., None] + _einsum(
+          "rmgqt,rtmh->rmgqh", weights.astype(v.dtype), _part(v, at, form))
+      return j + 1, new, total * old + jnp.sum(weights, axis=-1), mixed
+
+    shape = (rows, key_heads, group, form.block)
+    _, most, total, mixed = jax.lax.while_loop(
+        lambda carry: carry[0] < count[i], visit,
+        (0, jnp.full(shape, _NEVER, wide), jnp.zeros(shape, wide),
+         jnp.zeros((*shape, head_size), wide)))
+    total = jnp.where(total > 0, total, 1)
+    return (mixed / total[..., None]).astype(q.dtype), most + jnp.log(total)
+
+  out, normaliser = jax.lax.map(of_queries, jnp.arange(length // form.block))
+  out = out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape)
+  return out, (q, k, v, ids, out, normaliser, order, count)
+
+
+def _backward(form, residuals, cotangent):
+  q, k, v, ids, out, normaliser, order, count = residuals
+  inner = _einsum("rlmgh,rlmgh->rmgl", cotangent, out)
+  wide = _wide(q.dtype)
+
+  def of_queries(grads, i):
+    q_part, q_ids, cotangent_part = _part(q, i, form), _parts(ids, i, form), _part(cotangent, i, form)
+    inner_part = _part(inner, i, form, axis=3)[..., None]
+
+    def visit(carry):
+      j, q_grad, (k_grad, v_grad) = carry
+      at = order[i, j]
+      k_part, v_part = _part(k, at, form), _part(v, at, form)
+      scores, seen = _scores(q_part, k_part, q_ids, _parts(ids, at, form), form)
+      weights = jnp.where(seen, jnp.exp(scores - normaliser[i][..., None]), 0)
+      weights_grad = _einsum("rqmgh,rtmh->rmgqt", cotangent_part, v_part)
+      scores_grad = weights * (weights_grad - inner_part) * form.scale
+      if form.soft_cap:
+        scores_grad *= 1 - jnp.square(scores / form.soft_cap)
+      scores_grad = scores_grad.astype(q.dtype)
+      q_grad += _einsum("rmgqt,rtmh->rqmgh", scores_grad, k_part)
+      add = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(
+          whole, _part(whole, at, form) + part, at * form.block, axis=1)
+      k_grad = add(k_grad, _einsum("rmgqt,rqmgh->rtmh", scores_grad, q_part))
+      v_grad = add(v_grad, _einsum(
+          "rmgqt,rqmgh->rtmh", weights.astype(cotangent.dtype), cotangent_part))
+      return j + 1, q_grad, (k_grad, v_grad)
+
+    _, q_grad, grads = jax.lax.while_loop(
+        lambda carry: carry[0] < count[i], visit, (0, jnp.zeros(q_part.shape, wide), grads))
+    return grads, q_grad.astype(q.dtype)
+
+  (k_grad, v_grad), q_grad = jax.lax.scan(
+      of_queries, (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)), jnp.arange(order.shape[0]))
+  q_grad = jnp.moveaxis(q_grad, 0, 1).reshape(q.shape)
+  return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
