@@ -64,7 +64,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.chunk_size = 0  # scored tokens a row, in one chunk of the output head; 0: by memory
 
   config.model = ml_collections.ConfigDict()
-  config.model.checkpoint = ""  # a run's workdir; empty: random init from the dims below
+  config.model.checkpoint = ""  # a run's workdir, a Hugging Face folder or hub name; empty: random
   config.model.family = "llama"  # llama, gpt2
   config.model.vocab_size = 0  # 0: the tokenizer's
   config.model.width = 256
@@ -84,7 +84,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.reference.sync_every = 0  # TR-DPO: steps between updates of the reference; 0: frozen
   config.reference.sync_alpha = 0.6  # share of the policy in an update; 1: a copy of it
 
-  config.tokenizer = ""  # folder or hub name
+  config.tokenizer = ""  # folder or hub name; empty: that of model.checkpoint
   config.data = ml_collections.ConfigDict()
   config.data.source = "jsonl"
   config.data.path = ""  # local files, comma-separated; empty: the builder downloads

@@ -22,6 +22,7 @@ PARTITION = {
     "embed/embedding": ("tensor", "fsdp"),
     "positions/embedding": (None, "fsdp"),
     "head": ("tensor", "fsdp"),
+    "head_bias": ("tensor",),
     "query/kernel": ("fsdp", "tensor", None),
     "key/kernel": ("fsdp", "tensor", None),
     "value/kernel": ("fsdp", "tensor", None),
@@ -49,6 +50,10 @@ class Replicas:
     count = len(self.devices)
     return jax.tree.map(
         lambda x: jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding), tree)
+
+  def place_part(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> np.ndarray:
+    """Returns a parameter that is being read: whole, to be copied to the devices by `place`."""
+    return read((slice(None),) * len(leaf.shape))
 
   def collect(self, tree: Any) -> Any:
     """Returns a placed tree as NumPy arrays, from the first local device."""
@@ -99,24 +104,38 @@ class Mesh:
 
   def shardings(self, tree: Any) -> Any:
     """Returns the sharding of each leaf, from the end of its path and its shape."""
-    def sharding(path, leaf):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      axes = next((axes for end, axes in PARTITION.items()
-                   if name == end or name.endswith("/" + end)), ())
-      if len(axes) > len(leaf.shape):
-        axes = ()
-      axes = (None,) * (len(leaf.shape) - len(axes)) + axes
-      fits = (axis if axis and size % self.mesh.shape[axis] == 0 else None
-              for axis, size in zip(axes, leaf.shape))
-      return NamedSharding(self.mesh, PartitionSpec(*fits))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: self._sharding(
+        jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+  def _sharding(self, name: str, leaf: Any) -> NamedSharding:
+    axes = next((axes for end, axes in PARTITION.items()
+                 if name == end or name.endswith("/" + end)), ())
+    if len(axes) > len(leaf.shape):
+      axes = ()
+    axes = (None,) * (len(leaf.shape) - len(axes)) + axes
+    fits = (axis if axis and size % self.mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape))
+    return NamedSharding(self.mesh, PartitionSpec(*fits))
+
+  def place_part(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> jax.Array:
+    """Returns a parameter as a global array, of which each local device's part is read in turn.
+
+    Args:
+      path: of the parameter in its tree, separated by /.
+      leaf: its shape and dtype.
+      read: index -> that part of it, as a new NumPy array. The host holds one part at a time.
+    """
+    sharding = self._sharding(path, leaf)
+    parts = [jax.block_until_ready(jax.device_put(read(index), device))
+             for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
   def place(self, tree: Any) -> Any:
-    """Returns the tree as global arrays, each device with its part."""
+    """Returns the tree as global arrays, each device with its part; never those it was given."""
     def place(leaf, sharding):
-      if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
+      if isinstance(leaf, jax.Array) and (
+          leaf.sharding == sharding or not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding, may_alias=False)
       array = np.asarray(leaf)
       return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

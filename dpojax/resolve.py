@@ -9,12 +9,12 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpojax import checkpoint, objectives, preference
+from dpojax import objectives, preference, weights
 from dpojax import config as config_lib
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
 from dpojax.models import config as model_config
-from dpojax.models import transformer
+from dpojax.models import hf, transformer
 from dpojax.models.config import ModelConfig
 
 
@@ -79,15 +79,19 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   return Data(train, held_out, every.fingerprint)
 
 
-def make_setup(config: ml_collections.ConfigDict, *, axis_name: str | None = None) -> Setup:
+def make_setup(
+    config: ml_collections.ConfigDict, *, axis_name: str | None = None,
+    place: hf.Place | None = None,
+) -> Setup:
   """Makes or loads the model and its reference, and the objective over them.
 
   Args:
     config: all keys.
     axis_name: the mapped axis that rows are spread over, under `pmap`.
+    place: where the parameters of a Hugging Face folder are kept as they are read.
   """
   if config.model.checkpoint:
-    policy = checkpoint.load_policy(config.model.checkpoint)
+    policy = weights.read(config, "model.checkpoint", place=place)
     changes = dict(dtype=config.model.dtype, remat=config.model.remat,
                    reward_head=config.objective == "reward")
     model = ModelConfig(**{**vars(policy.config), **changes})
@@ -117,8 +121,7 @@ def make_setup(config: ml_collections.ConfigDict, *, axis_name: str | None = Non
     return Setup(model, params, None, objective)
   reference = params
   if config.reference.checkpoint:
-    frozen = checkpoint.load_policy(config.reference.checkpoint)
-    reference = frozen.params
+    reference = weights.read(config, "reference.checkpoint", place=place).params
     _check_same_shapes(params, reference, config)
   return Setup(model, params, reference, objective)
 
@@ -165,10 +168,11 @@ def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
         f"the tokenizer {config.tokenizer} has {ids} ids but the model {model.vocab_size}; "
         "take the model's tokenizer, or set model.vocab_size")
-  if model.positions == "learned" and config.data.max_length > model.max_positions:
+  if model.longest is not None and config.data.max_length > model.longest:
+    kind = "learned positions" if model.positions == "learned" else "dynamic rotary positions"
     raise ConfigError(
-        f"config.data.max_length is {config.data.max_length} but the model has learned positions "
-        f"for {model.max_positions} tokens; lower data.max_length")
+        f"config.data.max_length is {config.data.max_length} but the model has {kind} "
+        f"for {model.longest} tokens; lower data.max_length")
 
 
 def _check_same_shapes(params, reference, config) -> None:

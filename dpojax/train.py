@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, resolve
+from dpojax import checkpoint, objectives, resolve, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
@@ -59,6 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     DiskError: the disk is full or cannot be written.
     TrainingError: policy and reference disagree before step 1, or the loss is not finite.
   """
+  config = weights.with_tokenizer(config)
   config_lib.validate(config)
   workdir = _open_workdir(workdir, config)
   devices = _lift(config)
@@ -70,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   held_out_loader = make_loader(data.held_out) if data.held_out is not None else None
   _report_plan(train_loader, config)
 
-  setup = resolve.make_setup(config, axis_name=devices.axis_name)
+  setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_part)
   _check_metrics(setup, train_loader, config, devices.axis_name)
   schedule = step_lib.make_schedule(
       config.optimizer.schedule, learning_rate=config.optimizer.learning_rate,

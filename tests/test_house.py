@@ -14,12 +14,13 @@ ORDER = [
     "losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.rotary",
     "models.transformer", "models.families", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
-    "sampling", "objectives", "preference", "step", "parallel", "config", "checkpoint",
-    "metrics", "resolve", "train"]
+    "sampling", "objectives", "preference", "step", "parallel", "config", "checkpoint", "weights",
+    "metrics", "resolve", "export", "train"]
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {
     "flax": ("models",), "tensorflow_datasets": ("data.builders",), "transformers": ("data.tokenization",),
+    "huggingface_hub": ("models.hf",),
     "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",)}
 """The modules a library may be imported in."""
 

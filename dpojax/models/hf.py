@@ -122,7 +122,7 @@ def load(
 
 def save(
     folder: str | os.PathLike, config: ModelConfig, params: Any, *, dtype: str = "",
-    shard_bytes: int = SHARD_BYTES, tokenizer: str | os.PathLike = "", **settings
+    shard_bytes: int = SHARD_BYTES, **settings
 ) -> None:
   """Writes a model as a folder that `transformers` reads.
 
@@ -134,7 +134,6 @@ def save(
     params: its params, NumPy or JAX arrays, whole or in parts over devices.
     dtype: of all tensors; '' keeps those of the folder the model was read from, or float32.
     shard_bytes: largest file, but for a tensor that is larger.
-    tokenizer: a folder whose tokenizer files are copied, or ''.
     **settings: what a config.json of a model of our own says besides its dimensions.
 
   Raises:
@@ -187,12 +186,21 @@ def save(
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, plan, tensor, shard_bytes)
-    for name in TOKENIZER_FILES if tokenizer else ():
-      if (pathlib.Path(tokenizer) / name).is_file():
-        shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)
     if "generation_config" in published:
       _write_json(folder / "generation_config.json", published["generation_config"])
     _write_json(folder / "config.json", values)  # last: a folder is a model once it is all there
+
+
+def copy_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> None:
+  """Copies the tokenizer files of one folder into another.
+
+  Raises:
+    DiskError: the disk is full or cannot be written.
+  """
+  with disk_errors(folder):
+    for name in TOKENIZER_FILES:
+      if (pathlib.Path(source) / name).is_file():
+        shutil.copyfile(pathlib.Path(source) / name, pathlib.Path(folder) / name)
 
 
 class _Piece(NamedTuple):
