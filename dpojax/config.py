@@ -78,7 +78,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.model.scan_layers = True
 
   config.reference = ml_collections.ConfigDict()
-  config.reference.mode = "inline"  # inline; none: log-probs of 0, a uniform reference
+  config.reference.mode = "inline"  # inline; stored: computed once; none: log-probs of 0
   config.reference.checkpoint = ""  # empty: the weights the policy starts from
   config.reference.may_differ = False  # true: start although policy and reference disagree
   config.reference.sync_every = 0  # TR-DPO: steps between updates of the reference; 0: frozen
@@ -159,7 +159,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "model.family", ("llama", "gpt2"))
   _one_of(config, "model.dtype", model_config.DTYPES)
   _one_of(config, "model.remat", model_config.REMATS)
-  _one_of(config, "reference.mode", ("inline", "none"))
+  _one_of(config, "reference.mode", ("inline", "stored", "none"))
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
@@ -328,6 +328,14 @@ def _check_reference(config, names: list[str]) -> None:
     for key in ("checkpoint", "sync_every"):
       if reference[key]:
         raise ConfigError(f"config.reference.{key} is {reference[key]!r} but {why}; leave it unset")
+  if reference.mode == "stored":
+    combined = combined_with(config)
+    for key, why in (("sync_every", "the reference then moves away from what was stored"),
+                     ("ld_alpha", "log-probs are stored as sums over tokens"),
+                     ("kto", "its responses to other prompts are drawn anew for each seed")):
+      if key in combined or key in names or (key == "sync_every" and reference.sync_every):
+        raise ConfigError(
+            f"config.reference.mode is 'stored' with {key}: {why}; set reference.mode='inline'")
   if not 0 < reference.sync_alpha <= 1:
     raise ConfigError(
         f"config.reference.sync_alpha is {reference.sync_alpha}; it must be in (0, 1]")

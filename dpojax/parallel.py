@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpojax.data.packing import Rows
@@ -72,8 +73,17 @@ class Replicas:
     """Places this process's rows, [R, ...] -> [devices, R / devices, ...]."""
     del total
     count = len(self.devices)
-    return Rows(*(
-        jax.device_put(x.reshape(count, -1, *x.shape[1:]), self._sharding) for x in rows))
+    return jax.tree.map(
+        lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), self._sharding), rows)
+
+  def collect_rows(self, tree: Any) -> Any:
+    """Returns values of each row, [devices, R / devices, ...], as NumPy arrays [R, ...] of all rows."""
+    def whole(x):
+      local = np.concatenate([np.asarray(shard.data)[0] for shard in x.addressable_shards])
+      if jax.process_count() == 1:
+        return local
+      return np.concatenate(multihost_utils.process_allgather(local))
+    return jax.tree.map(whole, tree)
 
   def lift(self, step: Callable, *, donate_state: bool) -> Callable:
     """Returns the step over placed arguments; it donates its first argument if asked."""
@@ -165,7 +175,13 @@ class Mesh:
         start, stop, _ = index[0].indices(total)
         return x[start - first:stop - first]
       return jax.make_array_from_callback((total, *x.shape[1:]), self._rows, local)
-    return Rows(*map(place, rows))
+    return jax.tree.map(place, rows)
+
+  def collect_rows(self, tree: Any) -> Any:
+    """Returns values of each row, [R, ...], as NumPy arrays of all rows."""
+    if jax.process_count() == 1:
+      return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
   def lift(self, step: Callable, *, donate_state: bool) -> Callable:
     """Returns the step under `jit`; a donated first argument keeps its shardings in the output.

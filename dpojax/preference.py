@@ -222,7 +222,8 @@ def preference_objective(
   a reference beta log pi, with beta 1 for a loss that has none.
 
   Args:
-    apply: the model; it is applied to the policy's params and to the reference's.
+    apply: the model; it is applied to the policy's params, and to the reference's unless the rows
+      carry stored log-probs.
     terms: the losses; see `make_terms`.
     beta: strength of the pull to the reference.
     num_responses: responses of a comparison that are compared. KTO's rows hold one more, a response
@@ -258,7 +259,9 @@ def preference_objective(
     outputs = apply(params, rows)
     tokens, policy, shared = score(outputs, rows)
     frozen, frozen_shared = jax.tree.map(jnp.zeros_like, (policy, shared))
-    if needs_reference:
+    if needs_reference and rows.reference is not None:
+      frozen = rows.reference
+    elif needs_reference:
       _, frozen, frozen_shared = jax.lax.stop_gradient(score(apply(reference, rows), rows))
     lengths = _by_response(jnp.ones_like(tokens), rows, rows_hold)
     kl = None

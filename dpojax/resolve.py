@@ -38,8 +38,7 @@ class Setup(NamedTuple):
 def load_data(config: ml_collections.ConfigDict) -> Data:
   """Prepares, tokenizes and splits the comparisons; says what was used, cut and dropped."""
   settings = config.data
-  cache = pathlib.Path(settings.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax"))
-  cache = cache.expanduser()
+  cache = cache_dir(config)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
   truncation = tokenization.Truncation(
       settings.max_length, settings.max_prompt_length,
@@ -77,6 +76,12 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     train, held_out = mismatched(train), held_out and mismatched(held_out)
   say(f"{len(train)} training comparisons, {0 if held_out is None else len(held_out)} held out")
   return Data(train, held_out, every.fingerprint)
+
+
+def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
+  """Returns the folder that prepared data and stored references are kept in."""
+  named = config.data.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax")
+  return pathlib.Path(named).expanduser()
 
 
 def make_setup(

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from dpojax import checkpoint, objectives, resolve, weights
 from dpojax import config as config_lib
+from dpojax import reference as reference_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
 from dpojax.config import ConfigError
@@ -32,10 +33,12 @@ from dpojax.data import loader, packing
 from dpojax.data.examples import DataError
 from dpojax.disk import DiskError, disk_errors
 from dpojax.metrics import MetricsWriter
+from dpojax.models import transformer
 from dpojax.parallel import make_parallel
 from dpojax.resolve import is_main, say
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.PackingError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.PackingError,
+               reference_lib.StoreError)
 """What a user can mend: shown as one line by the command, without a traceback."""
 
 
@@ -79,11 +82,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   tx = step_lib.make_optimizer(
       config.optimizer.name, schedule, max_grad_norm=config.optimizer.max_grad_norm,
       weight_decay=config.optimizer.weight_decay)
-  state = devices.place(step_lib.init_state(setup.params, tx))
-  reference = None if setup.reference is None else devices.place(setup.reference)
   about = {
       "model": setup.model.as_dict(), "data": data.fingerprint,
       "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
+  reference = None if setup.reference is None else devices.place(setup.reference)
+  if setup.reference is not None and config.reference.mode == "stored":
+    _use_stored_reference(
+        setup, reference, about["reference"], [train_loader, held_out_loader], make_loader, devices,
+        config)
+    reference = None
+  state = devices.place(step_lib.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
 
   _check_space(workdir, state, config)
@@ -275,10 +283,34 @@ def _lift(config: ml_collections.ConfigDict):
   return devices
 
 
+def _use_stored_reference(
+    setup: resolve.Setup, reference: Any, fingerprint: str, loaders: list, make_loader: Callable,
+    devices, config: ml_collections.ConfigDict) -> None:
+  """Gives the loaders the reference's log-probs, from the store or computed into it."""
+  score = devices.lift(reference_lib.make_score_step(
+      transformer.make_apply(setup.model), num_responses=setup.objective.num_responses,
+      chunk_size=config.chunk_size or None), donate_state=False)
+  of_batch = lambda batch: devices.collect_rows(
+      score(reference, devices.place_rows(batch.rows, batch.total_rows)))
+  without = ("remat", "scan_layers", "published", "reward_head")
+  model = {key: value for key, value in setup.model.as_dict().items() if key not in without}
+  tables = {}
+  for each in filter(None, loaders):
+    data = each.subset.data
+    if data.fingerprint not in tables:
+      tables[data.fingerprint] = reference_lib.stored_log_probs(
+          each.subset, {"weights": fingerprint, "model": model},
+          resolve.cache_dir(config) / "reference", of_batch, make_loader)
+    each.reference = each.subset.in_order(tables[data.fingerprint])
+
+
 def _check_metrics(
     setup: resolve.Setup, train_loader: loader.Loader, config, axis_name: str | None) -> None:
   """Traces the objective once, and refuses to rank checkpoints by a metric it does not have."""
   rows = next(train_loader.training(0, 1)).rows
+  if config.reference.mode == "stored":
+    shape = (*rows.example.shape, setup.objective.num_responses)
+    rows = rows._replace(reference=np.zeros(shape, np.float32))
   evaluate = jax.vmap(setup.objective.evaluate, in_axes=(None, None, 0), axis_name=axis_name)
   _, metrics = jax.eval_shape(
       evaluate, setup.params, setup.reference, jax.tree.map(lambda x: x[None], rows))

@@ -1,5 +1,6 @@
 """Loading: position is step, no prompt on both sides of a split, shuffled labels, and processes."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -90,7 +91,8 @@ def test_processes_together_fill_the_rows_of_one(processes, rng):
   parts = [list(make(subset, row_multiple=4, span=lambda rows, i=i: (
       i * rows // processes, rows // processes)).training(0, 7)) for i in range(processes)]
   for batch, *pieces in zip(whole, *parts):
-    assert_same_rows(batch.rows, Rows(*map(np.concatenate, zip(*(piece.rows for piece in pieces)))))
+    assert_same_rows(batch.rows, jax.tree.map(
+          lambda *parts: np.concatenate(parts), *(piece.rows for piece in pieces)))
     assert {piece.tokens for piece in pieces} == {batch.tokens}
 
 

@@ -144,6 +144,5 @@ def test_a_process_fills_its_rows_only(rng):
       [packing.fill(examples, plan.row[0], count, plan.shape, num_responses=2, example=range(12),
                     first_row=first) for first, count in spans]
       for spans in ([(0, plan.rows[0])], [(0, plan.rows[0] // 2), (plan.rows[0] // 2,) * 2]))
-  for name in packing.Rows._fields:
-    np.testing.assert_array_equal(
-        getattr(whole[0], name), np.concatenate([getattr(part, name) for part in parts]))
+  joined = jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
+  jax.tree.map(np.testing.assert_array_equal, whole[0], joined)

@@ -47,6 +47,11 @@ class Subset:
     """Returns the example's id in the data set."""
     return int(self.data.example[self.index[i]])
 
+  def in_order(self, values: np.ndarray) -> np.ndarray:
+    """Returns values of the data set's responses, [data, K], as they stand here, [N, K]."""
+    values = values[self.index]
+    return np.where(self.swapped[:, None], values[:, ::-1], values)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mismatched:
@@ -175,6 +180,7 @@ class Loader:
       PackingError: a comparison does not fit a row, or they are fewer than a step takes.
     """
     self.subset = subset
+    self.reference = None  # [N, K] stored log-probs that the rows are to carry
     self.lengths = subset.lengths
     self._span = span
     self._plan = functools.lru_cache(maxsize=2)(lambda epoch: packing.plan(
@@ -194,10 +200,15 @@ class Loader:
     """Returns the plan of an epoch."""
     return self._plan(epoch)
 
-  def evaluation(self) -> Iterator[Batch]:
-    """Yields every comparison once; the last batch may hold fewer."""
+  def plan_in_order(self) -> packing.Plan:
+    """Returns the plan of an evaluation."""
+    return self._plan_in_order()
+
+  def evaluation(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    """Yields every comparison once, or those of some batches; the last batch may hold fewer."""
     plan = self._plan_in_order()
-    return self._ahead(lambda step: self._batch(plan, step, step), 0, len(plan.rows))
+    stop = len(plan.rows) if stop is None else stop
+    return self._ahead(lambda step: self._batch(plan, step, step), start, stop)
 
   def _ahead(self, batch: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     steps = grain.MapDataset.range(start, stop).map(batch)
@@ -211,7 +222,7 @@ class Loader:
         [self.subset.comparison(i) if here else None for i, here in zip(index, mine)],
         plan.row[within], count, plan.shape, num_responses=self.lengths.shape[1] - 1,
         example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
-        first_row=first)
+        first_row=first, reference=None if self.reference is None else self.reference[index])
     lengths = self.lengths[index[index >= 0]]
     tokens = int((lengths[:, 1:] + lengths[:, :1] * (lengths[:, 1:] > 0)).sum())
     return Batch(step, rows, total, len(lengths), tokens)

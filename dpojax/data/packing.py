@@ -19,7 +19,7 @@ class PackingError(ValueError):
 
 
 class Rows(NamedTuple):
-  """A batch of packed rows, int32. See the legend in `dpojax`.
+  """A batch of packed rows, int32 but for `reference`. See the legend in `dpojax`.
 
   Attributes:
     tokens: [R, L] ids; 0 on padding.
@@ -30,6 +30,7 @@ class Rows(NamedTuple):
     target: [R, S] the id to score.
     slot: [R, S] (comparison - 1) * K + (branch - 1); P * K is padding.
     example: [R, P] the example's id in the data set, -1 is padding.
+    reference: [R, P, K] float32 log-probs under the reference where they were stored, else None.
   """
 
   tokens: np.ndarray
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
   target: np.ndarray
   slot: np.ndarray
   example: np.ndarray
+  reference: np.ndarray | None = None
 
 
 class RowShape(NamedTuple):
@@ -159,6 +161,7 @@ def row_fill(plan: Plan, lengths: np.ndarray) -> float:
 def fill(
     comparisons: Sequence[tuple[np.ndarray, list[np.ndarray]] | None], row: np.ndarray, rows: int,
     shape: RowShape, *, num_responses: int, example: Sequence[int], first_row: int = 0,
+    reference: np.ndarray | None = None,
 ) -> Rows:
   """Returns the arrays of a step's rows, or of the `rows` of them that start at `first_row`.
 
@@ -173,6 +176,7 @@ def fill(
     num_responses: `K`.
     example: [B] ids for `Rows.example`.
     first_row: the first row to fill; comparisons of other rows are passed over.
+    reference: [B, K] stored log-probs for `Rows.reference`.
   """
   full = lambda size, value: np.full((rows, size), value, np.int32)
   out = Rows(
@@ -180,14 +184,18 @@ def fill(
       comparison=full(shape.length, 0), branch=full(shape.length, 0),
       source=full(shape.scored, 0), target=full(shape.scored, 0),
       slot=full(shape.scored, shape.comparisons * num_responses),
-      example=full(shape.comparisons, -1))
+      example=full(shape.comparisons, -1),
+      reference=None if reference is None else np.zeros(
+          (rows, shape.comparisons, num_responses), np.float32))
   used = np.zeros((rows, 3), np.int64)  # tokens, scored tokens and comparisons in each row
-  for r, comparison, identity in zip(row - first_row, comparisons, example):
+  for i, (r, comparison, identity) in enumerate(zip(row - first_row, comparisons, example)):
     if comparison is None or not 0 <= r < rows:
       continue
     prompt, responses = comparison
     start, scored, number = used[r]
     out.example[r, number] = identity
+    if reference is not None:
+      out.reference[r, number] = reference[i]
     _place(out, r, start, prompt, number + 1, 0, 0)
     at = start + len(prompt)
     for k, response in enumerate(responses):

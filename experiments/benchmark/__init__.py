@@ -1,0 +1,1 @@
+"""dpojax beside its peers: the same pairs, model, batch and optimizer, in alternating runs."""

@@ -1,0 +1,142 @@
+"""dpojax, TRL and a plain PyTorch step side by side, in alternating runs.
+
+python -m experiments.benchmark --case=small --data=FILE --tokenizer=FOLDER --out=runs/benchmark
+
+Needs `pip install -e '.[parity]'`. Writes results.json, table.md and a plot into --out. Every side
+runs in its own process, one after the other and over again; the first step of each run, and steps
+that compile, are left out of the times. Peers are tried with several part sizes and the fastest
+counts.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+CASES = {
+    "tiny": dict(width=64, layers=2, heads=2, vocab_size=50257),
+    "small": dict(width=256, layers=4, heads=4, vocab_size=50257),
+    "large": dict(width=768, layers=12, heads=12, vocab_size=50257),
+    "gpu-1b": dict(width=2048, layers=16, heads=32, vocab_size=50257, dtype="bfloat16"),
+}
+
+# glibc gives large buffers back to the system and pays a page fault for each 4 KiB when it gets
+# them again; kept and in huge pages they cost nothing.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_TOP_PAD_": "268435456",
+    "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--case", choices=CASES, default="small")
+  parser.add_argument("--data", required=True, help="HH pairs, .jsonl or .jsonl.gz")
+  parser.add_argument("--tokenizer", required=True)
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--sides", default="dpojax,dpojax-stored,trl,trl-stored,torch")
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--steps", type=int, default=4, help="of a run of dpojax")
+  parser.add_argument("--peer-steps", type=int, default=2, help="of a run of a peer")
+  parser.add_argument("--batch-size", type=int, default=64)
+  parser.add_argument("--max-length", type=int, default=512)
+  parser.add_argument("--row-length", type=int, default=1024)
+  parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
+  parser.add_argument("--threads", type=int, default=os.cpu_count())
+  return parser.parse_args()
+
+
+def run_side(side: str, settings: dict, folder: pathlib.Path) -> dict:
+  """Runs one side once in its own process; a side that runs out of memory says so."""
+  name, _, stored = side.partition("-")
+  settings = settings | {"stored": bool(stored)}
+  given, out = folder / "settings.json", folder / "result.json"
+  given.write_text(json.dumps(settings))
+  out.unlink(missing_ok=True)
+  start = time.perf_counter()
+  process = subprocess.run(
+      [sys.executable, "-m", f"experiments.benchmark.{name}_side", str(given), str(out)],
+      env=os.environ | KEEP_MEMORY | {"TOKENIZERS_PARALLELISM": "false"}, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+  if not out.exists():
+    return {"failed": process.stdout.strip().splitlines()[-1:] or [f"exit {process.returncode}"]}
+  return json.loads(out.read_text()) | {"process_seconds": time.perf_counter() - start}
+
+
+def step_seconds(side: str, result: dict) -> list[float]:
+  """Times that count: a peer's first step warms it up, dpojax has told its compiled ones apart."""
+  return result["seconds"] if side.startswith("dpojax") else result["seconds"][1:]
+
+
+def matmul_rate() -> float:
+  """Returns the machine's own rate in FLOP/s: the best of several large float32 products."""
+  code = (
+      "import jax, jax.numpy as jnp, time\n"
+      "dtype = jnp.bfloat16 if jax.default_backend() == 'gpu' else jnp.float32\n"
+      "n = 8192 if jax.default_backend() == 'gpu' else 2048\n"
+      "x = jnp.ones((n, n), dtype); f = jax.jit(lambda a, b: a @ b); f(x, x).block_until_ready()\n"
+      "times = []\n"
+      "for _ in range(10):\n"
+      "  start = time.perf_counter(); f(x, x).block_until_ready()\n"
+      "  times.append(time.perf_counter() - start)\n"
+      "print(2 * n**3 / sorted(times)[5])\n")
+  return float(subprocess.run(
+      [sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def main():
+  from experiments.benchmark import inputs, report
+
+  args = parse()
+  args.out.mkdir(parents=True, exist_ok=True)
+  case = CASES[args.case]
+  settings = {
+      "beta": 0.1, "learning_rate": 1e-5, "dtype": "float32", "source": "hh", "path": args.data,
+      "tokenizer": args.tokenizer, "batch_size": args.batch_size, "max_length": args.max_length,
+      "row_length": args.row_length, "threads": args.threads, "steps": args.steps,
+      "cache": str(args.out / "cache"), "model": str(args.out / f"model-{args.case}")} | case
+  model = inputs.make_model(settings, pathlib.Path(settings["model"]))
+  batches = inputs.make_loader(inputs.run_config(settings))
+  settings |= inputs.write_pairs(settings, batches, args.out)
+
+  sides = args.sides.split(",")
+  micros = [int(each) for each in args.micro.split(",")]
+  chosen, results = {}, {side: [] for side in sides}
+  for round_ in range(args.rounds):
+    for side in sides:
+      peer = not side.startswith("dpojax")
+      tried = [settings]
+      if peer:
+        tried = [settings | {"steps": args.peer_steps, "micro": micro}
+                 for micro in (micros if side not in chosen else [chosen[side]])]
+      best = None
+      for each in tried:
+        result = run_side(side, each, args.out) | {"micro": each.get("micro")}
+        if "failed" in result:
+          print(f"round {round_ + 1} {side} {each.get('micro')}: {result['failed']}", flush=True)
+          continue
+        rate = args.batch_size / statistics.median(step_seconds(side, result))
+        print(f"round {round_ + 1} {side} part {each.get('micro')}: {rate:.2f} pairs/s, "
+              f"{result['peak_bytes'] / 2**30:.2f} GiB, losses {result['losses'][:2]}", flush=True)
+        if best is None or rate > best[0]:
+          best = rate, each.get("micro"), result
+      if best is not None:
+        chosen[side] = best[1]
+        results[side].append(best[2])
+  summary = {
+      "case": args.case, "settings": {k: v for k, v in settings.items() if not str(v).startswith("/")},
+      "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+      "matmul_flops": matmul_rate(), "results": results,
+      "flops": {side: inputs.necessary_flops(
+          model, batches.lengths[batches.plan(0).index[:args.steps].ravel()],
+          reference_passes=0 if side.endswith("stored") else 1) / args.steps for side in sides}}
+  (args.out / f"{args.case}.json").write_text(json.dumps(summary, indent=1))
+  print(report.write(summary, args.out))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,98 @@
+"""What all sides are given: pairs in the order dpojax takes them, their ids, and a model's folder."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dpojax import config as config_lib
+from dpojax import resolve
+from dpojax.data import builders, loader, packing
+from dpojax.models import config as model_config
+from dpojax.models import hf, transformer
+
+
+def run_config(settings: dict) -> ml_collections.ConfigDict:
+  """Returns the config of the benchmark's run."""
+  config = config_lib.defaults()
+  config.update_from_flattened_dict({
+      "beta": settings["beta"], "steps": settings["steps"], "batch_size": settings["batch_size"],
+      "row_length": settings["row_length"], "tokenizer": settings["tokenizer"],
+      "chunk_size": settings.get("chunk_size", 0),
+      "model.checkpoint": settings["model"], "model.dtype": settings["dtype"],
+      "model.remat": settings.get("remat", "none"),
+      "reference.mode": "stored" if settings.get("stored") else "inline",
+      "data.source": settings["source"], "data.path": settings["path"],
+      "data.max_length": settings["max_length"],
+      "data.max_prompt_length": settings["max_length"] // 2, "data.cache_dir": settings["cache"],
+      "optimizer.name": "adamw", "optimizer.learning_rate": settings["learning_rate"],
+      "optimizer.warmup_steps": 0, "eval_every": 0, "checkpoint_every": 0})
+  return config
+
+
+def make_model(settings: dict, folder: pathlib.Path) -> model_config.ModelConfig:
+  """Writes random Llama-style weights once, as a Hugging Face folder; returns its config."""
+  config = model_config.llama_style(
+      vocab_size=settings["vocab_size"], width=settings["width"], layers=settings["layers"],
+      heads=settings["heads"], max_positions=2 * settings["row_length"], tie_embeddings=True)
+  if not hf.is_model_folder(folder):
+    params = jax.tree.map(np.asarray, transformer.init_params(config, jax.random.key(0)))
+    hf.save(folder, config, params)
+  return config
+
+
+def make_loader(config: ml_collections.ConfigDict, **options: Any) -> loader.Loader:
+  """Returns the loader of the run's training pairs."""
+  return loader.Loader(
+      resolve.load_data(config).train, seed=config.seed, batch_size=config.batch_size,
+      row_length=config.row_length, **options)
+
+
+def write_pairs(settings: dict, batches: loader.Loader, folder: pathlib.Path) -> dict[str, str]:
+  """Writes the pairs of all steps, as text for TRL and as ids for the plain step."""
+  index = batches.plan(0).index[:settings["steps"]].ravel()
+  texts = builders.prepare(
+      settings["source"], path=settings["path"], data_dir=pathlib.Path(settings["cache"]) / "prepared")
+  pairs, ids = folder / "pairs.jsonl", folder / "ids.jsonl"
+  with open(pairs, "w") as text_lines, open(ids, "w") as id_lines:
+    for i in index:
+      prompt, responses = texts[batches.subset.example(int(i))]
+      text_lines.write(json.dumps(
+          {"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}) + "\n")
+      prompt, responses = batches.subset.comparison(int(i))
+      id_lines.write(json.dumps([prompt.tolist(), *(r.tolist() for r in responses)]) + "\n")
+  return {"pairs": str(pairs), "ids": str(ids)}
+
+
+def necessary_flops(
+    config: model_config.ModelConfig, lengths: np.ndarray, *, reference_passes: int
+) -> float:
+  """Returns the multiplications and additions that the step's comparisons cannot do without.
+
+  Prompts once, keys that are seen, the head on scored tokens; backward twice the forward.
+
+  Args:
+    config: the model.
+    lengths: [B, 3] tokens of prompt and responses.
+    reference_passes: 1 where the reference is computed in the step, else 0.
+  """
+  prompt, responses = lengths[:, 0].astype(float), lengths[:, 1:].astype(float)
+  tokens = lengths.sum()
+  heads = config.heads + config.kv_heads
+  matrices = 2 * config.width * config.head_size * heads + 3 * config.width * config.mlp_width
+  seen = np.sum(prompt * (prompt + 1) / 2)
+  seen += np.sum(responses * (responses + 1) / 2 + responses * prompt[:, None])
+  forward = config.layers * (
+      2 * matrices * tokens + 4 * config.heads * config.head_size * seen)
+  forward += 2 * config.width * config.vocab_size * responses.sum()
+  return float((3 + reference_passes) * forward)
+
+
+def row_fill(batches: loader.Loader, steps: int) -> float:
+  """Returns the share of row tokens that are not padding, over the steps that are run."""
+  plan = batches.plan(0)
+  cut = plan._replace(index=plan.index[:steps], row=plan.row[:steps], rows=plan.rows[:steps])
+  return packing.row_fill(cut, batches.lengths)
