@@ -28,9 +28,9 @@ def given(words, tmp_path_factory):
   return dict(folder=root / "gptj", path=path, cache_dir=str(root / "cache"))
 
 
-def run_config(given, **changes):
+def run_config(given, kind="dpo", **changes):
   return worlds.run_config(
-      "dpo", "", given["path"], given["cache_dir"],
+      kind, "", given["path"], given["cache_dir"],
       **{"model.checkpoint": str(given["folder"]), "steps": 2, "eval_every": 0} | changes)
 
 
@@ -59,7 +59,7 @@ def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
   with pytest.raises(hf.HuggingFaceError, match="is not empty"):
     export.export(tmp_path / "run", tmp_path / "out")
 
-  train.run(run_config(given, steps=1, **{"model.checkpoint": str(tmp_path / "run")}),
+  train.run(run_config(given, "sft", steps=1, **{"model.checkpoint": str(tmp_path / "run")}),
             tmp_path / "next")
   again = checkpoint.load_policy(tmp_path / "next")
   assert again.settings.tokenizer == str(given["folder"])

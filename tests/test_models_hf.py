@@ -171,19 +171,20 @@ def test_layers_one_by_one_compute_what_scanned_periods_do(folder_of):
 def test_params_are_read_where_they_are_placed(folder_of):
   """Every device reads its part only, and the parts are the parameters."""
   devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
-  largest = 0
+  shares = []
   def place(path, leaf, read):
     def counted(index):
-      nonlocal largest
       part = read(index)
-      largest = max(largest, part.size / np.prod(leaf.shape) if "kernel" in path else 0)
+      shares.append(part.size / np.prod(leaf.shape))
       return part
     return devices.place_part(path, leaf, counted)
   for case in ("neox", "gptj"):
     want = hf.load(folder_of(case)).params
     params = hf.load(folder_of(case), place=place).params
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    assert largest == 1 / 4
+    assert sum(shares) == len(jax.tree.leaves(params))  # each number once, whatever holds it
+    assert {1 / 4} < set(shares)
+    shares.clear()
     shardings = devices.shardings(params)
     assert jax.tree.all(jax.tree.map(lambda leaf, s: leaf.sharding == s, params, shardings))
   placed = devices.place(params)  # a step donates it; what was placed must live on
@@ -259,6 +260,7 @@ def test_published_models_have_their_published_number_of_parameters(name):
      "supported; supported are 'gelu_new'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, '"scale_attn_by_inverse_layer_idx": True'),
     ("gptj", {"n_head": "2"}, "config.json makes no model"),
+    ("llama1", {"rope_scaling": {"type": "llama3"}}, "makes no model: KeyError.'low_freq_factor'"),
     ("llama1", {"rope_scaling": {"type": "longrope"}}, "rotary positions of type 'longrope'"),
     ("llama1", {"rope_scaling": None, "partial_rotary_factor": 0.5, "rope_parameters": {
         "partial_rotary_factor": 0.5}}, '"partial_rotary_factor": 0.5, which this family'),
@@ -287,7 +289,7 @@ def test_missing_and_damaged_files_are_named(folder_of, tmp_path):
   with refused("config.json does not exist"):
     hf.load(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps(models.CASES["llama1"]))
-  with refused("model.safetensors does not exist; weights are read from"):
+  with refused("model.safetensors does not exist; weights are read from safetensors"):
     hf.load(tmp_path)
   whole = (folder_of("llama1") / "model.safetensors").read_bytes()
   (tmp_path / "model.safetensors").write_bytes(whole[:-1])

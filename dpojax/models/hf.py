@@ -71,7 +71,8 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
     return folder
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+        ignore_patterns=["*/*", "consolidated*"]))
   except Exception as error:  # huggingface_hub and what carries it raise many kinds
     reason = str(error).strip().partition("\n")[0]
     raise HuggingFaceError(
@@ -263,7 +264,8 @@ class _Files:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
       raise HuggingFaceError(
-          f"{path} does not exist; weights are read from *.safetensors files") from error
+          f"{path} does not exist; weights are read from safetensors: load a model of another "
+          "format with transformers and save it again") from error
     try:
       length = int.from_bytes(mapped[:8], "little")
       header = json.loads(mapped[8:8 + length])
