@@ -6,11 +6,10 @@ The folder has the config.json, the tensor names and the dtype of the model the 
 model of our own the form of a LLaMA or GPT-2; the tokenizer's files lie beside the weights.
 """
 
+import argparse
 import os
 import pathlib
 import sys
-
-from absl import app, flags, logging
 
 from dpojax import checkpoint
 from dpojax.checkpoint import CheckpointError
@@ -19,11 +18,6 @@ from dpojax.data.examples import DataError
 from dpojax.disk import DiskError
 from dpojax.models import hf
 from dpojax.models.families import HuggingFaceError
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-OUT = flags.DEFINE_string("out", None, "Folder to write, empty or new.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.")
-DTYPE = flags.DEFINE_enum("dtype", "", ["", *hf.DTYPES], "Of the tensors; by default as published.")
 
 
 def export(
@@ -50,17 +44,19 @@ def export(
   return policy.step
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]}")
-  logging.set_verbosity(logging.WARNING)
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--out", required=True, help="folder to write, empty or new")
+  parser.add_argument("--step", type=int, help="of the checkpoint; by default the last")
+  parser.add_argument("--dtype", default="", choices=list(hf.DTYPES), help="by default as published")
+  options = parser.parse_args()
   try:
-    step = export(WORKDIR.value, OUT.value, step=STEP.value, dtype=DTYPE.value)
+    step = export(options.workdir, options.out, step=options.step, dtype=options.dtype)
   except (CheckpointError, DataError, HuggingFaceError, DiskError) as error:
     sys.exit(f"error: {error}")
-  print(f"the policy of step {step} of {WORKDIR.value} is in {OUT.value}")
+  print(f"the policy of step {step} of {options.workdir} is in {options.out}")
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir", "out"])
-  app.run(main)
+  main()

@@ -6,6 +6,7 @@ data and fsdp. Both give the gradients of one device. With several processes eac
 the rows of its own devices only.
 """
 
+import itertools
 import math
 from typing import Any, Callable
 
@@ -135,9 +136,13 @@ class Mesh:
       leaf: its shape and dtype.
       read: index -> that part of it, as a new NumPy array. The host holds one part at a time.
     """
-    sharding = self._sharding(path, leaf)
-    parts = [jax.block_until_ready(jax.device_put(read(index), device))
-             for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()]
+    sharding, parts = self._sharding(path, leaf), []
+    places = sharding.addressable_devices_indices_map(leaf.shape).items()
+    for _, same in itertools.groupby(sorted(places, key=_span), _span):
+      same = list(same)
+      part = read(same[0][1])
+      parts += [jax.device_put(part, device) for device, _ in same]
+      jax.block_until_ready(parts)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
   def place(self, tree: Any) -> Any:
@@ -202,6 +207,11 @@ class Mesh:
         return jitted(*args)
 
     return lifted
+
+
+def _span(place: tuple[Any, tuple[slice, ...]]) -> list[int]:
+  """Where the part of a (device, index) starts: devices that start alike hold the same."""
+  return [part.start or 0 for part in place[1]]
 
 
 def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 1):

@@ -27,7 +27,7 @@ def read(
   if not (hf.is_model_folder(name) or _is_hub_name(name)):
     return checkpoint.load_policy(name)
   try:
-    return hf.load(name, place=place, dtype="float32", scan_layers=config.model.scan_layers)
+    return hf.load(name, place=place, scan_layers=config.model.scan_layers)
   except HuggingFaceError as error:
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
 

@@ -9,6 +9,7 @@ import pytest
 
 from dpojax import objectives, sampling
 from dpojax.data import packing
+from dpojax.log_probs import logits_of
 from dpojax.models import transformer
 from tests import worlds
 
@@ -31,7 +32,7 @@ def greedy_without_cache(config, params, prompt, count):
     position = jnp.arange(padded.shape[0])[None]
     one = jnp.ones_like(position)
     hidden = model.apply({"params": params}, padded[None], position, one, 0 * one)
-    return transformer.output_head(params) @ hidden[0, length - 1]
+    return logits_of(hidden[0, length - 1], transformer.make_head(config, params))
   for _ in range(count):
     padded = np.zeros(len(prompt) + count, np.int32)
     padded[:len(tokens)] = tokens
@@ -39,7 +40,7 @@ def greedy_without_cache(config, params, prompt, count):
   return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize("make_config", [worlds.llama, worlds.gpt2])
+@pytest.mark.parametrize("make_config", [worlds.llama, worlds.gpt2, worlds.gptj, worlds.gemma])
 def test_greedy_sampling_is_argmax_without_a_cache(make_config, rng):
   config = make_config()
   params, padded = worlds.params_of(config), prompts(rng)
@@ -60,7 +61,7 @@ def test_what_stands_behind_a_prompt_is_never_read(rng):
 
 def test_log_probs_are_those_of_the_training_primitive(rng):
   """The samples of a prompt are the branches of one comparison."""
-  config = worlds.gpt2()
+  config = worlds.gptj(logit_soft_cap=2.0)
   params, padded = worlds.params_of(config), prompts(rng)
   drawn = jax.device_get(sampler(config, max_new_tokens=6, num_samples=3, stop_id=7)(
       params, padded, LENGTHS, jax.random.key(1)))
@@ -107,3 +108,11 @@ def test_samples_of_a_prompt_differ_and_the_key_decides_them(rng):
   first, again, other = (sample(jax.random.key(key)).tokens for key in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert np.any(first != other) and np.any(first[:, 0] != first[:, 1])
+
+
+def test_samples_longer_than_the_positions_are_refused():
+  config = worlds.gpt2(max_positions=8)
+  with pytest.raises(ValueError, match="up to 6 tokens and 3 new ones are longer than the 8"):
+    jax.eval_shape(
+        sampling.make_sampler(config, max_new_tokens=3), worlds.params_of(config),
+        np.zeros((1, 6), np.int32), np.array([6]), jax.random.key(0))

@@ -1,5 +1,7 @@
 """The decoder: what it computes does not depend on how it is scanned, recomputed or grouped."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,23 @@ def test_the_rule_of_who_sees_whom():
       attention.visible(ids, ids)[0], [[c == "x" for c in line] for line in want])
 
 
+def test_a_window_counts_positions_of_the_sequence_not_places_in_the_row():
+  """A branch of 2 behind one of 3 sees the end of their prompt as if the first were not there."""
+  ids = attention.TokenIds(
+      position=jnp.asarray([[0, 1, 2, 3, 4, 2, 3]]), comparison=jnp.ones((1, 7), int),
+      branch=jnp.asarray([[0, 0, 1, 1, 1, 2, 2]]))
+  want = """
+      x......
+      xx.....
+      .xx....
+      ..xx...
+      ...xx..
+      .x...x.
+      .....xx""".split()
+  np.testing.assert_array_equal(
+      attention.visible(ids, ids, window=2)[0], [[c == "x" for c in line] for line in want])
+
+
 def test_attention_is_softmax_over_what_is_seen(rng):
   q, k, v = (jnp.asarray(rng.normal(size=(1, 3, 1, 4)), jnp.float32) for _ in range(3))
   ids = attention.TokenIds(jnp.arange(3)[None], jnp.ones((1, 3), int), jnp.zeros((1, 3), int))
@@ -113,10 +132,21 @@ def test_the_parameter_count_is_gpt2s():
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
 
 
+@pytest.mark.parametrize("config", [
+    worlds.gpt2(), worlds.gemma(),
+    worlds.llama(rope_scaling=model_config.RopeScaling("yarn", 4.0, 16), biases=True)])
+def test_a_config_is_itself_after_json(config):
+  again = model_config.ModelConfig(**json.loads(json.dumps(config.as_dict())))
+  assert again == config and hash(again) == hash(config)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"layers": 0}, "model.layers is 0; it must be a positive integer"),
     ({"kv_heads": 3}, "model.heads is 4 and model.kv_heads 3; kv_heads must divide heads"),
     ({"head_size": 7}, "model.head_size is 7; rotary positions need an even one"),
+    ({"rotary_size": 5}, "model.rotary_size is 5; it must be even and at most model.head_size, 8"),
+    ({"layer_windows": ()}, r"model.layer_windows is \(\); it must hold a window a layer"),
+    ({"rope_scaling": {"name": "ntk", "factor": 2.0}}, "model.rope_scaling.name is 'ntk'; it must be"),
     ({"remat": "some"}, "model.remat is 'some'; it must be one of none, full, dots"),
 ])
 def test_impossible_dimensions_are_named(changes, message):

@@ -25,6 +25,20 @@ def gpt2(**changes):
       dict(vocab_size=VOCAB, width=32, layers=2, heads=4, max_positions=64), **changes))
 
 
+def gptj(**changes):
+  """Neighbours rotated in part of a head, one norm for attention and MLP, a bias on the logits."""
+  return gpt2(**dict(positions="interleaved", rotary_size=4, residual="shared", biases="mlp",
+                     tie_embeddings=False, head_bias=True) | changes)
+
+
+def gemma(**changes):
+  """Windows in two layers of three, of which the last period lacks one; norms, caps and scales."""
+  return llama(**dict(
+      layers=5, head_size=12, mlp="geglu", norm="rms_offset", post_norms=True, query_key_norms=True,
+      layer_windows=(3, 4, 0), local_rope_theta=100.0, attention_scale=0.4, attention_soft_cap=3.0,
+      embedding_scale=32**0.5, tie_embeddings=True, logit_soft_cap=2.0) | changes)
+
+
 def params_of(config, seed=0):
   """Random params, all of one size, so that biases, scales and heads matter."""
   rng = np.random.default_rng(seed)

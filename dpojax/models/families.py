@@ -450,10 +450,10 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
   settings.refuse(quantization_config=())
   try:
     return family_of(values).read(settings)
-  except (TypeError, ValueError, ArithmeticError) as error:
-    if isinstance(error, HuggingFaceError):
-      raise
-    raise HuggingFaceError(f"config.json makes no model: {error}") from error
+  except HuggingFaceError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    raise HuggingFaceError(f"config.json makes no model: {error!r}") from error
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -31,6 +31,9 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 SHARD_BYTES = 5 * 10**9
 """Largest file a folder is written in, but for a tensor that is larger."""
 
+BLOCK_BYTES = 2**26
+"""Of a file, what is in memory at once while it is read: 64 MiB of parameters."""
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
@@ -68,7 +71,8 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
     return folder
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+        ignore_patterns=["*/*", "consolidated*"]))
   except Exception as error:  # huggingface_hub and what carries it raise many kinds
     reason = str(error).strip().partition("\n")[0]
     raise HuggingFaceError(
@@ -110,8 +114,11 @@ def load(
       part = np.empty([len(range(*i.indices(n))) for i, n in zip(index, leaf.shape)], dtype)
       layers, index = (part, index) if stack.layered else (part[None], (slice(None), *index))
       for layer, piece in zip(layers, stack.pieces[index[0]], strict=True):
-        layer[...] = piece.of(files.array(names[piece.name]), config)[index[1:]]
-        files.forget(names[piece.name])
+        source = piece.of(files.array(names[piece.name]), config)[index[1:]]
+        rows = max(1, len(layer) * BLOCK_BYTES // max(1, layer.nbytes))
+        for i in range(0, len(layer), rows):
+          layer[i:i + rows] = source[i:i + rows]
+          files.forget(names[piece.name])
       return part
 
     return (place or _whole)(path, jax.ShapeDtypeStruct(leaf.shape, dtype), read)
@@ -257,7 +264,8 @@ class _Files:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
       raise HuggingFaceError(
-          f"{path} does not exist; weights are read from *.safetensors files") from error
+          f"{path} does not exist; weights are read from safetensors: load a model of another "
+          "format with transformers and save it again") from error
     try:
       length = int.from_bytes(mapped[:8], "little")
       header = json.loads(mapped[8:8 + length])

@@ -2,19 +2,28 @@
 
 python -m tests.parity.make_model_vectors           writes tests/parity/models.npz
 python -m tests.parity.make_model_vectors --check   makes them again and fails if they have moved;
-    then imports and exports each model through dpojax, and fails if transformers reads it otherwise
+    then holds dpojax to transformers live: logits, exports and rotary frequencies
 """
 
 import argparse
 import json
+import pathlib
 import sys
 import tempfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from dpojax.log_probs import logits_of
+from dpojax.models import hf, rotary, transformer
+from dpojax.models.families import read_config
 from tests.parity import models
+
+PUBLISHED = pathlib.Path(__file__).parents[1] / "published_models.json"
 
 
 def model_of(name):
@@ -57,6 +66,66 @@ def make():
   return about, cases
 
 
+def wrong_exports(scratch):
+  """Models that transformers reads otherwise after an import and an export, or dpojax from it.
+
+  Each is saved by transformers, read and written by dpojax, and read by transformers again.
+  """
+  wrong = []
+  tokens = np.random.default_rng(0).integers(models.VOCAB, size=(2, 24))
+  for name in models.CASES:
+    model, _ = model_of(name)
+    folder = scratch / name
+    model.save_pretrained(folder / "theirs")
+    config, params = hf.load(folder / "theirs")
+    hf.save(folder / "ours", config, params)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "ours", attn_implementation="eager", output_loading_info=True)
+    with torch.no_grad():
+      want = model(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+      got = again(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+    state, other = model.state_dict(), again.state_dict()
+    if any(len(names) for names in report.values()) or state.keys() != other.keys() or any(
+        not torch.equal(state[key], other[key]) for key in state) or not np.array_equal(want, got):
+      wrong.append(f"{name}: transformers reads the export otherwise, {report}")
+    position = jnp.broadcast_to(jnp.arange(24), tokens.shape)
+    one = jnp.ones_like(position)
+    hidden = transformer.Transformer(config).apply(
+        {"params": params}, jnp.asarray(tokens), position, one, 0 * one)
+    apart = np.abs(logits_of(hidden, transformer.make_head(config, params)) - want).max()
+    print(f"{name}: live logits are {apart:.1e} apart")
+    if apart > 1e-4:
+      wrong.append(f"{name}: logits are {apart:.1e} apart")
+  return wrong
+
+
+def wrong_frequencies():
+  """Published models, and stretchings of them, whose rotary frequencies are not transformers'."""
+  wrong = []
+  for name, entry in json.loads(PUBLISHED.read_text()).items():
+    values = dict(entry["config"])
+    if values["model_type"] not in ("llama", "qwen2", "qwen3"):
+      continue
+    longest = values["max_position_embeddings"]
+    for scaling in (values.get("rope_scaling"), {"rope_type": "linear", "factor": 4.0},
+                    {"rope_type": "dynamic", "factor": 4.0},
+                    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": longest},
+                    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096,
+                     "beta_fast": 16, "beta_slow": 2, "truncate": False, "attention_factor": 1.5}):
+      if scaling is None:
+        continue
+      changed = {key: value for key, value in values.items() if key != "architectures"} | {
+          "rope_scaling": dict(scaling)}
+      ours = read_config(changed)
+      theirs = transformers.AutoConfig.for_model(changed.pop("model_type"), **changed)
+      want, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
+      got = rotary.frequencies(ours.head_size, ours.rope_theta, ours.rope_scaling)
+      if not (np.allclose(got, want.numpy(), rtol=1e-5, atol=0)
+              and np.isclose(ours.rope_scaling.magnitude, magnitude)):
+        wrong.append(f"{name} with {scaling}: {np.abs(got / want.numpy() - 1).max():.1e} apart")
+  return wrong
+
+
 def moved(old, new):
   """Names of the arrays of `new` that are not those of `old`."""
   if old.keys() != new.keys():
@@ -80,6 +149,12 @@ def main():
              + "\n".join(changes))
   print(f"{len(cases)} models have not moved: transformers {about['transformers']}, "
         f"torch {about['torch']}")
+  jax.config.update("jax_platforms", "cpu")
+  with tempfile.TemporaryDirectory() as scratch:
+    wrong = wrong_exports(pathlib.Path(scratch)) + wrong_frequencies()
+  if wrong:
+    sys.exit("\n".join(wrong))
+  print("transformers reads every export as the model it was")
 
 
 if __name__ == "__main__":

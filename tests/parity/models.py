@@ -95,6 +95,11 @@ def tensor(name: str, shape) -> np.ndarray:
   return ((values / 128 + 1 if scale_of_norm else values / 128).reshape(shape)).astype(np.float32)
 
 
+def tensors_of(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
+  """Returns the weights of a case, float32."""
+  return {name: tensor(name, shape) for name, shape in shapes.items()}
+
+
 def load_vectors() -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
   """Returns what the vectors say of themselves, and each case's arrays."""
   with np.load(VECTORS) as stored:
@@ -103,10 +108,8 @@ def load_vectors() -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
                    for case in about["tensors"]}
 
 
-def write_folder(folder, case: str, shapes: dict[str, list[int]]) -> None:
-  """Writes a case as a Hugging Face folder, with safetensors' own writer."""
+def write_folder(folder, case: str, tensors: dict[str, np.ndarray], **changes) -> None:
+  """Writes a case as a Hugging Face folder, with safetensors' own writer; changes are of its config."""
   folder.mkdir()
-  (folder / "config.json").write_text(json.dumps(CASES[case]))
-  safetensors.numpy.save_file(
-      {name: tensor(name, shape) for name, shape in shapes.items()}, folder / "model.safetensors",
-      metadata={"format": "pt"})
+  (folder / "config.json").write_text(json.dumps(CASES[case] | changes))
+  safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
