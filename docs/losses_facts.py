@@ -1,0 +1,126 @@
+"""What docs/losses.md says of each loss that no docstring and no run of it can tell.
+
+Names in TRL are read from the installed release and held by tests/parity; those elsewhere are what
+each system documents.
+"""
+
+from typing import NamedTuple
+
+PAPERS = {
+    "Rafailov et al. 2023": "https://arxiv.org/abs/2305.18290",
+    "Mitchell 2023": "https://ericmitchell.ai/cdpo.pdf",
+    "Azar et al. 2023": "https://arxiv.org/abs/2310.12036",
+    "Liu et al. 2023": "https://arxiv.org/abs/2309.06657",
+    "Chowdhury et al. 2024": "https://arxiv.org/abs/2403.00409",
+    "Ji et al. 2024": "https://arxiv.org/abs/2402.00856",
+    "Chen et al. 2024": "https://arxiv.org/abs/2402.05369",
+    "Jung et al. 2024": "https://arxiv.org/abs/2404.04656",
+    "Wu et al. 2024": "https://arxiv.org/abs/2405.00675",
+    "D'Oosterlinck et al. 2024": "https://arxiv.org/abs/2408.06266",
+    "Lu et al. 2024": "https://arxiv.org/abs/2406.08414",
+    "Melnyk et al. 2024": "https://arxiv.org/abs/2406.05882",
+    "Wang et al. 2023": "https://arxiv.org/abs/2309.16240",
+    "Meng et al. 2024": "https://arxiv.org/abs/2405.14734",
+    "Xu et al. 2024": "https://arxiv.org/abs/2401.08417",
+    "Hong et al. 2024": "https://arxiv.org/abs/2403.07691",
+    "Ethayarajh et al. 2024": "https://arxiv.org/abs/2402.01306",
+    "Lambert et al. 2024": "https://arxiv.org/abs/2411.15124",
+    "Liu et al. 2024": "https://arxiv.org/abs/2409.06411",
+    "Zhou et al. 2024": "https://arxiv.org/abs/2406.11827",
+    "Gorbatovski et al. 2024": "https://arxiv.org/abs/2404.09656",
+    "Schulman 2020": "http://joschu.net/blog/kl-approx.html",
+}
+"""Where to read what the docstrings cite."""
+
+
+class Names(NamedTuple):
+  """What a function, or a composition of functions, is called elsewhere; '' is absent or unknown.
+
+  TRL's are `DPOConfig`'s loss types unless another config is named.
+  """
+
+  trl: str = ""
+  reference_code: str = ""
+  tunix: str = ""
+  maxtext: str = ""
+
+
+NAMES = {
+    "`dpo_loss`": Names("`sigmoid`", "`loss=dpo`", '`algorithm="dpo"`', "`dpo.algo=dpo`"),
+    "`dpo_loss`, `label_smoothing`": Names(
+        "", "`loss.label_smoothing`", "`label_smoothing`", "`dpo.dpo_label_smoothing`"),
+    "`dpo_loss` of means": Names("`sigmoid_norm`"),
+    "`dpo_loss` of `ld_dpo_log_probs`": Names("`sigmoid`, `ld_alpha`"),
+    "`dpo_loss` times `wpo_weights`": Names("`sigmoid`, `use_weighting`"),
+    "`ipo_loss` of sums": Names("", "`loss=ipo`"),
+    "`ipo_loss` of means": Names("`ipo`"),
+    "`hinge_loss`": Names("`hinge`"),
+    "`robust_dpo_loss`": Names("`robust`, `label_smoothing`"),
+    "`exo_pair_loss`": Names("`exo_pair`, `label_smoothing`"),
+    "`nca_pair_loss`": Names("`nca_pair`"),
+    "`bco_pair_loss`": Names("`bco_pair`"),
+    "`sppo_hard_loss`": Names("`sppo_hard`"),
+    "`apo_zero_loss`": Names("`apo_zero`"),
+    "`apo_down_loss`": Names("`apo_down`"),
+    "`discopop_loss`": Names("`discopop`, `discopop_tau`"),
+    "`aot_loss`": Names("`aot`"),
+    "`aot_unpaired_loss`": Names("`aot_unpaired`"),
+    "`f_dpo_loss`, `forward_kl`": Names("`sigmoid`, `f_divergence_type=forward_kl`"),
+    "`f_dpo_loss`, `js_divergence`": Names("`sigmoid`, `f_divergence_type=js_divergence`"),
+    "`f_dpo_loss`, `alpha_divergence`": Names(
+        "`sigmoid`, `f_divergence_type=alpha_divergence`"),
+    "`simpo_loss` of means": Names("CPO `simpo`, `simpo_gamma`"),
+    "`cpo_loss`": Names(
+        "CPO `sigmoid`, `cpo_alpha=0`", "`loss.reference_free`", "`ref_model=None`"),
+    "`cpo_loss` + `nll_loss`": Names("CPO `sigmoid`, `cpo_alpha`"),
+    "`hinge_loss`, reference of zeros": Names("CPO `hinge`"),
+    "`ipo_loss` of means, reference of zeros": Names("CPO `ipo`"),
+    "`orpo_loss` of means": Names("ORPO `orpo`, `beta`", "", "`lambda_orpo`", "`dpo.orpo_lambda`"),
+    "`nll_loss` of sums": Names("", "`loss=sft`"),
+    "`nll_loss`, summed over the batch, by its tokens": Names("`sft`"),
+    "`kto_loss`": Names("KTO `kto`"),
+    "`kto_loss`, `kl=0`": Names("KTO `apo_zero_unpaired`"),
+    "`mix_reference`": Names("`sync_ref_model`, `ref_model_mixup_alpha`"),
+}
+
+SETTINGS = [
+    ("`dpo_loss`", "beta 0.1; 0.5 for summaries", "batch 64, learning rate 1e-6", "paper"),
+    ("`hinge_loss`", "beta (RSO's gamma) 0.05", "", "TRL"),
+    ("`ipo_loss`", "", "batch 90, learning rate 1e-2 (bandits)", "TRL"),
+    ("`robust_dpo_loss`", "beta 0.01, label_smoothing 0.1", "batch 16, learning rate 1e-3", "TRL"),
+    ("`exo_pair_loss`", "beta 0.1, label_smoothing 1e-3", "batch 64, learning rate 1e-6", "TRL"),
+    ("`nca_pair_loss`", "beta (the paper's alpha) 0.01", "batch 32, learning rate 5e-6", "TRL"),
+    ("`bco_pair_loss`", "beta 0.01", "batch 128, learning rate 5e-7", "TRL"),
+    ("`sppo_hard_loss`", "", "batch 64, learning rate 5e-7", "TRL"),
+    ("`apo_zero_loss`, `apo_down_loss`", "beta 0.1", "batch 64, learning rate 2e-7", "TRL"),
+    ("`discopop_loss`", "beta 0.05, tau 0.05", "batch 64, learning rate 5e-7", "TRL"),
+    ("`simpo_loss`", "beta 2 to 2.5, gamma / beta 0.1 to 0.8", "learning rate 3e-7 to 1e-6", "SimPO"),
+    ("`cpo_loss` + `nll_loss`", "beta 0.1, weight of the NLL 1", "learning rate 1e-4", "TRL"),
+    ("`dpo_loss` + `nll_loss` (RPO)", "beta 0.01, weight of the NLL 0.005", "learning rate 5e-7",
+     "TRL"),
+    ("`orpo_loss`", "weight 0.1", "learning rate 5e-6", "TRL"),
+    ("`kto_loss`", "beta 0.1, both weights 1", "learning rate 1e-6", "TRL"),
+    ("`ld_dpo_log_probs`", "alpha 0.5 to start from", "", "TRL"),
+    ("`mix_reference`", "alpha 0.6 every 512 steps, beta 0.05", "learning rate 1e-6", "TRL"),
+    ("`unlikelihood_loss`", "alpha 0.05, 0.1, 0.5, 1", "", "paper"),
+]
+"""Function, knobs, training, and who reports them: the paper, TRL's paper index, SimPO's README."""
+
+BETA_IN_WORDS = {
+    "dpo": "reaches any given loss at a smaller margin, so it moves less",
+    "dpo, label_smoothing 0.1": "rests at a smaller margin",
+    "ipo": "rests at a smaller margin, and starts with a smaller push",
+    "hinge": "is content at a smaller margin; the push until there is beta itself",
+    "robust_dpo, label_smoothing 0.1": "like DPO; it has no lower bound, its push levels off",
+    "exo_pair, label_smoothing 0.1": "rests at a smaller margin",
+    "nca_pair": "rests the chosen response nearer to the reference",
+    "bco_pair": "reaches any given loss at smaller log-ratios",
+    "sppo_hard": "rests both responses nearer to the reference",
+    "apo_zero": "saturates at smaller log-ratios, on the right side and on the wrong one",
+    "apo_down": "saturates at smaller log-ratios; while h_l < 0 the chosen rests halfway, at h_l / 2",
+    "discopop": "has its local minimum, on the wrong side of 0, nearer to the reference",
+    "f_dpo_forward_kl": "like DPO, but a margin counts exponentially below the reference",
+    "f_dpo_js_divergence": "like DPO; what lies above the reference counts little",
+    "f_dpo_alpha_divergence": "between DPO and the forward KL",
+}
+"""What each loss does when beta rises."""
