@@ -99,7 +99,7 @@ SETTINGS = [
     ("`dpo_loss` + `nll_loss` (RPO)", "beta 0.01, weight of the NLL 0.005", "learning rate 5e-7",
      "TRL"),
     ("`orpo_loss`", "weight 0.1", "learning rate 5e-6", "TRL"),
-    ("`kto_loss`", "beta 0.1, both weights 1", "learning rate 1e-6", "TRL"),
+    ("`kto_loss`", "beta 0.1, both weights 1", "", "TRL"),
     ("`ld_dpo_log_probs`", "alpha 0.5 to start from", "", "TRL"),
     ("`mix_reference`", "alpha 0.6 every 512 steps, beta 0.05", "learning rate 1e-6", "TRL"),
     ("`unlikelihood_loss`", "alpha 0.05, 0.1, 0.5, 1", "", "paper"),
@@ -119,7 +119,7 @@ BETA_IN_WORDS = {
     "apo_zero": "saturates at smaller log-ratios, on the right side and on the wrong one",
     "apo_down": "saturates at smaller log-ratios; while h_l < 0 the chosen rests halfway, at h_l / 2",
     "discopop": "has its local minimum, on the wrong side of 0, nearer to the reference",
-    "f_dpo_forward_kl": "like DPO, but a margin counts exponentially below the reference",
+    "f_dpo_forward_kl": "like DPO; below the reference a log-ratio counts exponentially",
     "f_dpo_js_divergence": "like DPO; what lies above the reference counts little",
     "f_dpo_alpha_divergence": "between DPO and the forward KL",
 }
