@@ -106,7 +106,7 @@ def test_packed_rows_give_the_hidden_states_logits_and_gradients_of_transformers
     at = tokens_of(rows, num_responses)
     np.testing.assert_allclose(hidden[at], VECTORS[case]["hidden"], atol=1e-4)
     np.testing.assert_allclose(logits[at], VECTORS[case]["logits"], atol=1e-4)
-    got = written(tmp_path / str(num_responses), config, grads)
+    got = written(tmp_path / str(num_responses), config, jax.device_get(grads))
     flat = np.concatenate([got[name].ravel() for name in ABOUT["tensors"][case]])
     largest = np.abs(VECTORS[case]["grads"]).max()
     np.testing.assert_allclose(flat, VECTORS[case]["grads"], atol=1e-5 * largest, rtol=1e-3)

@@ -7,6 +7,8 @@ safetensors package because its slices are copies, without strides.
 """
 
 import collections
+import dataclasses
+import functools
 import json
 import math
 import mmap
@@ -100,7 +102,7 @@ def load(
   folder = locate(name)
   values = _read_json(folder / "config.json")
   family = families.family_of(values)
-  config = ModelConfig(**vars(families.read_config(values)) | changes)
+  config = dataclasses.replace(families.read_config(values), **changes)
   files = _Files(folder)
   stacks = _stacks(config, family)
   names = _find(stacks, family, files, config)
@@ -124,7 +126,7 @@ def load(
     return (place or _whole)(path, jax.ShapeDtypeStruct(leaf.shape, dtype), read)
 
   params = jax.tree_util.tree_map_with_path(placed, _shapes(config))
-  return Model(ModelConfig(**vars(config) | {"published": published}), params)
+  return Model(dataclasses.replace(config, published=published), params)
 
 
 def save(
@@ -303,7 +305,12 @@ class _Files:
 
 
 def _shapes(config: ModelConfig) -> Any:
-  config = ModelConfig(**vars(config) | {"reward_head": False})
+  """The shapes of the params a folder holds, as a tree."""
+  return _shapes_of(dataclasses.replace(config, reward_head=False, published="", dtype="float32"))
+
+
+@functools.cache
+def _shapes_of(config: ModelConfig) -> Any:
   return jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
 
 
