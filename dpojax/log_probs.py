@@ -1,19 +1,26 @@
 """Log-probs of scored tokens from hidden states, without the [rows, length, vocabulary] logits.
 
 `token_log_probs` is the one primitive: every loss, metric, reference pass and evaluation uses it.
-It walks over the scored tokens in chunks, keeps one float32 log-normaliser a token for the
-backward pass, and recomputes a chunk's logits there.
+It walks over the scored tokens in chunks (on CPUs also over the vocabulary in blocks, so that
+logits never leave the cache), keeps one float32 log-normaliser a token for the backward pass, and
+recomputes a chunk's logits there. Chunks of padding alone are not computed.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once when no chunk size is given: 2**24 float32 values, 64 MiB."""
+
+CPU_TOKENS, CPU_BLOCK = 512, 2048
+"""Tokens and vocabulary of the logits held at once on CPUs, 4 MiB: about a core's cache."""
+
+_LANES = 128
+_LEAST = -1e30
 
 
 class SequenceLogProbs(NamedTuple):
@@ -37,8 +44,8 @@ class Head(NamedTuple):
 
 def token_log_probs(
     hidden: jax.Array, head: jax.Array | Head, target: jax.Array, *,
-    bias: jax.Array | None = None, soft_cap: jax.Array | float | None = None,
-    chunk_size: int | None = None,
+    where: jax.Array | None = None, bias: jax.Array | None = None,
+    soft_cap: jax.Array | float | None = None, chunk_size: int | None = None,
 ) -> jax.Array:
   """Returns log softmax(hidden head^T)[target] for each token, in float32.
 
@@ -49,6 +56,8 @@ def token_log_probs(
     head: [V, D] output embedding, the input embedding itself when tied; or a `Head`, which brings
       its own bias and soft cap.
     target: [..., S] int, the id each hidden state has to predict, in 0..V-1.
+    where: [..., S] bool, the tokens that count; the others give 0. They are put behind those that
+      do, and chunks that hold nothing else are not computed.
     bias: [V], added to the logits.
     soft_cap: a logit becomes cap * tanh(logit / cap); a constant, its gradient is 0.
     chunk_size: scored tokens a chunk, along S; by default as many as fit `CHUNK_ELEMENTS` logits.
@@ -69,10 +78,15 @@ def token_log_probs(
   if bias is not None and bias.shape != weights.shape[:1]:
     raise ValueError(
         f"head [V, D] {weights.shape} and bias [V] {bias.shape} do not belong together")
-  length = hidden.shape[-2]
-  padded, chunks = _padded(hidden, head, chunk_size)
-  pad = [(0, 0)] * (target.ndim - 1) + [(0, padded.shape[-2] - length)]
-  return _chunked_log_probs(padded, head, jnp.pad(target, pad), chunks)[..., :length]
+  if where is not None and where.shape != target.shape:
+    raise ValueError(
+        f"where [..., S] {where.shape} and target [..., S] {target.shape} do not belong together")
+  hidden, head, target, where = jax.tree.map(jnp.asarray, (hidden, head, target, where))
+  chunked = _in_chunks(target.shape, weights.shape[0], where, chunk_size)
+  values = _chunked_log_probs(
+      chunked.split(hidden, tail=1), head, chunked.split(target), chunked.count, chunked.block)
+  values = chunked.join(values, target.shape)
+  return values if where is None else jnp.where(where, values, 0)
 
 
 def token_log_collisions(
@@ -83,15 +97,13 @@ def token_log_collisions(
   weights, so nothing is kept for a gradient.
   """
   head = head if isinstance(head, Head) else Head(head)
+  chunked = _in_chunks(hidden.shape[:-1], head.weights.shape[0], None, chunk_size)
 
   def one_chunk(hidden):
     logits = _logits(hidden, head)
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
-  length = hidden.shape[-2]
-  padded, chunks = _padded(hidden, head, chunk_size)
-  values = jax.lax.map(one_chunk, _to_chunks(padded, chunks, -2))
-  return _from_chunks(values, -1)[..., :length]
+  return chunked.join(jax.lax.map(one_chunk, chunked.split(hidden, tail=1)), hidden.shape[:-1])
 
 
 def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
@@ -121,7 +133,8 @@ def log_probs(
     `sums` and `lengths`, [R, num_slots] float32; 0 where a row holds no such response.
   """
   values = token_log_probs(
-      predicting_states(hidden, source), head, target, chunk_size=chunk_size)
+      predicting_states(hidden, source), head, target, where=slot < num_slots,
+      chunk_size=chunk_size)
   sums = sum_by_slots(values, slot, num_slots=num_slots)
   lengths = sum_by_slots(jnp.ones_like(values), slot, num_slots=num_slots)
   return SequenceLogProbs(sums, lengths)
@@ -173,35 +186,83 @@ sequence_log_probs = jax.vmap(sequence_log_prob)
 """`sequence_log_prob` of a batch: [B, T, V], [B, T], [B, T] -> [B]."""
 
 
-def _padded(hidden: jax.Array, head: Head, chunk_size: int | None) -> tuple[jax.Array, int]:
-  """Pads the token axis to whole chunks; returns that and the number of chunks."""
-  *leading, length, _ = hidden.shape
-  if chunk_size is None:
-    chunk_size = CHUNK_ELEMENTS // max(1, math.prod(leading) * head.weights.shape[0])
-  chunk_size = min(max(1, chunk_size), max(1, length))
-  chunks = -(-length // chunk_size)
-  pad = [(0, 0)] * len(leading) + [(0, chunks * chunk_size - length), (0, 0)]
-  return jnp.pad(hidden, pad), chunks
+class _Chunks(NamedTuple):
+  """How tokens are cut into C chunks of t, and the vocabulary into blocks.
+
+  `order` [T] puts the tokens that count first; without it chunks run along S and hold tokens of
+  every leading index. `count` is the number of chunks to compute, `block` the vocabulary of a block.
+  """
+
+  order: jax.Array | None
+  size: int
+  number: int
+  count: jax.Array | int
+  block: int
+
+  def split(self, x: jax.Array, *, tail: int = 0) -> jax.Array:
+    """[..., S] with `tail` more axes -> [C, t] with them."""
+    leading = x.ndim - 1 - tail
+    rest = x.shape[leading + 1:]
+    if self.order is not None:
+      x = x.reshape(-1, *rest)[self.order]
+      leading = 0
+    padding = self.number * self.size - x.shape[leading]
+    x = jnp.pad(x, [(0, 0)] * leading + [(0, padding)] + [(0, 0)] * tail)
+    x = x.reshape(*x.shape[:leading], self.number, self.size, *rest)
+    return jnp.moveaxis(x, leading, 0).reshape(self.number, -1, *rest)
+
+  def join(self, x: jax.Array, shape: tuple[int, ...], *, tail: int = 0) -> jax.Array:
+    """The inverse: [C, t] -> `shape`, [..., S]."""
+    rest = x.shape[2:]
+    if self.order is not None:
+      flat = x.reshape(-1, *rest)[:self.order.size]
+      return jnp.zeros_like(flat).at[self.order].set(flat, unique_indices=True).reshape(*shape, *rest)
+    *leading, length = shape
+    x = x.reshape(self.number, *leading, self.size, *rest)
+    x = jnp.moveaxis(x, 0, len(leading)).reshape(*leading, -1, *rest)
+    return jax.lax.slice_in_dim(x, 0, length, axis=len(leading))
 
 
-def _to_chunks(x: jax.Array, chunks: int, axis: int) -> jax.Array:
-  """Splits the token axis and brings the chunks to the front: [..., S, :] -> [C, ..., S/C, :]."""
-  axis %= x.ndim
-  split = x.reshape(*x.shape[:axis], chunks, x.shape[axis] // chunks, *x.shape[axis + 1:])
-  return jnp.moveaxis(split, axis, 0)
+def _in_chunks(shape, vocabulary: int, where: jax.Array | None, chunk_size: int | None) -> _Chunks:
+  """Returns how tokens of a shape [..., S] are cut."""
+  *leading, length = shape
+  per_index, tokens = math.prod(leading), math.prod(shape)
+  on_cpu = jax.default_backend() == "cpu"
+  cut_over_devices = _rows_are_cut()
+  block = vocabulary
+  if on_cpu and not cut_over_devices and vocabulary > 2 * CPU_BLOCK:
+    block = CPU_BLOCK
+  if chunk_size is not None:
+    size = chunk_size * per_index
+  else:
+    size = CPU_TOKENS if block < vocabulary else CHUNK_ELEMENTS // vocabulary
+  if where is None or cut_over_devices:
+    size = min(max(1, size // max(1, per_index)), max(1, length))
+    number = -(-length // size)
+    return _Chunks(None, size, number, number, block)
+  size = min(max(1, size), max(1, tokens))
+  where = where.reshape(-1)
+  count = -(-jnp.sum(where) // size)
+  return _Chunks(jnp.argsort(~where, stable=True), size, -(-tokens // size), count, block)
 
 
-def _from_chunks(x: jax.Array, axis: int) -> jax.Array:
-  axis %= x.ndim - 1
-  x = jnp.moveaxis(x, 0, axis)
-  return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+def _rows_are_cut() -> bool:
+  """Whether the caller has set a mesh that arrays are cut over: then tokens stay where they are."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and any(
+      size > 1 and kind is not jax.sharding.AxisType.Manual
+      for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _logits(hidden: jax.Array, head: Head) -> jax.Array:
   """Logits [..., V] of the head in the dtype of the hidden states, accumulated in float32."""
   logits = jnp.einsum(
       "...d,vd->...v", hidden, head.weights.astype(hidden.dtype),
-      preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+      preferred_element_type=_wide(hidden))
   if head.bias is not None:
     logits += jnp.broadcast_to(head.bias.astype(logits.dtype), logits.shape)
   if head.soft_cap is not None:
@@ -209,55 +270,124 @@ def _logits(hidden: jax.Array, head: Head) -> jax.Array:
   return logits
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked_log_probs(hidden, head, target, chunks):
-  return _forward(hidden, head, target, chunks)[0]
+def _target_logits(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Array:
+  """The logit [C, t] of each token's own target."""
+  weights = head.weights.at[target].get(mode="promise_in_bounds").astype(hidden.dtype)
+  bias = None if head.bias is None else head.bias[target]
+  logits = jnp.einsum("ctd,ctd->ct", hidden, weights, preferred_element_type=_wide(hidden))
+  if bias is not None:
+    logits += bias.astype(logits.dtype)
+  if head.soft_cap is not None:
+    logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
+  return logits
 
 
-def _forward(hidden, head, target, chunks):
-  def one_chunk(chunk):
-    hidden, target = chunk
-    logits = _logits(hidden, head)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return chosen - normaliser, normaliser
-
-  values, normaliser = jax.lax.map(
-      one_chunk, (_to_chunks(hidden, chunks, -2), _to_chunks(target, chunks, -1)))
-  return _from_chunks(values, -1), (hidden, head, target, _from_chunks(normaliser, -1))
+def _over_lanes(reduce: Callable, x: jax.Array) -> jax.Array:
+  """Reduces the last axis, first into lanes: reductions of single rows do not vectorise on CPUs."""
+  if x.shape[-1] % _LANES:
+    return reduce(x, axis=-1)
+  return reduce(reduce(x.reshape(*x.shape[:-1], -1, _LANES), axis=-2), axis=-1)
 
 
-def _backward(chunks, residuals, cotangent):
-  hidden, head, target, normaliser = residuals
-  weights = head.weights.astype(hidden.dtype)
+def _blocks(head: Head, block: int) -> tuple[int, Callable]:
+  """Returns the number of blocks, and b -> (start, whether a column is new [block], their head).
 
-  def one_chunk(grads, chunk):
-    hidden, target, normaliser, cotangent = chunk
-    logits = _logits(hidden, head)
-    probs = jnp.exp(logits - normaliser[..., None])
-    ids = jax.lax.broadcasted_iota(target.dtype, probs.shape, probs.ndim - 1)
-    hit = (ids == target[..., None]).astype(probs.dtype)
-    logits_grad = (hit - probs) * cotangent[..., None]
-    if head.soft_cap is not None:
-      logits_grad *= 1.0 - jnp.square(logits / head.soft_cap)
-    bias_grad = grads.bias
-    if bias_grad is not None:
-      bias_grad += jnp.sum(logits_grad.reshape(-1, logits_grad.shape[-1]), axis=0)
-    logits_grad = logits_grad.astype(hidden.dtype)
-    hidden_grad = jnp.einsum("...v,vd->...d", logits_grad, weights)
-    flat_grad = logits_grad.reshape(-1, logits_grad.shape[-1])
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    head_grad = grads.weights + jnp.einsum(
-        "tv,td->vd", flat_grad, flat_hidden, preferred_element_type=grads.weights.dtype)
-    return Head(head_grad, bias_grad, grads.soft_cap), hidden_grad
+  The last block ends where the vocabulary does, so that some of its columns were there before.
+  """
+  vocabulary = head.weights.shape[0]
+  if block >= vocabulary:
+    return 1, lambda b: (0, None, head)
 
-  zeros = jax.tree.map(
-      lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32)), head)
-  grads, hidden_grad = jax.lax.scan(one_chunk, zeros, (
-      _to_chunks(hidden, chunks, -2), _to_chunks(target, chunks, -1),
-      _to_chunks(normaliser, chunks, -1), _to_chunks(cotangent, chunks, -1)))
-  head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), grads, head)
-  return _from_chunks(hidden_grad, -2), head_grad, None
+  def of(b):
+    start = jnp.minimum(b * block, vocabulary - block)
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block)
+    bias = None if head.bias is None else cut(head.bias)
+    new = start + jnp.arange(block) >= b * block
+    return start, new, Head(cut(head.weights), bias, head.soft_cap)
+
+  return -(-vocabulary // block), of
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked_log_probs(hidden, head, target, count, block):
+  return _forward(hidden, head, target, count, block)[0]
+
+
+def _forward(hidden, head, target, count, block):
+  number, block_of = _blocks(head, block)
+  wide = _wide(hidden)
+
+  def one_block(b, carry):
+    _, new, part = block_of(b)
+
+    def one_chunk(c, carry):
+      most, total = carry
+      logits = _logits(hidden[c], part)
+      if new is not None:
+        logits = jnp.where(new[None], logits, _LEAST)
+      larger = jnp.maximum(most[c], _over_lanes(jnp.max, logits))
+      added = _over_lanes(jnp.sum, jnp.exp(logits - larger[:, None]))
+      return (most.at[c].set(larger),
+              total.at[c].set(total[c] * jnp.exp(most[c] - larger) + added))
+
+    return jax.lax.fori_loop(0, count, one_chunk, carry)
+
+  most, total = jax.lax.fori_loop(
+      0, number, one_block, (jnp.full(target.shape, _LEAST, wide), jnp.zeros(target.shape, wide)))
+  normaliser = most + jnp.log(jnp.where(total > 0, total, 1))
+  values = _target_logits(hidden, head, target) - normaliser
+  return values, (hidden, head, target, count, normaliser)
+
+
+def _backward(block, residuals, cotangent):
+  hidden, head, target, count, normaliser = residuals
+  number, block_of = _blocks(head, block)
+  wide = _wide(hidden)
+  zeros_of = lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+  def one_block(b, carry):
+    hidden_grad, head_grad = carry
+    start, new, part = block_of(b)
+    weights = part.weights.astype(hidden.dtype)
+
+    def one_chunk(c, carry):
+      hidden_grad, part_grad = carry
+      logits = _logits(hidden[c], part)
+      probs = jnp.exp(logits - normaliser[c][:, None])
+      ids = start + jax.lax.broadcasted_iota(target.dtype, probs.shape, 1)
+      logits_grad = ((ids == target[c][:, None]) - probs) * cotangent[c][:, None]
+      if new is not None:
+        logits_grad = jnp.where(new[None], logits_grad, 0)
+      if head.soft_cap is not None:
+        logits_grad *= 1.0 - jnp.square(logits / head.soft_cap)
+      bias_grad = part_grad.bias
+      if bias_grad is not None:
+        bias_grad += jnp.sum(logits_grad, axis=0)
+      logits_grad = logits_grad.astype(hidden.dtype)
+      hidden_grad = hidden_grad.at[c].add(
+          jnp.einsum("tv,vd->td", logits_grad, weights, preferred_element_type=wide))
+      weights_grad = part_grad.weights + jnp.einsum(
+          "tv,td->vd", logits_grad, hidden[c], preferred_element_type=part_grad.weights.dtype)
+      return hidden_grad, Head(weights_grad, bias_grad, part_grad.soft_cap)
+
+    hidden_grad, part_grad = jax.lax.fori_loop(
+        0, count, one_chunk, (hidden_grad, jax.tree.map(zeros_of, part)))
+    if number == 1:
+      return hidden_grad, part_grad
+
+    def add(whole, piece):
+      before = jax.lax.dynamic_slice_in_dim(whole, start, block)
+      return jax.lax.dynamic_update_slice_in_dim(whole, before + piece, start, axis=0)
+
+    bias_grad = head_grad.bias if head.bias is None else add(head_grad.bias, part_grad.bias)
+    return hidden_grad, Head(
+        add(head_grad.weights, part_grad.weights), bias_grad, head_grad.soft_cap)
+
+  zeros = jnp.zeros(hidden.shape, wide), jax.tree.map(zeros_of, head)
+  hidden_grad, head_grad = (
+      one_block(0, zeros) if number == 1 else jax.lax.fori_loop(0, number, one_block, zeros))
+  head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
+  return hidden_grad.astype(hidden.dtype), head_grad, None, None
 
 
 _chunked_log_probs.defvjp(_forward, _backward)

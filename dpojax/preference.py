@@ -246,7 +246,7 @@ def preference_objective(
   def score(outputs, rows):
     tokens = token_log_probs(
         predicting_states(outputs.hidden, rows.source), outputs.head, rows.target,
-        chunk_size=chunk_size)
+        where=rows.slot < rows.example.shape[-1] * rows_hold, chunk_size=chunk_size)
     sums = _by_response(tokens, rows, rows_hold)
     shared = None
     if ld_alpha is not None:

@@ -144,3 +144,32 @@ def test_peak_memory_does_not_grow_with_the_scored_tokens_times_the_vocabulary()
   logits = (4096 - 1024) * 4096 * 4
   assert plain >= logits
   assert chunked < 0.05 * logits
+
+
+@pytest.mark.parametrize("block", [4, 2048])
+@pytest.mark.parametrize("soft_cap", [None, 2.5])
+def test_masked_tokens_and_blocks_of_the_vocabulary_give_the_naive_gradients(
+    block, soft_cap, rng, monkeypatch):
+  monkeypatch.setattr(log_probs, "CPU_BLOCK", block)  # 17 ids: five blocks, the last overlaps
+  with jax.enable_x64(True):
+    hidden, head, target = world(rng, dtype=np.float64)
+    bias = jnp.asarray(rng.normal(size=17))
+    where = jnp.asarray(rng.random(target.shape) < 0.4)
+    weights = jnp.asarray(rng.normal(size=target.shape))
+    def total(form):
+      return jax.value_and_grad(
+          lambda h, w, b: jnp.sum(weights * form(h, w, b)), argnums=(0, 1, 2))(hidden, head, bias)
+    got, got_grads = total(lambda h, w, b: log_probs.token_log_probs(
+        h, w, target, where=where, bias=b, soft_cap=soft_cap, chunk_size=2))
+    want, want_grads = total(lambda h, w, b: jnp.where(where, naive(h, w, target, b, soft_cap), 0))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    for g, w in zip(got_grads, want_grads, strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-12)
+
+
+def test_no_token_that_counts_is_zero_everywhere(rng):
+  hidden, head, target = world(rng)
+  nothing = jnp.zeros(target.shape, bool)
+  value, grads = jax.value_and_grad(lambda h, w: jnp.sum(
+      log_probs.token_log_probs(h, w, target, where=nothing)), argnums=(0, 1))(hidden, head)
+  assert value == 0 and not any(np.any(grad) for grad in grads)

@@ -70,12 +70,14 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    fan_in = math.prod(self.inputs)
+    fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
     kernel = self.param(
         "kernel", nn.initializers.normal(self.scale * fan_in**-0.5), self.inputs + self.outputs)
-    axes = tuple(range(x.ndim - len(self.inputs), x.ndim))
-    y = jax.lax.dot_general(
-        x, kernel.astype(x.dtype), ((axes, tuple(range(len(self.inputs)))), ((), ())))
+    leading = x.shape[:x.ndim - len(self.inputs)]
+    # As a product of two matrices: XLA's CPU backend multiplies those two to three times as fast as
+    # it does the gradients of products with more axes.
+    y = x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+    y = y.reshape(*leading, *self.outputs)
     if self.bias:
       bias = self.param("bias", nn.initializers.zeros, self.outputs)
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
