@@ -100,7 +100,8 @@ def overview() -> str:
   for group in dict.fromkeys(entry.group for entry in entries()):
     rows = [(f"[`{e.name}`](#{e.name})", e.formula, cite(e), config_names(e.name))
             for e in entries() if e.group == group]
-    blocks.append(f"**{group}**\n\n" + table(("function", "returns", "source", "`config.loss`"), rows))
+    head = ("function", "returns", "source", "`config.loss`")
+    blocks.append(f"**{group}**\n\n{table(head, rows)}")
   return "\n\n".join(blocks)
 
 

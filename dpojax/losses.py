@@ -398,7 +398,8 @@ def mix_reference(policy_params: Any, reference_params: Any, *, alpha: Knob) -> 
   alpha = 1 is the paper's hard update; leaves keep the reference's dtype.
   """
   return jax.tree.map(
-      lambda p, r: (alpha * p + (1 - alpha) * r).astype(r.dtype), policy_params, reference_params)
+      lambda p, r: (alpha * _wide(p) + (1 - alpha) * _wide(r)).astype(r.dtype),
+      policy_params, reference_params)
 
 
 # The other side of the theorem: the reward that RLHF maximises, and the KL it pays.

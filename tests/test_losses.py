@@ -84,43 +84,107 @@ def test_a_loss_is_its_papers_formula(name, beta, pairs):
   np.testing.assert_allclose(loss_named(name)(*single, beta=beta), want, rtol=1e-3, atol=2e-5)
 
 
-# Every loss as a function of six arrays, whatever it takes; the arrays are h-like or log-prob-like.
+# Every public function, as a function of four arrays and a beta. A new one without data here fails.
+
+
+def public_functions():
+  return {name: function for name, function in vars(losses).items()
+          if inspect.isfunction(function) and not name.startswith("_")
+          and function.__module__ == losses.__name__}
+
+
+def two_pairs(x):
+  return Pair(*x[:2]), Pair(*x[2:4])
+
+
+def stacked(x):
+  return jnp.stack(x[:4], axis=-1)
+
+
+DATA = {
+    **{name: two_pairs for name in (
+        "dpo_loss", "ipo_loss", "hinge_loss", "robust_dpo_loss", "exo_pair_loss", "nca_pair_loss",
+        "bco_pair_loss", "sppo_hard_loss", "apo_zero_loss", "apo_down_loss", "discopop_loss",
+        "aot_loss", "aot_unpaired_loss", "f_dpo_loss")},
+    **{name: lambda x: x[:1] for name in (
+        "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "nll_loss")},
+    **{name: lambda x: x[:2] for name in (
+        "implicit_reward", "bradley_terry_loss", "kl_k1", "kl_k2", "kl_k3", "mix_reference")},
+    **{name: lambda x: (Pair(*x[:2]),) for name in (
+        "simpo_loss", "cpo_loss", "unlikelihood_loss", "wpo_weights")},
+    "orpo_loss": lambda x: (Pair(*(-jnp.abs(y) for y in x[:2])),),
+    "kl_penalized_reward": lambda x: x[:3],
+    "plackett_luce_loss": lambda x: (stacked(x),),
+    "dpo_plackett_luce_loss": lambda x: (stacked(x), stacked(x[3::-1])),
+    "kto_loss": lambda x: (x[0], jnp.ones(x[0].shape, bool), 0.3),
+    "bco_loss": lambda x: (x[0], jnp.ones(x[0].shape, bool)),
+    "length_normalize": lambda x: (x[0], jnp.full(x[0].shape, 3)),
+    "ld_dpo_log_probs": lambda x: (
+        Pair(stacked(x), stacked(x)), Pair(*(jnp.broadcast_to(jnp.arange(4) < n, (*x[0].shape, 4))
+                                             for n in (2, 3)))),
+    "token_kl": lambda x: (-jnp.abs(stacked(x)), -jnp.abs(stacked(x[3::-1]))),
+}
+"""Positional arguments of each function, made of arrays x[:4] of one shape."""
+
+KNOBS = {"beta": 0.3, "label_smoothing": 0.1, "delta": 0.2, "tau": 0.05, "alpha": 0.3, "gamma": 0.5,
+         "weight": 0.1, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+"""A value of every knob there is; `where` is data, and `divergence` a function."""
+
+
+def knobs_of(function):
+  parameters = inspect.signature(function).parameters.values()
+  return {p.name: KNOBS[p.name] for p in parameters
+          if p.kind is p.KEYWORD_ONLY and p.name not in ("where", "divergence")}
+
+
+def call(name, x, **knobs):
+  """The function of that name on arrays x[:4]; a Pair it returns is summed."""
+  if name == "f_dpo_loss":
+    knobs["divergence"] = losses.alpha_divergence
+  result = getattr(losses, name)(*DATA[name](x), **knobs)
+  return sum(result) if isinstance(result, Pair) else result
+
+
+def swept(name):
+  """The function with x[4] for its beta, or for the knob that is like one."""
+  knobs = knobs_of(getattr(losses, name))
+  knob = next((k for k in ("beta", "weight", "gamma") if k in knobs), None)
+  if name == "unlikelihood_loss":
+    knob = "alpha"
+  return lambda x: call(name, x, **knobs | ({knob: x[4]} if knob else {}))
+
+
 def on_pairs(loss, **knobs):
-  return lambda x: loss(Pair(*x[:2]), Pair(*x[2:4]), beta=x[4], **knobs)
+  return lambda x: loss(*two_pairs(x), beta=x[4], **knobs)
 
 
 MASKED = jnp.asarray([True, False, True, True])
 EVERY_LOSS = {
+    **{name: swept(name) for name in public_functions() if name != "mix_reference"},
     **{name: on_pairs(loss_named(name)) for name in NAMES},
-    "dpo, smoothed": on_pairs(losses.dpo_loss, label_smoothing=0.1),
-    "aot": on_pairs(losses.aot_loss, label_smoothing=0.1),
-    "aot_unpaired": on_pairs(losses.aot_unpaired_loss),
     "f_dpo, reverse_kl": on_pairs(losses.f_dpo_loss, divergence=losses.reverse_kl),
-    "bradley_terry": lambda x: losses.bradley_terry_loss(x[0], x[1]),
-    "plackett_luce": lambda x: losses.plackett_luce_loss(jnp.stack(x[:4], axis=-1)),
-    "dpo_plackett_luce": lambda x: losses.dpo_plackett_luce_loss(
-        jnp.stack(x[:4], axis=-1), jnp.stack(x[3::-1], axis=-1), beta=x[4],
+    "dpo_plackett_luce, masked": lambda x: losses.dpo_plackett_luce_loss(
+        *DATA["dpo_plackett_luce_loss"](x), beta=x[4],
         where=jnp.broadcast_to(MASKED, (*x[0].shape, 4))),
-    "simpo": lambda x: losses.simpo_loss(Pair(*x[:2]), beta=x[4], gamma=0.5),
-    "cpo": lambda x: losses.cpo_loss(Pair(*x[:2]), beta=x[4]),
-    "orpo": lambda x: losses.orpo_loss(Pair(*(-jnp.abs(y) for y in x[:2])), weight=x[4]),
-    "unlikelihood": lambda x: losses.unlikelihood_loss(Pair(*x[:2]), alpha=x[4]),
-    "nll": lambda x: losses.nll_loss(x[0]),
-    "kto, desirable": lambda x: losses.kto_loss(x[0], jnp.ones(x[0].shape, bool), 0.3, beta=x[4]),
     "kto, undesirable": lambda x: losses.kto_loss(
         x[0], jnp.zeros(x[0].shape, bool), 0.3, beta=x[4], undesirable_weight=1.5),
-    "bco": lambda x: losses.bco_loss(x[0], jnp.ones(x[0].shape, bool), beta=x[4], delta=0.2),
-    "kl_penalized_reward": lambda x: losses.kl_penalized_reward(*x[:3], beta=x[4]),
-    "kl_k1": lambda x: losses.kl_k1(*x[:2]),
-    "kl_k2": lambda x: losses.kl_k2(*x[:2]),
-    "kl_k3": lambda x: losses.kl_k3(*x[:2]),
+    "bco, undesirable": lambda x: losses.bco_loss(
+        x[0], jnp.zeros(x[0].shape, bool), beta=x[4], delta=0.2),
 }
 """(chosen, rejected, reference chosen, reference rejected, beta) -> loss, of arrays of one shape."""
+
+SORTED = {"aot_loss", "aot_unpaired_loss"}
+"""They compare the pairs of the last axis; all others are elementwise."""
+
 
 SIZES = [-1e4, -60.0, -1.0, 0.0, 1.0, 60.0, 1e4]
 
 
-@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_every_public_function_is_swept():
+  assert set(DATA) == set(public_functions())
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY_LOSS) - {"wpo_weights"}))  # it has no gradient
 def test_gradients_are_those_of_finite_differences(name, pairs):
   with jax.enable_x64(True):
     policy, reference = jax.tree.map(lambda x: jnp.asarray(x)[0], pairs)
@@ -145,7 +209,7 @@ def test_losses_and_gradients_are_finite_at_extremes(name, dtype):
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
-@given(name=st.sampled_from(sorted(set(EVERY_LOSS) - {"aot", "aot_unpaired"})),
+@given(name=st.sampled_from(sorted(set(EVERY_LOSS) - SORTED)),
        shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3),
        dtype=st.sampled_from(["float32", "bfloat16", "float16"]), seed=st.integers(0, 9))
 def test_losses_keep_the_shape_and_are_elementwise(name, shape, dtype, seed):
@@ -181,16 +245,26 @@ def test_a_sweep_of_sixteen_betas_compiles_once_and_vmaps(name, pairs):
   np.testing.assert_allclose(of_vector, swept, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss, knobs", [
-    (losses.dpo_loss, {"label_smoothing": 0.1}), (losses.robust_dpo_loss, {"label_smoothing": 0.1}),
-    (losses.exo_pair_loss, {"label_smoothing": 0.1}), (losses.bco_pair_loss, {"delta": 0.2}),
-    (losses.discopop_loss, {"tau": 0.05}),
-    (functools.partial(losses.f_dpo_loss, divergence=losses.alpha_divergence), {"alpha": 0.3})])
-def test_every_knob_may_be_traced(loss, knobs, pairs):
-  policy, reference = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), pairs)
-  want = loss(policy, reference, beta=0.3, **knobs)
-  got = jax.jit(lambda knobs: loss(policy, reference, beta=0.3, **knobs))(knobs)
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", [n for n, f in public_functions().items() if knobs_of(f)])
+def test_every_knob_may_be_traced_and_mapped(name, pairs):
+  x = jax.tree.leaves(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), pairs))
+  knobs = knobs_of(getattr(losses, name))
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5)
+  close(jax.jit(lambda knobs: call(name, x, **knobs))(knobs), call(name, x, **knobs))
+  for knob in knobs:
+    values = jnp.asarray([0.9, 1.1]) * knobs[knob]
+    mapped = jax.vmap(lambda value, knob=knob: call(name, x, **knobs | {knob: value}))(values)
+    close(mapped, jnp.stack([call(name, x, **knobs | {knob: value}) for value in values]))
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(name=st.sampled_from(sorted(EVERY_LOSS)), dtype=st.sampled_from(["float32", "bfloat16"]),
+       x=hnp.arrays(np.float32, (4, 2), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)),
+       beta=st.sampled_from([0.01, 0.1, 1.0, 10.0]))
+def test_losses_and_gradients_are_finite_anywhere_up_to_10000(name, dtype, x, beta):
+  x = tuple(jnp.asarray(x, dtype))
+  value, grads = jax.value_and_grad(lambda x: EVERY_LOSS[name](x).sum())((*x, beta))
+  assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in grads)
 
 
 # DPO.
@@ -211,6 +285,21 @@ def test_gradient_weighs_a_pair_by_how_wrong_its_reward_is(pairs):
   chosen, rejected = (losses.implicit_reward(p, r, beta=0.3) for p, r in zip(policy, reference))
   np.testing.assert_allclose(grads.chosen, -0.3 * jax.nn.sigmoid(rejected - chosen), rtol=1e-5)
   np.testing.assert_allclose(grads.rejected, 0.3 * jax.nn.sigmoid(rejected - chosen), rtol=1e-5)
+
+
+OF_THE_MARGIN = {"dpo", "ipo", "hinge", "robust_dpo", "exo_pair", "discopop"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_prompt_adds_to_both_log_ratios_cancels_in_losses_of_the_margin(name, pairs, rng):
+  """And in no other: those see how likely the chosen response itself has become."""
+  with jax.enable_x64(True):
+    policy, reference = jax.tree.map(jnp.asarray, pairs)
+    shift = jnp.asarray(rng.normal(size=(4, 3)))
+    moved = Pair(*(p + shift for p in policy))
+    loss = functools.partial(loss_named(name), beta=0.3)
+    same = np.allclose(loss(moved, reference), loss(policy, reference), rtol=1e-9)
+    assert same == (name in OF_THE_MARGIN)
 
 
 def minimum(loss):
@@ -361,6 +450,36 @@ def test_sorted_losses_compare_rank_by_rank(pairs):
         -log_sigmoid(0.4 * (chosen - rejected)), rtol=1e-9)
 
 
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(where=hnp.arrays(bool, (6,)), seed=st.integers(0, 9), absent=st.sampled_from([0.0, np.nan]))
+def test_absent_pairs_do_not_count_in_a_sorted_loss(where, seed, absent):
+  """Whatever stands in their places; the losses of the others come first, the rest are 0."""
+  draw = np.random.default_rng(seed).normal(size=(4, 6))
+  x = jnp.asarray(np.where(where, draw, absent), jnp.float32)
+  present = jnp.asarray(draw[:, where], jnp.float32)
+  for loss in (losses.aot_loss, losses.aot_unpaired_loss):
+    def total(x, loss=loss):
+      values = loss(*two_pairs(x), beta=0.4, where=jnp.asarray(where))
+      return values.sum(), values
+    grads, got = jax.grad(total, has_aux=True)(x)
+    np.testing.assert_allclose(got[:where.sum()], loss(*two_pairs(present), beta=0.4), rtol=1e-5)
+    assert not got[where.sum():].any()
+    assert jnp.isfinite(grads).all() and not np.any(np.where(where, 0, grads))
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(masks=hnp.arrays(bool, (2, 3, 7)), alpha=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 9))
+def test_ld_dpo_reads_any_mask_in_order(masks, alpha, seed):
+  values = np.random.default_rng(seed).normal(size=(2, 3, 7))
+  got = losses.ld_dpo_log_probs(
+      Pair(*jnp.asarray(values, jnp.float32)), Pair(*jnp.asarray(masks)), alpha=alpha)
+  for row in range(3):
+    tokens = [values[side, row][masks[side, row]] for side in (0, 1)]
+    shared = min(map(len, tokens))
+    want = [t[:shared].sum() + alpha * t[shared:].sum() for t in tokens]
+    np.testing.assert_allclose([side[row] for side in got], want, rtol=1e-5, atol=1e-5)
+
+
 def test_lengths_divide_sums_and_absent_responses_stay_0():
   sums = Pair(jnp.asarray([-6.0, 0.0]), jnp.asarray([-8.0, -3.0]))
   got = losses.length_normalize(sums, Pair(jnp.asarray([3, 0]), jnp.asarray([2, 1])))
@@ -382,6 +501,14 @@ def test_wpo_weights_are_capped_at_1_and_carry_no_gradient():
   np.testing.assert_allclose(losses.wpo_weights(alignment), [np.exp(-0.7), 1.0], rtol=1e-6)
   grads = jax.grad(lambda a: losses.wpo_weights(a).sum())(alignment)
   assert not any(np.any(g) for g in grads)
+
+
+@pytest.mark.parametrize("alpha", [0.6, np.float32(0.6)])
+def test_a_mixed_reference_of_bfloat16_is_rounded_once(alpha, rng):
+  policy, reference = (jnp.asarray(rng.normal(size=500), jnp.bfloat16) for _ in "ab")
+  mixed = losses.mix_reference(policy, reference, alpha=alpha)
+  exact = 0.6 * np.asarray(policy, np.float64) + 0.4 * np.asarray(reference, np.float64)
+  np.testing.assert_allclose(np.asarray(mixed, np.float64), exact, rtol=1.001 * 2**-8, atol=1e-6)
 
 
 def test_a_mixed_reference_lies_between_and_keeps_its_dtype():
@@ -411,7 +538,5 @@ def test_the_kl_of_tokens_allows_impossible_ones_and_gives_them_no_gradient():
 
 
 def test_every_public_function_says_what_it_returns():
-  for name, function in vars(losses).items():
-    public = inspect.isfunction(function) and not name.startswith("_")
-    if public and function.__module__ == losses.__name__:
-      assert function.__doc__ and function.__doc__.startswith("Returns"), name
+  for name, function in public_functions().items():
+    assert function.__doc__ and function.__doc__.startswith("Returns"), name

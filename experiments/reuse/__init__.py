@@ -1,1 +1,1 @@
-"""The losses in other people's training loops: small models, made-up preferences, seconds on a CPU."""
+"""The losses in other training loops: small models, made-up preferences, seconds on a CPU."""
