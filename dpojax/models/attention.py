@@ -6,10 +6,11 @@ only the last of these, counted in positions of the sequence, never in places of
 follows the same rule: its keys carry the same three numbers.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class TokenIds(NamedTuple):
@@ -65,3 +66,63 @@ def attention(
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   mixed = jnp.einsum("rmgqt,rtmh->rqmgh", weights, v)
   return mixed.reshape(rows, length, heads, head_size)
+
+
+class Keys(NamedTuple):
+  """Keys and values of tokens already seen, `k` and `v` [R, M, T, H], and their `ids` [R, T].
+
+  Heads come before tokens: then every product with them is one of matrices that lie as they are.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  ids: TokenIds
+
+
+def cached_attention(
+    q: jax.Array, query_ids: TokenIds, parts: Sequence[Keys], *,
+    scale: float = 0.0, window: int = 0, soft_cap: float = 0.0,
+) -> jax.Array:
+  """Returns `attention` over the keys of all parts, as if they stood in one row.
+
+  Args:
+    q: [R, Q, N, H] queries.
+    query_ids: their ids, [R, Q].
+    parts: each of R rows, or of R / n rows that n consecutive rows of queries share; a query must
+      see at least one of their keys.
+    scale, window, soft_cap: see `attention`.
+
+  Returns:
+    [R, Q, N, H] in the dtype of q.
+  """
+  rows, length, heads, head_size = q.shape
+  key_heads = parts[0].k.shape[1]
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
+  q = jnp.moveaxis(q, 1, 3).reshape(rows, key_heads, -1, head_size)
+
+  def together(x, part):  # [R, M, GQ, -] -> [R / n, M, n GQ, -]
+    few = part.k.shape[0]
+    x = x.reshape(few, rows // few, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 2).reshape(few, key_heads, -1, x.shape[-1])
+
+  def apart(x):
+    x = x.reshape(x.shape[0], key_heads, rows // x.shape[0], -1, x.shape[-1])
+    return jnp.moveaxis(x, 2, 1).reshape(rows, key_heads, -1, x.shape[-1])
+
+  def scores_of(part):
+    scores = jnp.einsum("rmqh,rmth->rmqt", together(q, part), part.k, preferred_element_type=wide)
+    scores = apart(scores) * (scale or head_size**-0.5)
+    if soft_cap:
+      scores = soft_cap * jnp.tanh(scores / soft_cap)
+    ids = jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[0], axis=0), part.ids)
+    mask = jnp.tile(visible(query_ids, ids, window=window), (1, heads // key_heads, 1))
+    return jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
+
+  weights = jax.nn.softmax(jnp.concatenate([scores_of(part) for part in parts], -1), axis=-1)
+  ends = np.cumsum([part.k.shape[2] for part in parts])[:-1]
+  mixed = sum(
+      apart(jnp.einsum("rmqt,rmth->rmqh", together(w.astype(part.v.dtype), part), part.v))
+      for w, part in zip(jnp.split(weights, ends, axis=-1), parts))
+  mixed = mixed.reshape(rows, key_heads, heads // key_heads, length, head_size)
+  return jnp.moveaxis(mixed, 3, 1).reshape(rows, length, heads, head_size)

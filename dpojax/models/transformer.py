@@ -1,8 +1,9 @@
 """The decoder, in Flax Linen: token ids of packed rows in, hidden states out."""
 
+import dataclasses
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import flax.linen as nn
 import jax
@@ -10,8 +11,12 @@ import jax.numpy as jnp
 
 from dpojax.log_probs import Head
 from dpojax.models import blockwise, rotary
-from dpojax.models.attention import TokenIds, attention
+from dpojax.models.attention import Keys, TokenIds, attention, cached_attention
 from dpojax.models.config import ModelConfig
+
+
+SEEN = "seen"
+"""The collection in which layers leave keys and values [R, L, M, H], for those who ask."""
 
 
 class Outputs(NamedTuple):
@@ -29,13 +34,20 @@ class Outputs(NamedTuple):
 class Cache(NamedTuple):
   """Keys and values of tokens already seen, for decoding.
 
-  `keys`, `values`: [layers, R, T, M, H]. `ids`: [R, T]; comparison 0 marks an empty slot, which no
-  query of comparison 1 sees. `next`: scalar, the first slot to write, the same in every row.
+  A layer has two parts: one of prompts, `B` rows that are only read, and one of what was decoded
+  behind them, `R` rows of which R / B consecutive ones continue the same prompt.
+
+  Attributes:
+    prompts, decoded: of each layer its keys and values, [B, M, W, H] and [R, M, T, H] each.
+    prompt_ids, decoded_ids: [B, W] and [R, T]; comparison 0 marks an empty slot, which no query of
+      comparison 1 sees.
+    next: scalar, the first slot of `decoded` to write, the same in every row.
   """
 
-  keys: jax.Array
-  values: jax.Array
-  ids: TokenIds
+  prompts: Sequence[tuple[jax.Array, jax.Array]]
+  prompt_ids: TokenIds
+  decoded: Sequence[tuple[jax.Array, jax.Array]]
+  decoded_ids: TokenIds
   next: jax.Array
 
 
@@ -100,10 +112,10 @@ class Block(nn.Module):
   window: int
 
   @nn.compact
-  def __call__(self, x, ids: TokenIds, key_ids: TokenIds, cache):
+  def __call__(self, x, ids: TokenIds, cache):
     config = self.config
     y = Norm(config, name="attention_norm")(x)
-    attended, cache = self._attention(y, ids, key_ids, cache)
+    attended, cache = self._attention(y, ids, cache)
     if config.post_norms:
       attended = Norm(config, name="attention_post_norm")(attended)
     if config.residual == "sequential":
@@ -115,7 +127,7 @@ class Block(nn.Module):
       y = Norm(config, name="mlp_post_norm")(y)
     return x + y if config.residual == "sequential" else x + (attended + y), cache
 
-  def _attention(self, y, ids, key_ids, cache):
+  def _attention(self, y, ids, cache):
     config = self.config
     width, heads = (config.width,), (config.heads, config.head_size)
     key_heads = (config.kv_heads, config.head_size)
@@ -127,16 +139,20 @@ class Block(nn.Module):
       q, k = Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k)
     if config.positions != "learned":
       q, k = self._rotate(q, ids.position), self._rotate(k, ids.position)
-    if cache is not None:
-      keys, values, start = cache
-      k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
-      v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), start, axis=1)
-      cache = (k, v)
     form = dict(scale=config.attention_scale, window=self.window, soft_cap=config.attention_soft_cap)
-    if cache is None and y.shape[1] > 2 * blockwise.BLOCK:
-      y = blockwise.blockwise_attention(q, k, v, ids, **form)
+    if cache is not None:
+      prompt, decoded, start = cache
+      write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+          old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2)
+      decoded = decoded._replace(k=write(decoded.k, k), v=write(decoded.v, v))
+      cache = (decoded.k, decoded.v)
+      y = cached_attention(q, ids, (prompt, decoded), **form)
     else:
-      y = attention(q, k, v, ids, key_ids, **form)
+      self.sow(SEEN, "keys_and_values", (k, v), init_fn=lambda: None, reduce_fn=lambda _, new: new)
+      if y.shape[1] > 2 * blockwise.BLOCK:
+        y = blockwise.blockwise_attention(q, k, v, ids, **form)
+      else:
+        y = attention(q, k, v, ids, ids, **form)
     out = Linear(heads, width, config.biases in ("attention", "all"), self._residual_scale(),
                  name="attention_out")
     return out(y), cache
@@ -167,19 +183,16 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-  """One block a window of the layer pattern, `block_0`, ...; caches have an axis of blocks."""
+  """One block a window of the layer pattern, `block_0`, ..."""
 
   config: ModelConfig
   block: type[nn.Module]
 
   @nn.compact
-  def __call__(self, x, ids, key_ids, caches):
-    written = []
+  def __call__(self, x, ids, cache):
     for i, window in enumerate(self.config.layer_windows):
-      cache = jax.tree.map(lambda a: a[i], caches)
-      x, cache = self.block(self.config, window, name=f"block_{i}")(x, ids, key_ids, cache)
-      written.append(cache)
-    return x, jax.tree.map(lambda *blocks: jnp.stack(blocks), *written)
+      x, _ = self.block(self.config, window, name=f"block_{i}")(x, ids, cache)
+    return x, None
 
 
 class Embed(nn.Module):
@@ -211,7 +224,8 @@ class Transformer(nn.Module):
 
     Args:
       tokens, positions, comparison, branch: [R, L] int32, see `data.packing.Rows`.
-      cache: keys and values to attend to besides these tokens, which are written into it.
+      cache: keys and values to attend to besides these tokens, which are written into it. Layers
+        that are scanned take none: see `unrolled`.
     """
     config = self.config
     ids = TokenIds(positions, comparison, branch)
@@ -227,20 +241,22 @@ class Transformer(nn.Module):
     if config.reward_head:
       self.param("reward_head", nn.initializers.zeros, (config.width,))
 
-    key_ids, layer_caches = ids, None
+    layer_caches = [None] * config.layers
     if cache is not None:
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.next, axis=1)
-      key_ids = jax.tree.map(write, cache.ids, ids)
-      starts = jnp.broadcast_to(cache.next, (config.layers,))
-      layer_caches = (cache.keys, cache.values, starts)
-    x, layer_caches = self._layers(x, ids, key_ids, layer_caches)
+      decoded_ids = jax.tree.map(write, cache.decoded_ids, ids)
+      layer_caches = [
+          (Keys(*prompt, cache.prompt_ids), Keys(*decoded, decoded_ids), cache.next)
+          for prompt, decoded in zip(cache.prompts, cache.decoded)]
+    x, written = self._layers(x, ids, layer_caches)
     x = Norm(config, name="final_norm")(x)
     if cache is None:
       return x
-    return x, Cache(*layer_caches, key_ids, cache.next + tokens.shape[1])
+    return x, cache._replace(
+        decoded=written, decoded_ids=decoded_ids, next=cache.next + tokens.shape[1])
 
-  def _layers(self, x, ids, key_ids, caches):
-    """The blocks: first the scanned ones, then the others; caches have an axis of layers."""
+  def _layers(self, x, ids, caches):
+    """The blocks: first the scanned ones, then the others. Returns the caches of the latter too."""
     config = self.config
     windows, scanned = config.layer_windows, config.scanned_layers
     period = len(windows)
@@ -256,22 +272,17 @@ class Transformer(nn.Module):
     if scanned:
       block = rematerialised(prevent_cse=False)
       scan = partial(
-          nn.scan, variable_axes={"params": 0}, split_rngs={"params": True},
-          in_axes=(nn.broadcast, nn.broadcast, 0), out_axes=0, length=scanned // period)
-      first = jax.tree.map(lambda a: a[:scanned], caches)
+          nn.scan, variable_axes={"params": 0, SEEN: 0}, split_rngs={"params": True},
+          in_axes=(nn.broadcast, nn.broadcast), length=scanned // period)
       if period == 1:
-        x, first = scan(block)(config, windows[0], name="layers")(x, ids, key_ids, first)
+        x, _ = scan(block)(config, windows[0], name="layers")(x, ids, None)
       else:
-        first = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), first)
-        x, first = scan(Period)(config, block, name="layers")(x, ids, key_ids, first)
-        first = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), first)
-      written.append(first)
+        x, _ = scan(Period)(config, block, name="layers")(x, ids, None)
     block = rematerialised(prevent_cse=True)
     for i in range(scanned, config.layers):
-      cache = jax.tree.map(lambda a: a[i], caches)
-      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, key_ids, cache)
-      written.append(jax.tree.map(lambda a: a[None], cache))
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, caches[i])
+      written.append(cache)
+    return x, written
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -280,13 +291,51 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
   return jax.jit(Transformer(config).init)(key, token, token, token, token)["params"]
 
 
-def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-  """Returns an empty cache for `rows` sequences of at most `length` tokens."""
-  shape = (config.layers, rows, length, config.kv_heads, config.head_size)
-  empty = jnp.zeros((rows, length), jnp.int32)
-  return Cache(
-      jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype),
-      TokenIds(empty, empty, empty), jnp.zeros((), jnp.int32))
+def unrolled(config: ModelConfig, tree: dict) -> tuple[ModelConfig, dict]:
+  """Returns the same model without a scan over its layers, the form that decodes.
+
+  A step of decoding is so short that to cut a layer out of the stack costs as much as to use it.
+
+  Args:
+    config: the model's.
+    tree: its params; NumPy arrays are cut into views.
+  """
+  period = len(config.layer_windows)
+  layers = {}
+  for i in range(config.scanned_layers):
+    stacked = tree["layers"] if period == 1 else tree["layers"][f"block_{i % period}"]
+    layers[f"layer_{i}"] = jax.tree.map(lambda x: x[i // period], stacked)
+  rest = {name: part for name, part in tree.items() if name != "layers"}
+  return dataclasses.replace(config, scan_layers=False, remat="none"), rest | layers
+
+
+def read_prompts(
+    config: ModelConfig, params: dict, prompts: jax.Array, lengths: jax.Array, *, rows: int,
+    room: int,
+) -> tuple[jax.Array, Cache]:
+  """Returns the last hidden state of each prompt, [B, D], and the cache to decode behind them.
+
+  Args:
+    config: the model's.
+    params: its params.
+    prompts: [B, W] int32 ids, padded on the right.
+    lengths: [B] int32 tokens of each prompt, at least 1.
+    rows: of what is to be decoded, a multiple of B.
+    room: tokens that can be decoded.
+  """
+  positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+  there = (positions < lengths[:, None]).astype(jnp.int32)
+  ids = TokenIds(positions, there, jnp.zeros_like(there))
+  hidden, variables = Transformer(config).apply({"params": params}, prompts, *ids, mutable=[SEEN])
+  last = jax.vmap(lambda row, length: row[length - 1])(hidden, lengths)
+  _, seen = unrolled(config, variables[SEEN])
+  seen = [seen[f"layer_{i}"]["keys_and_values"] for i in range(config.layers)]
+  empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), seen[0][0].dtype)
+  no_ids = jnp.zeros((rows, room), jnp.int32)
+  return last, Cache(
+      prompts=jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), seen), prompt_ids=ids,
+      decoded=[(empty, empty)] * config.layers, decoded_ids=TokenIds(no_ids, no_ids, no_ids),
+      next=jnp.zeros((), jnp.int32))
 
 
 def output_head(params: dict) -> jax.Array:
