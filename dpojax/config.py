@@ -59,7 +59,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.beta = 0.1
   config.steps = 1000
   config.batch_size = 64  # comparisons a step, over all devices
-  config.accumulate = 1  # parts a step is computed in
+  config.rows_at_once = 0  # rows a device computes at once; 0: all of a step
   config.row_length = 1024  # tokens of a packed row
   config.chunk_size = 0  # scored tokens a row, in one chunk of the output head; 0: by memory
 
@@ -165,11 +165,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
-  for key in ("steps", "batch_size", "accumulate", "row_length", "data.max_length",
+  for key in ("steps", "batch_size", "row_length", "data.max_length",
               "data.max_prompt_length", "log_every", "model.width", "model.layers", "model.heads",
               "parallel.fsdp", "parallel.tensor", "parallel.num_processes"):
     _at_least(config, key, 1)
-  for key in ("seed", "chunk_size", "eval_every", "checkpoint_every", "checkpoint_keep",
+  for key in ("seed", "chunk_size", "rows_at_once", "eval_every", "checkpoint_every", "checkpoint_keep",
               "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
               "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
               "parallel.data", "parallel.process_id"):
@@ -264,10 +264,10 @@ def _check_sum(config, names: list[str]) -> None:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
       raise ConfigError(f"config.loss_weights has {weight!r}; every weight must be a positive number")
   for name in names:
-    if preference.LOSSES[name].whole_step and config.accumulate > 1:
+    if preference.LOSSES[name].whole_step and config.rows_at_once:
       raise ConfigError(
-          f"config.loss is {config.loss!r} and accumulate {config.accumulate}: {name} compares "
-          "responses of all comparisons of a step, which accumulation computes apart; set accumulate=1")
+          f"config.loss is {config.loss!r} and rows_at_once {config.rows_at_once}: {name} compares "
+          "responses of all comparisons of a step, which are then computed apart; set rows_at_once=0")
   if config.data.num_responses != 2:
     if config.data.num_responses < 2:
       raise ConfigError(

@@ -1,7 +1,7 @@
 """What is minimised: (params, reference, rows) -> loss and metrics, as sums with their counts.
 
 An objective returns `Mean`s, a total and the count it is over. Totals and counts add over devices
-and accumulation steps before the one division, so a device with fewer comparisons weighs less.
+and parts of a step before the one division, so a device with fewer comparisons weighs less.
 """
 
 from typing import Any, Callable, NamedTuple

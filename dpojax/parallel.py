@@ -40,6 +40,7 @@ class Replicas:
   """Every local device holds everything; gradients are summed by `pmap` over all devices."""
 
   axis_name = AXIS
+  global_shards = 1  # a device sees its own rows only
 
   def __init__(self):
     self.devices = jax.local_devices()
@@ -110,7 +111,7 @@ class Mesh:
           f"but there are {count} devices; change the axes to multiply to {count}")
     self.mesh = jax.make_mesh(
         (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    self.row_multiple = data * fsdp
+    self.row_multiple = self.global_shards = data * fsdp
     self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
   def shardings(self, tree: Any) -> Any:

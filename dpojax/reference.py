@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from dpojax.data import loader
 from dpojax.disk import disk_errors
 from dpojax.objectives import Apply, response_log_probs
+from dpojax.parts import Parts
 
 _VERSION = 1
 _FLUSH = 64
@@ -32,12 +33,14 @@ class StoreError(RuntimeError):
   """A store of reference log-probs cannot be used; the message names it and says what to do."""
 
 
-def make_score_step(apply: Apply, *, num_responses: int, chunk_size: int | None) -> Callable:
+def make_score_step(
+    apply: Apply, *, num_responses: int, chunk_size: int | None, parts: Parts = Parts()
+) -> Callable:
   """Returns `score(params, rows) -> (log-probs [R, P, K], example [R, P])`, to be lifted."""
   def score(params, rows):
-    scores = response_log_probs(
-        apply(params, rows), rows, num_responses=num_responses, chunk_size=chunk_size)
-    return scores.sums, rows.example
+    sums = lambda part: response_log_probs(
+        apply(params, part), part, num_responses=num_responses, chunk_size=chunk_size).sums
+    return parts.map(sums, rows), rows.example
 
   return score
 

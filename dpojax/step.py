@@ -8,6 +8,7 @@ import optax
 
 from dpojax.losses import mix_reference
 from dpojax.objectives import Mean, Objective
+from dpojax.parts import Parts
 
 OPTIMIZERS = ("rmsprop", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -75,19 +76,19 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 def make_train_step(
     objective: Objective, tx: optax.GradientTransformation, *,
-    schedule: optax.Schedule | None = None, accumulate: int = 1, axis_name: str | None = None,
+    schedule: optax.Schedule | None = None, parts: Parts = Parts(), axis_name: str | None = None,
 ) -> Callable:
   """Returns `train_step(state, reference, rows) -> (state, metrics)`, a pure function.
 
   Gradients are of the loss summed over all rows, divided once by the number it is a mean over:
-  neither the packing, nor accumulation, nor the spread over devices changes them. An update that is
+  neither the packing, nor its parts, nor the spread over devices changes them. An update that is
   not finite is not applied, nor is any after it: see `TrainState`.
 
   Args:
     objective: what to minimise.
     tx: the optimizer.
     schedule: the learning rate by step, for the metrics.
-    accumulate: parts the rows are cut into, one after the other; it divides the number of rows.
+    parts: how many of the rows are computed at once.
     axis_name: the mapped axis gradients and metrics are summed over, under `pmap`.
   """
   def loss_total(params, reference, rows):
@@ -100,16 +101,7 @@ def make_train_step(
     return grads, count, metrics
 
   def train_step(state, reference, rows):
-    if accumulate == 1:
-      sums = one_part(state.params, reference, rows)
-    else:
-      parts = jax.tree.map(lambda x: _interleaved(x, accumulate), rows)
-      shapes = jax.eval_shape(
-          one_part, state.params, reference, jax.tree.map(lambda x: x[0], parts))
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      add = lambda sums, part: (
-          jax.tree.map(jnp.add, sums, one_part(state.params, reference, part)), None)
-      sums, _ = jax.lax.scan(add, zeros, parts)
+    sums = parts.sum(lambda part: one_part(state.params, reference, part), rows)
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
@@ -141,10 +133,12 @@ def make_reference_step(*, alpha: float) -> Callable:
   return reference_step
 
 
-def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> Callable:
+def make_eval_step(
+    objective: Objective, *, parts: Parts = Parts(), axis_name: str | None = None
+) -> Callable:
   """Returns `eval_step(params, reference, rows) -> metrics`, a dict of `Mean`s to be added up."""
   def eval_step(params, reference, rows):
-    _, metrics = objective.evaluate(params, reference, rows)
+    metrics = parts.sum(lambda part: objective.evaluate(params, reference, part)[1], rows)
     return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
   return eval_step
@@ -152,10 +146,3 @@ def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> Cal
 
 def _values(metrics: dict[str, Mean]) -> dict[str, jax.Array]:
   return {name: mean.value() for name, mean in metrics.items()}
-
-
-def _interleaved(x: jax.Array, parts: int) -> jax.Array:
-  """[R, ...] -> [parts, R / parts, ...], every part with rows of every shard."""
-  if x.shape[0] % parts:
-    raise ValueError(f"{x.shape[0]} rows cannot be cut into {parts} accumulation steps")
-  return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

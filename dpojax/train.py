@@ -35,6 +35,7 @@ from dpojax.disk import DiskError, disk_errors
 from dpojax.metrics import MetricsWriter
 from dpojax.models import transformer
 from dpojax.parallel import make_parallel
+from dpojax.parts import Parts
 from dpojax.resolve import is_main, say
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.PackingError,
@@ -69,7 +70,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   data = resolve.load_data(config)
   make_loader = lambda subset: loader.Loader(
       subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
-      row_multiple=devices.row_multiple * config.accumulate, span=devices.span)
+      shards=devices.row_multiple, rows_at_once=config.rows_at_once, span=devices.span)
+  parts = Parts(config.rows_at_once, devices.global_shards)
   train_loader = make_loader(data.train)
   held_out_loader = make_loader(data.held_out) if data.held_out is not None else None
   _report_plan(train_loader, config)
@@ -89,7 +91,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   if setup.reference is not None and config.reference.mode == "stored":
     _use_stored_reference(
         setup, reference, about["reference"], [train_loader, held_out_loader], make_loader, devices,
-        config)
+        parts, config)
     reference = None
   state = devices.place(step_lib.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
@@ -108,9 +110,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     say(f"continuing from step {first} of {workdir}")
 
   train_step = devices.lift(step_lib.make_train_step(
-      setup.objective, tx, schedule=schedule, accumulate=config.accumulate,
+      setup.objective, tx, schedule=schedule, parts=parts,
       axis_name=devices.axis_name), donate_state=True)
-  evaluate = make_evaluate(setup.objective, devices)
+  evaluate = make_evaluate(setup.objective, devices, parts)
   move_reference = devices.lift(
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
   moving = lambda: devices.collect(reference) if config.reference.sync_every else None
@@ -187,10 +189,12 @@ def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict
         "reference.may_differ=True if that is the purpose")
 
 
-def make_evaluate(objective: objectives.Objective, devices) -> Callable:
+def make_evaluate(
+    objective: objectives.Objective, devices, parts: Parts = Parts()) -> Callable:
   """Returns `evaluate(params, reference, batches)`: an objective's metrics over all their comparisons."""
   eval_step = devices.lift(
-      step_lib.make_eval_step(objective, axis_name=devices.axis_name), donate_state=False)
+      step_lib.make_eval_step(objective, parts=parts, axis_name=devices.axis_name),
+      donate_state=False)
 
   def evaluate(params, reference, batches: Iterator[loader.Batch]) -> dict[str, float]:
     sums = {}
@@ -285,11 +289,11 @@ def _lift(config: ml_collections.ConfigDict):
 
 def _use_stored_reference(
     setup: resolve.Setup, reference: Any, fingerprint: str, loaders: list, make_loader: Callable,
-    devices, config: ml_collections.ConfigDict) -> None:
+    devices, parts: Parts, config: ml_collections.ConfigDict) -> None:
   """Gives the loaders the reference's log-probs, from the store or computed into it."""
   score = devices.lift(reference_lib.make_score_step(
       transformer.make_apply(setup.model), num_responses=setup.objective.num_responses,
-      chunk_size=config.chunk_size or None), donate_state=False)
+      chunk_size=config.chunk_size or None, parts=parts), donate_state=False)
   of_batch = lambda batch: devices.collect_rows(
       score(reference, devices.place_rows(batch.rows, batch.total_rows)))
   without = ("remat", "scan_layers", "published", "reward_head")
@@ -347,7 +351,8 @@ def _report_plan(train_loader: loader.Loader, config: ml_collections.ConfigDict)
   shapes = sorted(set(plan.rows.tolist()))
   say(f"{len(plan.rows)} steps an epoch of {config.batch_size} comparisons; rows of "
       f"{plan.shape.length} tokens, {plan.shape.scored} scored; {len(shapes)} shapes to compile: "
-      f"{shapes} rows; row fill {packing.row_fill(plan, train_loader.lengths):.1%}")
+      f"{shapes} rows; row fill "
+      f"{packing.row_fill(plan, train_loader.lengths, part=train_loader.part):.1%}")
 
 
 def _placed_ahead(

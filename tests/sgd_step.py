@@ -12,6 +12,7 @@ import optax
 from dpojax import parallel, preference, step
 from dpojax.data import packing
 from dpojax.models import transformer
+from dpojax.parts import Parts
 from tests import worlds
 
 CONFIG = worlds.llama(vocab_size=64, width=32, mlp_width=64)
@@ -38,12 +39,13 @@ def objective(loss="dpo", axis_name=None):
       transformer.make_apply(CONFIG), preference.make_terms([loss]), beta=0.3, axis_name=axis_name)
 
 
-def lifted(devices, *, accumulate=1, loss="dpo", row_length=64):
+def lifted(devices, *, rows_at_once=0, loss="dpo", row_length=64):
   """Returns the placed state after one step, and the metrics."""
   examples, params, reference = pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
   train_step = devices.lift(step.make_train_step(
-      objective(loss, devices.axis_name), tx, accumulate=accumulate, axis_name=devices.axis_name), donate_state=True)
+      objective(loss, devices.axis_name), tx, axis_name=devices.axis_name,
+      parts=Parts(rows_at_once, devices.global_shards)), donate_state=True)
   state = devices.place(step.init_state(params, tx))
   rows = devices.place_rows(rows_of(examples, *devices.span(ROWS), row_length), ROWS)
   return train_step(state, devices.place(reference), rows)

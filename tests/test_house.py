@@ -14,7 +14,7 @@ ORDER = [
     "losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.rotary",
     "models.transformer", "models.families", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
-    "sampling", "objectives", "preference", "reference", "step", "parallel", "config", "checkpoint", "weights",
+    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "config", "checkpoint", "weights",
     "metrics", "resolve", "export", "train"]
 """A module imports only modules before it; a package stands for all its modules."""
 

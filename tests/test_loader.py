@@ -87,8 +87,8 @@ def test_shuffled_labels_swap_half_of_the_pairs_and_their_lengths(rng):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_fill_the_rows_of_one(processes, rng):
   subset = loader.all_of(tokenized(rng))
-  whole = list(make(subset, row_multiple=4).training(0, 7))
-  parts = [list(make(subset, row_multiple=4, span=lambda rows, i=i: (
+  whole = list(make(subset, shards=4).training(0, 7))
+  parts = [list(make(subset, shards=4, span=lambda rows, i=i: (
       i * rows // processes, rows // processes)).training(0, 7)) for i in range(processes)]
   for batch, *pieces in zip(whole, *parts):
     assert_same_rows(batch.rows, jax.tree.map(
@@ -102,3 +102,16 @@ def test_an_evaluation_covers_everything_once(rng):
   assert sorted(examples[examples >= 0]) == list(range(60))
   assert [batch.comparisons for batch in batches] == [8] * 7 + [4]
   assert len({batch.rows.tokens.shape for batch in batches}) == 1
+
+
+def test_rows_taken_in_parts_are_dealt_evenly_and_hold_the_same_comparisons(rng):
+  subset = loader.all_of(tokenized(rng))
+  whole, dealt = make(subset), make(subset, shards=2, rows_at_once=1)
+  assert len(set(dealt.plan().rows.tolist())) == 1
+  for batch, other in zip(whole.training(0, 5), dealt.training(0, 5)):
+    ids = lambda rows: sorted(rows.example[rows.example >= 0].tolist())
+    assert ids(batch.rows) == ids(other.rows)
+    held = (other.rows.example >= 0).any(axis=1).reshape(2, -1)  # by shard and part
+    used = held.sum(axis=1)
+    assert abs(used[0] - used[1]) <= 1 and all(
+        row[:n].all() and not row[n:].any() for row, n in zip(held, used))

@@ -39,12 +39,12 @@ def assert_same_step(got, loss, one_device):
                got, want)
 
 
-@pytest.mark.parametrize("strategy, data, fsdp, tensor, accumulate", [
-    *((*lift, 1) for lift in LIFTS), (*LIFTS[0], 2), (*LIFTS[3], 2)])
+@pytest.mark.parametrize("strategy, data, fsdp, tensor, rows_at_once", [
+    *((*lift, 0) for lift in LIFTS), (*LIFTS[0], 1), (*LIFTS[3], 2)])
 def test_a_lift_gives_the_step_of_one_device(
-    strategy, data, fsdp, tensor, accumulate, one_device):
+    strategy, data, fsdp, tensor, rows_at_once, one_device):
   devices = parallel.make_parallel(strategy, data=data, fsdp=fsdp, tensor=tensor)
-  state, metrics = sgd_step.lifted(devices, accumulate=accumulate)
+  state, metrics = sgd_step.lifted(devices, rows_at_once=rows_at_once)
   got, loss = jax.device_get(devices.collect((state.params, metrics["loss"])))
   assert_same_step(got, loss, one_device)
 

@@ -40,7 +40,7 @@ def no_reference_pass(*_, **__):
 
 @pytest.mark.parametrize("changes", [
     {}, {"data.shuffle_labels": True}, {"parallel.strategy": "mesh", "parallel.fsdp": 2},
-    {"row_length": 128, "accumulate": 2}], ids=["pmap", "shuffled", "mesh", "accumulate"])
+    {"row_length": 32, "rows_at_once": 1}], ids=["pmap", "shuffled", "mesh", "parts"])
 def test_a_stored_reference_gives_the_inline_run(changes, settings, tmp_path):
   train.run(worlds.run_config("dpo", **settings | changes), tmp_path / "inline")
   train.run(stored(settings | changes), tmp_path / "stored")

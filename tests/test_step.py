@@ -1,4 +1,6 @@
-"""The step: optimizers as the paper's code has them, schedules, accumulation, updates not finite."""
+"""The step: optimizers as the paper's code has them, schedules, parts, updates not finite."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +10,27 @@ import pytest
 
 from dpojax import objectives, step
 from dpojax.objectives import Mean, Objective
+from dpojax.parts import Parts
 
 
 def quadratic(scale=1.0):
   """An objective whose loss is the mean of scale * (params - target)^2 over comparisons."""
   def evaluate(params, reference, rows):
-    values = scale * jnp.sum(jnp.square(rows["target"] - params["x"][None]), axis=-1)
-    loss = Mean(values.sum(), jnp.asarray(values.size, jnp.float32))
+    values = scale * jnp.sum(jnp.square(rows.target - params["x"][None]), axis=-1)
+    there = rows.example[:, 0] >= 0
+    loss = Mean(jnp.sum(values, where=there), jnp.sum(there, dtype=jnp.float32))
     return loss, {"loss": loss}
   return Objective(evaluate, num_responses=1, needs_reference=False)
 
 
-def rows(rng, count=8):
-  return {"target": jnp.asarray(rng.normal(size=(count, 3)), jnp.float32)}
+class Rows(NamedTuple):
+  target: jax.Array
+  example: jax.Array
+
+
+def rows(rng, count=8, empty=0):
+  target = jnp.asarray(rng.normal(size=(count, 3)), jnp.float32)
+  return Rows(target, jnp.where(jnp.arange(count)[:, None] < count - empty, 1, -1))
 
 
 def constant(learning_rate=0.1):
@@ -64,22 +74,42 @@ def test_gradients_are_clipped_to_their_global_norm(rng):
   np.testing.assert_allclose(np.linalg.norm(new.params["x"] - 1.0), 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
-def test_accumulation_changes_nothing(accumulate, rng):
-  batch, tx = rows(rng), optax.sgd(0.1)
+@pytest.mark.parametrize("rows_at_once", [1, 2, 4, 8])
+@pytest.mark.parametrize("empty", [0, 3])
+def test_parts_change_nothing(rows_at_once, empty, rng):
+  batch, tx = rows(rng, empty=empty), optax.sgd(0.1)
   state = step.init_state({"x": jnp.zeros(3)}, tx)
   want, want_metrics = step.make_train_step(quadratic(), tx)(state, None, batch)
-  got, metrics = step.make_train_step(quadratic(), tx, accumulate=accumulate)(state, None, batch)
+  got, metrics = step.make_train_step(quadratic(), tx, parts=Parts(rows_at_once))(
+      state, None, batch)
   np.testing.assert_allclose(got.params["x"], want.params["x"], rtol=1e-6)
   for name in want_metrics:
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-6)
 
 
-def test_rows_that_cannot_be_cut_into_parts_are_named(rng):
+def test_parts_that_hold_nothing_are_not_computed(rng):
+  """Their values are nan: one of them computed would show."""
+  batch = rows(rng, empty=4)
+  batch = batch._replace(target=jnp.where(batch.example >= 0, batch.target, jnp.nan))
+  whole = quadratic().evaluate({"x": jnp.ones(3)}, None, rows(rng, 4))
+  sums = lambda part: jnp.sum(part.target)
+  assert jnp.isfinite(Parts(2).sum(sums, batch)) and jnp.isnan(Parts(8).sum(sums, batch))
+  assert jnp.isfinite(whole[0].total)
+
+
+def test_parts_come_back_in_the_order_of_the_rows(rng):
+  batch = rows(rng, 24)
+  for shards in (1, 2, 4):
+    parts = Parts(3, shards)
+    np.testing.assert_array_equal(parts.map(lambda part: 2 * part.target, batch), 2 * batch.target)
+    assert parts.split(batch).target.shape == (8 // shards, 3 * shards, 3)
+
+
+def test_rows_that_cannot_be_taken_in_parts_are_named(rng):
   tx = optax.sgd(0.1)
   state = step.init_state({"x": jnp.zeros(3)}, tx)
-  with pytest.raises(ValueError, match="8 rows cannot be cut into 3"):
-    step.make_train_step(quadratic(), tx, accumulate=3)(state, None, rows(rng))
+  with pytest.raises(ValueError, match="8 rows on 1 shards cannot be taken 3 at once"):
+    step.make_train_step(quadratic(), tx, parts=Parts(3))(state, None, rows(rng))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -87,7 +117,7 @@ def test_an_update_that_is_not_finite_is_not_applied_nor_any_after_it(bad, rng):
   tx = optax.adam(0.1)
   train_step = step.make_train_step(quadratic(), tx)
   good, _ = train_step(step.init_state({"x": jnp.zeros(3)}, tx), None, rows(rng))
-  held, _ = train_step(good, None, {"target": jnp.full((8, 3), bad)})
+  held, _ = train_step(good, None, rows(rng)._replace(target=jnp.full((8, 3), bad)))
   after, _ = train_step(held, None, rows(rng))
   assert not held.finite and not after.finite and int(after.step) == 1
   for state in (held, after):

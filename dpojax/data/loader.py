@@ -164,7 +164,8 @@ class Loader:
   """Training batches of a subset by step number, and evaluation batches in order."""
 
   def __init__(
-      self, subset: Subset | Mismatched, *, seed: int, batch_size: int, row_length: int, row_multiple: int = 1,
+      self, subset: Subset | Mismatched, *, seed: int, batch_size: int, row_length: int,
+      shards: int = 1, rows_at_once: int = 0,
       span: Callable[[int], tuple[int, int]] = lambda rows: (0, rows)):
     """Prepares the plans.
 
@@ -173,7 +174,8 @@ class Loader:
       seed: of the shuffle.
       batch_size: comparisons a step.
       row_length: tokens a row holds.
-      row_multiple: the number of rows is a multiple of it.
+      shards: devices that the rows are cut over.
+      rows_at_once: see `dpojax.parts.Parts`; rows stand as it says, in one shape for all steps.
       span: rows of a step -> (first row, number of rows) that this process fills.
 
     Raises:
@@ -182,9 +184,13 @@ class Loader:
     self.subset = subset
     self.reference = None  # [N, K] stored log-probs that the rows are to carry
     self.lengths = subset.lengths
-    self._span = span
+    self._span, self._shards, self._rows_at_once = span, shards, rows_at_once
+    self.part = shards * rows_at_once  # rows computed at once over all devices; 0: all
+    row_multiple = self.part or shards
+    buckets = 1 if rows_at_once else packing.BUCKETS
     self._plan = functools.lru_cache(maxsize=2)(lambda epoch: packing.plan(
-        self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple))
+        self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple,
+        buckets=buckets))
     self._plan_in_order = functools.cache(lambda: packing.plan_in_order(
         self.lengths, batch_size, row_length, row_multiple=row_multiple))
     self.steps_per_epoch = len(subset) // batch_size
@@ -214,13 +220,22 @@ class Loader:
     steps = grain.MapDataset.range(start, stop).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
+  def _dealt(self, row: np.ndarray, total: int) -> np.ndarray:
+    """Returns where rows stand: in parts they are dealt to the shards, a part after another."""
+    if not self._rows_at_once:
+      return row
+    part, within = np.divmod(row, self.part)
+    shard, place = np.divmod(within, self._rows_at_once)
+    return shard * (total // self._shards) + part * self._rows_at_once + place
+
   def _batch(self, plan: packing.Plan, within: int, step: int) -> Batch:
     index, total = plan.index[within], int(plan.rows[within])
     first, count = self._span(total)
-    mine = (plan.row[within] >= first) & (plan.row[within] < first + count) & (index >= 0)
+    row = self._dealt(plan.row[within], total)
+    mine = (row >= first) & (row < first + count) & (index >= 0)
     rows = packing.fill(
         [self.subset.comparison(i) if here else None for i, here in zip(index, mine)],
-        plan.row[within], count, plan.shape, num_responses=self.lengths.shape[1] - 1,
+        row, count, plan.shape, num_responses=self.lengths.shape[1] - 1,
         example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
         first_row=first, reference=None if self.reference is None else self.reference[index])
     lengths = self.lengths[index[index >= 0]]

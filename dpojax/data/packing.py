@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 def plan(
     lengths: np.ndarray, seed: int, epoch: int, batch_size: int, row_length: int, *,
-    row_multiple: int = 1,
+    row_multiple: int = 1, buckets: int = BUCKETS,
 ) -> Plan:
   """Returns the steps of one epoch: a pure function of its arguments.
 
@@ -84,7 +84,9 @@ def plan(
     epoch: which pass over the data, from 0.
     batch_size: comparisons a step.
     row_length: tokens a row holds.
-    row_multiple: the number of rows is a multiple of it (devices times accumulation steps).
+    row_multiple: the number of rows is a multiple of it.
+    buckets: row counts steps are rounded up to. With one, all steps have as many rows and the last
+      ones of most are empty.
 
   Raises:
     PackingError: a comparison is longer than a row, or there are fewer than `batch_size`.
@@ -99,8 +101,9 @@ def plan(
   index = order[:steps * batch_size].reshape(steps, batch_size)
   shape = row_shape(lengths, row_length)
   row, needed = _first_fit(lengths, index, shape)
-  buckets = row_buckets(lengths, batch_size, row_length, row_multiple=row_multiple)
-  return Plan(index, row, _round_up(needed, buckets), shape)
+  counts = row_buckets(
+      lengths, batch_size, row_length, row_multiple=row_multiple, buckets=buckets)
+  return Plan(index, row, _round_up(needed, counts), shape)
 
 
 def plan_in_order(
@@ -131,11 +134,12 @@ def row_shape(lengths: np.ndarray, row_length: int) -> RowShape:
 
 
 def row_buckets(
-    lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1
+    lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1,
+    buckets: int = BUCKETS,
 ) -> tuple[int, ...]:
   """Returns the row counts steps are rounded up to, ascending; they do not depend on the epoch.
 
-  512 random steps are packed and the `BUCKETS` counts chosen that leave the fewest rows empty
+  512 random steps are packed and the `buckets` counts chosen that leave the fewest rows empty
   on average. Larger ones follow, up to one comparison a row, for steps that need more than any of
   those did.
   """
@@ -144,18 +148,27 @@ def row_buckets(
   _, needed = _first_fit(lengths, index, row_shape(lengths, row_length))
   needed = -(-needed // row_multiple) * row_multiple
   counts, weights = np.unique(needed, return_counts=True)
-  buckets = _best_buckets(counts, weights, BUCKETS)
+  chosen = _best_buckets(counts, weights, buckets)
   most = -(-batch_size // row_multiple) * row_multiple
-  while buckets[-1] < most:
-    larger = -(-math.ceil(buckets[-1] * 1.25) // row_multiple) * row_multiple
-    buckets.append(min(larger, most))
-  return tuple(buckets)
+  while chosen[-1] < most:
+    larger = -(-math.ceil(chosen[-1] * 1.25) // row_multiple) * row_multiple
+    chosen.append(min(larger, most))
+  return tuple(chosen)
 
 
-def row_fill(plan: Plan, lengths: np.ndarray) -> float:
-  """Returns the share of the rows' tokens that are not padding."""
+def row_fill(plan: Plan, lengths: np.ndarray, *, part: int = 0) -> float:
+  """Returns the share of the computed rows' tokens that are not padding.
+
+  Args:
+    plan: the steps.
+    lengths: [N, 1 + K], what was planned.
+    part: rows are computed in parts of so many, and parts that hold nothing are not; 0 is all rows.
+  """
   tokens = np.append(lengths.sum(axis=1), 0)[plan.index].sum()
-  return float(tokens / (plan.rows.sum() * plan.shape.length))
+  rows = plan.rows
+  if part:
+    rows = -(-(np.where(plan.index >= 0, plan.row, 0).max(axis=1) + 1) // part) * part
+  return float(tokens / (rows.sum() * plan.shape.length))
 
 
 def fill(

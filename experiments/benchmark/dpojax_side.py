@@ -13,13 +13,15 @@ import jaxlib
 
 from dpojax import resolve, step
 from dpojax.parallel import make_parallel
+from dpojax.parts import Parts
 from experiments.benchmark import inputs, measure
 
 
 def run(settings: dict) -> dict:
   config = inputs.run_config(settings)
   devices = make_parallel(config.parallel.strategy)
-  batches = inputs.make_loader(config, row_multiple=devices.row_multiple, span=devices.span)
+  batches = inputs.make_loader(config, shards=devices.row_multiple,
+      rows_at_once=config.rows_at_once, span=devices.span)
   setup = resolve.make_setup(config, axis_name=devices.axis_name)
   schedule = step.make_schedule("constant", learning_rate=config.optimizer.learning_rate,
                                 warmup_steps=0, steps=config.steps)
@@ -28,7 +30,9 @@ def run(settings: dict) -> dict:
   reference = None if setup.reference is None else devices.place(setup.reference)
   setup = setup._replace(params=None, reference=None)
   train_step = devices.lift(
-      step.make_train_step(setup.objective, tx, axis_name=devices.axis_name), donate_state=True)
+      step.make_train_step(
+          setup.objective, tx, axis_name=devices.axis_name,
+          parts=Parts(config.rows_at_once, devices.global_shards)), donate_state=True)
 
   seconds, waits, losses, compiled = [], [], [], {}
   source = iter(batches.training(0, config.steps))

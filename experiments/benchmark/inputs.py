@@ -21,7 +21,7 @@ def run_config(settings: dict) -> ml_collections.ConfigDict:
   config.update_from_flattened_dict({
       "beta": settings["beta"], "steps": settings["steps"], "batch_size": settings["batch_size"],
       "row_length": settings["row_length"], "tokenizer": settings["tokenizer"],
-      "chunk_size": settings.get("chunk_size", 0),
+      "rows_at_once": settings.get("rows_at_once", 0),
       "model.checkpoint": settings["model"], "model.dtype": settings["dtype"],
       "model.remat": settings.get("remat", "none"),
       "reference.mode": "stored" if settings.get("stored") else "inline",
@@ -95,4 +95,4 @@ def row_fill(batches: loader.Loader, steps: int) -> float:
   """Returns the share of row tokens that are not padding, over the steps that are run."""
   plan = batches.plan(0)
   cut = plan._replace(index=plan.index[:steps], row=plan.row[:steps], rows=plan.rows[:steps])
-  return packing.row_fill(cut, batches.lengths)
+  return packing.row_fill(cut, batches.lengths, part=batches.part)

@@ -1,0 +1,69 @@
+"""A step's rows computed some at a time, in one compiled loop: memory is that of a part.
+
+Rows stand so that each shard has the rows of its parts one after another, and parts that hold no
+comparison come last; those are not computed, so one compiled shape serves steps of any size.
+"""
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Parts(NamedTuple):
+  """How rows [R, ...] are taken.
+
+  Attributes:
+    rows_at_once: rows of a shard in a part; 0 takes all rows at once.
+    shards: runs of R / shards rows that stand on different devices, for a global array; 1 where
+      each device sees its own rows only.
+  """
+
+  rows_at_once: int = 0
+  shards: int = 1
+
+  def split(self, rows: Any) -> Any:
+    """[R, ...] -> [parts, shards * rows_at_once, ...].
+
+    Raises:
+      ValueError: the rows of a shard are no multiple of `rows_at_once`.
+    """
+    def one(x):
+      if x.shape[0] % (self.shards * self.rows_at_once):
+        raise ValueError(
+            f"{x.shape[0]} rows on {self.shards} shards cannot be taken {self.rows_at_once} at once")
+      x = x.reshape(self.shards, -1, self.rows_at_once, *x.shape[1:])
+      return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+    return jax.tree.map(one, rows)
+
+  def join(self, values: Any) -> Any:
+    """The inverse of `split`."""
+    def one(x):
+      x = x.reshape(x.shape[0], self.shards, self.rows_at_once, *x.shape[2:])
+      return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(one, values)
+
+  def sum(self, function: Callable[[Any], Any], rows: Any) -> Any:
+    """Returns the sum of function(part) over the parts that hold a comparison."""
+    if not self.rows_at_once:
+      return function(rows)
+    parts = self.split(rows)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    add = lambda i, sums: jax.tree.map(
+        jnp.add, sums, function(jax.tree.map(lambda x: x[i], parts)))
+    return jax.lax.fori_loop(0, _filled(parts), add, zeros)
+
+  def map(self, function: Callable[[Any], Any], rows: Any) -> Any:
+    """Returns function(part), values of each row, for all rows [R, ...]."""
+    if not self.rows_at_once:
+      return function(rows)
+    return self.join(jax.lax.map(function, self.split(rows)))
+
+
+def _filled(parts: Any) -> jax.Array:
+  """The number of parts up to the last that holds a comparison."""
+  holds = jnp.any(parts.example >= 0, axis=tuple(range(1, parts.example.ndim)))
+  return jnp.max(jnp.where(holds, jnp.arange(1, holds.size + 1), 0))
