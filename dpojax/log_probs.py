@@ -239,7 +239,11 @@ def _in_chunks(shape, vocabulary: int, where: jax.Array | None, chunk_size: int 
   if where is None or cut_over_devices:
     size = min(max(1, size // max(1, per_index)), max(1, length))
     number = -(-length // size)
-    return _Chunks(None, size, number, number, block)
+    count = number
+    if where is not None:  # up to the last token that counts of any index
+      last = jnp.max(jnp.where(where, jnp.arange(1, length + 1), 0), initial=0)
+      count = -(-last // size)
+    return _Chunks(None, size, number, count, block)
   size = min(max(1, size), max(1, tokens))
   where = where.reshape(-1)
   count = -(-jnp.sum(where) // size)

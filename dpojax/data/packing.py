@@ -122,15 +122,16 @@ def plan_in_order(
 
 
 def row_shape(lengths: np.ndarray, row_length: int) -> RowShape:
-  """Returns what a row holds: room for a tenth more scored tokens than rows have on average.
+  """Returns what a row holds: half as much room again for scored tokens as rows need on average.
 
-  Scored tokens are what the output head costs, so a row has no more room for them than it needs.
+  Rows are then filled up by their tokens alone. The room costs memory only: the output head skips
+  chunks of padding. For comparisons, which cost next to nothing, there is three times the room.
   """
   tokens, scored = lengths.sum(axis=1), _scored(lengths)
   share = scored.sum() / max(1, tokens.sum())
-  room = max(int(scored.max(initial=1)), math.ceil(1.1 * share * row_length), 1)
+  room = max(int(scored.max(initial=1)), math.ceil(1.5 * share * row_length), 1)
   room = min(-(-room // 8) * 8, max(row_length, int(scored.max(initial=1))))
-  return RowShape(row_length, room, max(1, math.ceil(1.5 * row_length / max(1.0, tokens.mean()))))
+  return RowShape(row_length, room, max(1, math.ceil(3 * row_length / max(1.0, tokens.mean()))))
 
 
 def row_buckets(

@@ -3,8 +3,8 @@
 python -m experiments.benchmark --case=small --data=FILE --tokenizer=FOLDER --out=runs/benchmark
 
 Needs `pip install -e '.[parity]'`. Writes results.json, table.md and a plot into --out. Every side
-runs in its own process, one after the other and over again; the first step of each run, and steps
-that compile, are left out of the times. Peers are tried with several part sizes and the fastest
+runs in its own process, one after the other and over again; the first step of a peer's run, and
+steps that dpojax compiles, are left out of the times. Peers are tried with several part sizes and the fastest
 counts.
 """
 
@@ -44,7 +44,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--peer-steps", type=int, default=2, help="of a run of a peer")
   parser.add_argument("--batch-size", type=int, default=64)
   parser.add_argument("--max-length", type=int, default=512)
-  parser.add_argument("--row-length", type=int, default=1024)
+  parser.add_argument("--row-length", type=int, default=768)
+  parser.add_argument("--rows-at-once", type=int, default=1)
   parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
   parser.add_argument("--threads", type=int, default=os.cpu_count())
   return parser.parse_args()
@@ -65,11 +66,6 @@ def run_side(side: str, settings: dict, folder: pathlib.Path) -> dict:
   if not out.exists():
     return {"failed": process.stdout.strip().splitlines()[-1:] or [f"exit {process.returncode}"]}
   return json.loads(out.read_text()) | {"process_seconds": time.perf_counter() - start}
-
-
-def step_seconds(side: str, result: dict) -> list[float]:
-  """Times that count: a peer's first step warms it up, dpojax has told its compiled ones apart."""
-  return result["seconds"] if side.startswith("dpojax") else result["seconds"][1:]
 
 
 def matmul_rate() -> float:
@@ -97,7 +93,8 @@ def main():
   settings = {
       "beta": 0.1, "learning_rate": 1e-5, "dtype": "float32", "source": "hh", "path": args.data,
       "tokenizer": args.tokenizer, "batch_size": args.batch_size, "max_length": args.max_length,
-      "row_length": args.row_length, "threads": args.threads, "steps": args.steps,
+      "row_length": args.row_length,
+      "rows_at_once": args.rows_at_once, "threads": args.threads, "steps": args.steps,
       "cache": str(args.out / "cache"), "model": str(args.out / f"model-{args.case}")} | case
   model = inputs.make_model(settings, pathlib.Path(settings["model"]))
   batches = inputs.make_loader(inputs.run_config(settings))
@@ -119,7 +116,7 @@ def main():
         if "failed" in result:
           print(f"round {round_ + 1} {side} {each.get('micro')}: {result['failed']}", flush=True)
           continue
-        rate = args.batch_size / statistics.median(step_seconds(side, result))
+        rate = args.batch_size / statistics.median(report.counted_seconds(side, result))
         print(f"round {round_ + 1} {side} part {each.get('micro')}: {rate:.2f} pairs/s, "
               f"{result['peak_bytes'] / 2**30:.2f} GiB, losses {result['losses'][:2]}", flush=True)
         if best is None or rate > best[0]:
