@@ -6,7 +6,7 @@ stands before a token. What changes from one draw to the next, temperature, top-
 traced: a sweep over it compiles once.
 """
 
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from dpojax.log_probs import logits_of
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
+
+
+_FIRST_STAGE = 64
 
 
 class Samples(NamedTuple):
@@ -68,19 +71,14 @@ def make_sampler(
           f"{config.longest} positions the model has; lower max_new_tokens or cut the prompts")
     rows = batch * num_samples
     repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
-    last, cache = transformer.read_prompts(
-        config, params, prompts, lengths, rows=rows, room=max_new_tokens)
+    last, part = transformer.read_prompts(config, params, prompts, lengths)
     decoder_config, params = transformer.unrolled(config, params)
     decoder = transformer.Transformer(decoder_config)
     head = transformer.make_head(config, params)
     starts, keys = repeat(lengths), _keys_of_samples(key, batch, num_samples)
 
-    def unfinished(carry):
-      step, _, _, done, *_ = carry
-      return (step < max_new_tokens) & ~jnp.all(done)
-
     def extend(carry):
-      step, logits, cache, done, tokens, counts, log_probs = carry
+      step, done, logits, cache, tokens, counts, log_probs = carry
       keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
       token = draw(logits, keys_now, temperature, top_p, top_k)
       chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
@@ -92,17 +90,36 @@ def make_sampler(
       one = jnp.ones((rows, 1), jnp.int32)
       hidden, cache = decoder.apply(
           {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache)
-      return step + 1, logits_of(hidden[:, 0], head), cache, done, tokens, counts, log_probs
+      return step + 1, done, logits_of(hidden[:, 0], head), cache, tokens, counts, log_probs
 
+    seen = [part]
     carry = (
-        0, repeat(logits_of(last, head)), cache, jnp.zeros(rows, bool),
+        0, jnp.zeros(rows, bool), repeat(logits_of(last, head)), None,
         jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.float32))
-    *_, tokens, counts, log_probs = jax.lax.while_loop(unfinished, extend, carry)
+    for start, end in _stages(max_new_tokens):
+      cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
+      step, done, logits, cache, *drawn = jax.lax.while_loop(
+          lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend,
+          (*carry[:3], cache, *carry[4:]))
+      seen = [*seen, cache.written]
+      carry = step, done, logits, None, *drawn
     return Samples(*(
-        x.reshape(batch, num_samples, *x.shape[1:]) for x in (tokens, counts, log_probs)))
+        x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
 
   return sample
+
+
+def _stages(max_new_tokens: int) -> Iterator[tuple[int, int]]:
+  """Yields the (start, end) of tokens that are decoded by a loop each, doubling all there are.
+
+  A step looks through all the room there is, filled or not: so there is at most twice what is
+  needed, and little for samples that all end early.
+  """
+  start, end = 0, _FIRST_STAGE
+  while start < max_new_tokens:
+    yield start, min(end, max_new_tokens)
+    start, end = end, 2 * end
 
 
 def draw(
@@ -112,9 +129,7 @@ def draw(
   def random():
     scaled = logits / temperature
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    truncating = (top_p < 1) | ((top_k > 0) & (top_k < logits.shape[-1]))
-    weights = jax.lax.cond(truncating, lambda w: likeliest(w, top_p, top_k), lambda w: w, weights)
-    return _pick(weights, jax.vmap(jax.random.uniform)(keys))
+    return _pick(likeliest(weights, top_p, top_k), jax.vmap(jax.random.uniform)(keys))
 
   return jax.lax.cond(
       jnp.asarray(temperature) > 0, random, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
@@ -125,33 +140,37 @@ def likeliest(weights: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Arr
 
   Nothing is sorted: the least weight that stays is found bit by bit, a pass over the ids for each.
   """
-  count = jnp.where(top_k > 0, top_k, weights.shape[-1])
-  weights = _at_least(weights, _threshold(
-      weights, lambda kept: jnp.sum(kept > 0, axis=-1) >= count))
-  mass = jnp.where(top_p < 1, top_p, 2.0) * jnp.sum(weights, axis=-1)
-  return _at_least(weights, _threshold(weights, lambda kept: jnp.sum(kept, axis=-1) >= mass))
+  def by_count(weights):
+    return _keep(weights, lambda kept: jnp.sum(kept > 0, axis=-1) >= top_k)
+
+  def by_mass(weights):
+    mass = top_p * jnp.sum(weights, axis=-1)
+    return _keep(weights, lambda kept: jnp.sum(kept, axis=-1) >= mass)
+
+  same = lambda weights: weights
+  weights = jax.lax.cond((top_k > 0) & (top_k < weights.shape[-1]), by_count, same, weights)
+  return jax.lax.cond(top_p < 1, by_mass, same, weights)
 
 
-def _threshold(weights: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """Returns the largest value [R] such that the weights at least as large are enough, 0 if none is.
+def _keep(weights: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """Returns the fewest largest weights of each row, the others 0, of which `enough` says [R] yes.
 
-  Floats of one sign are ordered as their bits are, so that is a bisection of integers.
+  Floats of one sign are ordered as their bits are, so the least that stays is found by a bisection
+  of integers.
   """
-  as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+  def at_least(bits):
+    least = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(weights >= jnp.broadcast_to(least[:, None], weights.shape), weights, 0.0)
 
   def halve(_, bounds):
     low, high = bounds
     middle = low + (high - low) // 2
-    fits = enough(_at_least(weights, as_float(middle)))
+    fits = enough(at_least(middle))
     return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
   above_one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
   low = jnp.zeros(weights.shape[0], jnp.int32)
-  return as_float(jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, above_one)))[0])
-
-
-def _at_least(weights: jax.Array, threshold: jax.Array) -> jax.Array:
-  return jnp.where(weights >= jnp.broadcast_to(threshold[:, None], weights.shape), weights, 0.0)
+  return at_least(jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, above_one)))[0])
 
 
 _BLOCK = 128

@@ -31,23 +31,27 @@ class Outputs(NamedTuple):
   reward_head: jax.Array | None = None
 
 
-class Cache(NamedTuple):
-  """Keys and values of tokens already seen, for decoding.
+class CachePart(NamedTuple):
+  """Keys and values of some tokens: of each layer (k, v), see `attention.Keys`, and `ids` [R, T].
 
-  A layer has two parts: one of prompts, `B` rows that are only read, and one of what was decoded
-  behind them, `R` rows of which R / B consecutive ones continue the same prompt.
-
-  Attributes:
-    prompts, decoded: of each layer its keys and values, [B, M, W, H] and [R, M, T, H] each.
-    prompt_ids, decoded_ids: [B, W] and [R, T]; comparison 0 marks an empty slot, which no query of
-      comparison 1 sees.
-    next: scalar, the first slot of `decoded` to write, the same in every row.
+  Comparison 0 marks an empty slot, which no query of comparison 1 sees.
   """
 
-  prompts: Sequence[tuple[jax.Array, jax.Array]]
-  prompt_ids: TokenIds
-  decoded: Sequence[tuple[jax.Array, jax.Array]]
-  decoded_ids: TokenIds
+  layers: Sequence[tuple[jax.Array, jax.Array]]
+  ids: TokenIds
+
+
+class Cache(NamedTuple):
+  """What `R` rows that are decoded look back at.
+
+  Attributes:
+    seen: parts that are only read; one of `R / n` rows is shared by n consecutive rows each.
+    written: the part that tokens are written into.
+    next: scalar, the first slot of it to write, the same in every row.
+  """
+
+  seen: Sequence[CachePart]
+  written: CachePart
   next: jax.Array
 
 
@@ -141,12 +145,12 @@ class Block(nn.Module):
       q, k = self._rotate(q, ids.position), self._rotate(k, ids.position)
     form = dict(scale=config.attention_scale, window=self.window, soft_cap=config.attention_soft_cap)
     if cache is not None:
-      prompt, decoded, start = cache
+      seen, written, start = cache
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
           old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2)
-      decoded = decoded._replace(k=write(decoded.k, k), v=write(decoded.v, v))
-      cache = (decoded.k, decoded.v)
-      y = cached_attention(q, ids, (prompt, decoded), **form)
+      written = written._replace(k=write(written.k, k), v=write(written.v, v))
+      cache = (written.k, written.v)
+      y = cached_attention(q, ids, (*seen, written), **form)
     else:
       self.sow(SEEN, "keys_and_values", (k, v), init_fn=lambda: None, reduce_fn=lambda _, new: new)
       if y.shape[1] > 2 * blockwise.BLOCK:
@@ -244,16 +248,15 @@ class Transformer(nn.Module):
     layer_caches = [None] * config.layers
     if cache is not None:
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.next, axis=1)
-      decoded_ids = jax.tree.map(write, cache.decoded_ids, ids)
+      written_ids = jax.tree.map(write, cache.written.ids, ids)
       layer_caches = [
-          (Keys(*prompt, cache.prompt_ids), Keys(*decoded, decoded_ids), cache.next)
-          for prompt, decoded in zip(cache.prompts, cache.decoded)]
+          ([Keys(*part.layers[i], part.ids) for part in cache.seen],
+           Keys(*cache.written.layers[i], written_ids), cache.next) for i in range(config.layers)]
     x, written = self._layers(x, ids, layer_caches)
     x = Norm(config, name="final_norm")(x)
     if cache is None:
       return x
-    return x, cache._replace(
-        decoded=written, decoded_ids=decoded_ids, next=cache.next + tokens.shape[1])
+    return x, Cache(cache.seen, CachePart(written, written_ids), cache.next + tokens.shape[1])
 
   def _layers(self, x, ids, caches):
     """The blocks: first the scanned ones, then the others. Returns the caches of the latter too."""
@@ -310,18 +313,15 @@ def unrolled(config: ModelConfig, tree: dict) -> tuple[ModelConfig, dict]:
 
 
 def read_prompts(
-    config: ModelConfig, params: dict, prompts: jax.Array, lengths: jax.Array, *, rows: int,
-    room: int,
-) -> tuple[jax.Array, Cache]:
-  """Returns the last hidden state of each prompt, [B, D], and the cache to decode behind them.
+    config: ModelConfig, params: dict, prompts: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, CachePart]:
+  """Returns the last hidden state of each prompt, [B, D], and the keys and values of prompts.
 
   Args:
     config: the model's.
     params: its params.
     prompts: [B, W] int32 ids, padded on the right.
     lengths: [B] int32 tokens of each prompt, at least 1.
-    rows: of what is to be decoded, a multiple of B.
-    room: tokens that can be decoded.
   """
   positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
   there = (positions < lengths[:, None]).astype(jnp.int32)
@@ -330,12 +330,18 @@ def read_prompts(
   last = jax.vmap(lambda row, length: row[length - 1])(hidden, lengths)
   _, seen = unrolled(config, variables[SEEN])
   seen = [seen[f"layer_{i}"]["keys_and_values"] for i in range(config.layers)]
-  empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), seen[0][0].dtype)
+  return last, CachePart(jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), seen), ids)
+
+
+def make_cache(
+    config: ModelConfig, seen: Sequence[CachePart], *, rows: int, room: int
+) -> Cache:
+  """Returns a cache with room for that many tokens behind what was seen."""
+  dtype = seen[0].layers[0][0].dtype
+  empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), dtype)
   no_ids = jnp.zeros((rows, room), jnp.int32)
-  return last, Cache(
-      prompts=jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), seen), prompt_ids=ids,
-      decoded=[(empty, empty)] * config.layers, decoded_ids=TokenIds(no_ids, no_ids, no_ids),
-      next=jnp.zeros((), jnp.int32))
+  written = CachePart([(empty, empty)] * config.layers, TokenIds(no_ids, no_ids, no_ids))
+  return Cache(seen, written, jnp.zeros((), jnp.int32))
 
 
 def output_head(params: dict) -> jax.Array:
