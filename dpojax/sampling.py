@@ -72,7 +72,7 @@ def make_sampler(
     rows = batch * num_samples
     repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
     last, part = transformer.read_prompts(config, params, prompts, lengths)
-    decoder_config, params = transformer.unrolled(config, params)
+    decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
     decoder = transformer.Transformer(decoder_config)
     head = transformer.make_head(config, params)
     starts, keys = repeat(lengths), _keys_of_samples(key, batch, num_samples)
@@ -108,6 +108,13 @@ def make_sampler(
         x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
 
   return sample
+
+
+def _in_compute_dtype(config: ModelConfig, params: Any) -> Any:
+  """Casts once what every step would cast again: kernels and embeddings."""
+  def cast(path, leaf):
+    return leaf.astype(config.dtype) if path[-1].key in ("kernel", "embedding", "head") else leaf
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _stages(max_new_tokens: int) -> Iterator[tuple[int, int]]:

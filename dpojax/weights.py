@@ -1,14 +1,18 @@
 """Where a run starts: the workdir of another run, a Hugging Face folder, or a name on the hub."""
 
+import dataclasses
 import os
 import pathlib
 import re
+from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from dpojax import checkpoint
 from dpojax.config import ConfigError, flatten
-from dpojax.models import hf
+from dpojax.models import hf, transformer
+from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
 
 
@@ -30,6 +34,69 @@ def read(
     return hf.load(name, place=place, scan_layers=config.model.scan_layers)
   except HuggingFaceError as error:
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
+
+
+class Loaded(NamedTuple):
+  """A model by itself: `settings` are those of its run, None of a Hugging Face model.
+
+  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays.
+  """
+
+  config: ModelConfig
+  params: Any
+  tokenizer: str
+  name: str
+  settings: ml_collections.ConfigDict | None = None
+
+
+def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
+  """Returns the model of a run's workdir, a Hugging Face folder or a hub name.
+
+  Args:
+    name: where it is.
+    step: of a run's checkpoint; None is the last.
+    dtype: compute dtype; '' is the run's, or float32.
+
+  Raises:
+    ConfigError: a Hugging Face model cannot be fetched or is not supported, or has no steps.
+    CheckpointError: there is neither a model nor a run, or no such checkpoint.
+  """
+  path = os.path.expanduser(name)
+  changes = {"dtype": dtype} if dtype else {}
+  if not (hf.is_model_folder(path) or _is_hub_name(path)):
+    policy = checkpoint.load_policy(path, step)
+    config = dataclasses.replace(policy.config, **changes)
+    return Loaded(config, policy.params, policy.settings.tokenizer, f"{name} step {policy.step}",
+                  policy.settings)
+  if step is not None:
+    raise ConfigError(f"{name} is a Hugging Face model, which has no step {step}; leave it out")
+  try:
+    model = hf.load(path, **changes)
+  except HuggingFaceError as error:
+    raise ConfigError(f"{name}: {error}") from error
+  return Loaded(model.config, model.params, name, name)
+
+
+def load_reference(policy: Loaded) -> Loaded | None:
+  """Returns what a run's policy is held against: the weights it started from, or its reference's.
+
+  Returns:
+    None for a Hugging Face model, a run with reference.mode='none', and one other than DPO that
+    started from random weights.
+
+  Raises:
+    ConfigError, CheckpointError: the reference is no longer there.
+  """
+  settings = policy.settings
+  if settings is None or settings.reference.mode == "none":
+    return None
+  name = settings.reference.checkpoint or settings.model.checkpoint
+  if name:
+    return load(name, dtype=policy.config.dtype)
+  if settings.objective != "dpo":
+    return None
+  params = transformer.init_params(policy.config, jax.random.key(settings.seed))
+  return policy._replace(params=params, name=f"random weights of seed {settings.seed}")
 
 
 def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Half the compile time; the programs are small.
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpojax import train
 from tests import worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,3 +45,28 @@ def words(tmp_path_factory) -> str:
   folder = tmp_path_factory.mktemp("words")
   worlds.save_tokenizer(folder)
   return str(folder)
+
+
+class Runs(NamedTuple):
+  """Workdirs of a short SFT, of DPO and of a reward model that start from it, and their pairs."""
+
+  sft: str
+  dpo: str
+  reward: str
+  pairs: str
+
+
+@pytest.fixture(scope="session")
+def runs(words, tmp_path_factory) -> Runs:
+  """Runs that learn to end a sentence in kind words; see `tests.worlds.pairs`."""
+  folder = tmp_path_factory.mktemp("runs")
+  path = worlds.write_jsonl(folder / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 150))
+  given = dict(tokenizer=words, path=path, cache_dir=str(folder / "cache"))
+  runs = Runs(*(str(folder / name) for name in ("sft", "dpo", "reward")), path)
+  small = {"eval_every": 0, "log_every": 50, "checkpoint_every": 50}
+  train.run(worlds.run_config("sft", **given, steps=30, **small), runs.sft)
+  for kind, workdir in (("dpo", runs.dpo), ("reward", runs.reward)):
+    config = worlds.run_config(
+        kind, **given, steps=12, **small | {"model.checkpoint": runs.sft, "checkpoint_best": ""})
+    train.run(config, workdir)
+  return runs

@@ -15,7 +15,7 @@ ORDER = [
     "models.transformer", "models.families", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "config", "checkpoint", "weights",
-    "metrics", "resolve", "export", "train"]
+    "metrics", "resolve", "export", "train", "sample", "evaluate"]
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {

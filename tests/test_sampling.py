@@ -2,12 +2,15 @@
 
 import functools
 
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
-from dpojax import objectives, sampling
+from dpojax import objectives, parallel, sampling
 from dpojax.data import packing
 from dpojax.log_probs import logits_of
 from dpojax.models import transformer
@@ -75,30 +78,148 @@ def test_log_probs_are_those_of_the_training_primitive(rng):
   np.testing.assert_array_equal(drawn.lengths, scores.lengths[:, 0])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_follow_the_softmax(temperature, rng):
-  """Chi-square of 4,096 first tokens of 8 ids; 24.3 is passed by chance once in a thousand."""
+def test_the_stages_of_decoding_join(rng):
+  """76 tokens: the second stage has room for 12 and looks back through the first's 64."""
+  config = worlds.gemma(layer_windows=(3, 70, 0), layers=3)
+  params, padded = worlds.params_of(config), prompts(rng)
+  got = sampler(config, max_new_tokens=76, num_samples=2)(
+      params, padded[:2], LENGTHS[:2], jax.random.key(0), 0.0)
+  for i in range(2):
+    want = greedy_without_cache(config, params, padded[i, :LENGTHS[i]], 76)
+    assert got.tokens[i, 0].tolist() == got.tokens[i, 1].tolist() == want
+
+
+def softmax(logits):
+  weights = np.exp(logits - logits.max())
+  return weights / weights.sum()
+
+
+def chi_square(tokens, probs):
+  """Pearson's statistic over the ids of a probability that is not 0; no others may be there."""
+  counts = np.bincount(np.asarray(tokens).ravel(), minlength=len(probs))
+  there = probs > 0
+  assert not counts[~there].any()
+  want = counts.sum() * probs[there]
+  return np.sum(np.square(counts[there] - want) / want)
+
+
+def truncated(probs, top_p, top_k):
+  """Probabilities with those that top-k and then top-p leave out set to 0, renormalised."""
+  order = np.argsort(-probs)
+  kept = order[:top_k or len(probs)]
+  share = probs[kept] / probs[kept].sum()
+  kept = kept[:1 + int(np.sum(np.cumsum(share) < top_p))]
+  result = np.zeros_like(probs)
+  result[kept] = probs[kept] / probs[kept].sum()
+  return result
+
+
+@pytest.fixture(scope="module")
+def eight_ids():
+  """A sampler of the first token of 8 ids, and the logits it draws from."""
   config = worlds.llama(vocab_size=8)
   params = worlds.params_of(config)
   prompt = np.array([[1, 2, 3]], np.int32)
-  drawn = sampler(config, max_new_tokens=1, num_samples=4096)(
-      params, prompt, np.array([3]), jax.random.key(5), temperature)
+  sample = sampler(config, max_new_tokens=1, num_samples=4096)
   position = jnp.arange(3)[None]
   one = jnp.ones_like(position)
   hidden = transformer.Transformer(config).apply({"params": params}, prompt, position, one, 0 * one)
-  probs = jax.nn.softmax(transformer.output_head(params) @ hidden[0, -1] / temperature)
-  counts = np.bincount(np.asarray(drawn.tokens).ravel(), minlength=8)
-  assert np.sum(np.square(counts - 4096 * probs) / (4096 * probs)) < 24.3
+  logits = np.asarray(transformer.output_head(params) @ hidden[0, -1], np.float64)
+  return lambda *knobs: sample(params, prompt, np.array([3]), jax.random.key(5), *knobs).tokens, logits
 
 
-def test_a_sample_ends_with_the_stop_id_and_nothing_follows(rng):
+@pytest.mark.parametrize("temperature, top_p, top_k", [
+    (1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (2.0, 0.9, 0), (1.0, 1.0, 3), (0.7, 0.6, 5),
+    (1.0, 1e-6, 0), (1.0, 1.0, 1)])
+def test_draws_follow_the_softmax_and_its_truncations(temperature, top_p, top_k, eight_ids):
+  """Chi-square of 4,096 first tokens of 8 ids; 24.3 is passed by chance once in a thousand."""
+  draw, logits = eight_ids
+  probs = truncated(softmax(logits / temperature), top_p, top_k)
+  assert chi_square(draw(temperature, top_p, top_k), probs) < 24.3
+
+
+def test_draws_follow_the_softmax_over_ids_of_several_blocks(rng):
+  """500 ids; 575 is passed by chance once in a hundred."""
+  logits = rng.normal(size=500, scale=0.7)
+  logits[100:300] = -np.inf
+  keys = jax.random.split(jax.random.key(1), 50_000)
+  wide = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (1000, 500))
+  drawn = jax.jit(lambda keys: jax.lax.map(lambda k: sampling.draw(wide, k, 1.0, 1.0, 0), keys))(
+      keys.reshape(50, 1000))
+  assert chi_square(drawn, softmax(logits)) < 575
+
+
+def test_a_sweep_over_temperature_top_p_and_top_k_compiles_once():
+  config, traces = worlds.llama(), []
+
+  def sample(*args):
+    traces.append(args)
+    return sampling.make_sampler(config, max_new_tokens=2)(*args)
+
+  jitted = jax.jit(sample)
+  for knobs in ((1.0, 1.0, 0), (0.0, 1.0, 0), (0.3, 0.5, 0), (1.5, 1.0, 4)):
+    jitted(worlds.params_of(config), np.ones((1, 2), np.int32), np.array([2]), jax.random.key(0), *knobs)
+  assert len(traces) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float32, (3, 16), elements=st.floats(0, 1, width=32)),
+       st.floats(0.05, 0.99), st.integers(0, 20))
+def test_what_stays_is_the_fewest_likeliest_with_their_ties(weights, top_p, top_k):
+  weights[:, 0] = 1.0
+  got = np.asarray(LIKELIEST(weights, top_p, top_k))
+  for row, kept in zip(weights, got):
+    ordered = np.sort(row)[::-1]
+    if 0 < top_k < 16:
+      row = np.where(row >= ordered[top_k - 1], row, 0)
+      ordered = np.sort(row)[::-1]
+    sums = np.cumsum(ordered.astype(np.float64))
+    enough = int(np.sum(sums < top_p * sums[-1] * (1 - 1e-6)))
+    barely = int(np.sum(sums < top_p * sums[-1] * (1 + 1e-6)))
+    least = (ordered[enough], ordered[min(barely, 15)])
+    assert any(np.array_equal(kept, np.where(row >= each, row, 0)) for each in least)
+
+
+LIKELIEST = jax.jit(sampling.likeliest)
+
+
+def test_a_prompt_gets_the_samples_of_its_key_alone_and_beside_longer_ones(rng):
+  config = worlds.llama()
+  params, padded = worlds.params_of(config), prompts(rng)
+  keys = jax.random.split(jax.random.key(8), 4)
+  sample = sampler(config, max_new_tokens=6, num_samples=3)
+  together = sample(params, padded, LENGTHS, keys)
+  for i, length in enumerate(LENGTHS):
+    alone = sample(params, padded[i:i + 1, :length], LENGTHS[i:i + 1], keys[i:i + 1])
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+    np.testing.assert_allclose(alone.log_probs[0], together.log_probs[i], rtol=1e-4)
+
+
+def test_params_cut_over_a_mesh_give_the_same_samples(rng):
+  config = worlds.llama(vocab_size=64)
+  params, padded = worlds.params_of(config), prompts(rng)
+  sample = sampling.make_sampler(config, max_new_tokens=6, num_samples=2)
+  want = jax.jit(sample)(params, padded, LENGTHS, jax.random.key(4), 0.8, 0.9)
+  devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
+  rows = devices.place_rows((padded, LENGTHS), 4)
+  got = devices.lift(sample, donate_state=False)(
+      devices.place(params), *rows, jax.random.key(4), 0.8, 0.9)
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop_id", [2, (2, 5)])
+def test_a_sample_ends_with_a_stop_id_and_nothing_follows(stop_id, rng):
   config = worlds.llama(vocab_size=8)
-  drawn = jax.device_get(sampler(config, max_new_tokens=20, num_samples=16, stop_id=2)(
+  stops = np.atleast_1d(stop_id)
+  drawn = jax.device_get(sampler(config, max_new_tokens=20, num_samples=16, stop_id=stop_id)(
       worlds.params_of(config), prompts(rng) % 8, LENGTHS, jax.random.key(2)))
   assert len(set(drawn.lengths.ravel())) > 3
   for tokens, length in zip(drawn.tokens.reshape(-1, 20), drawn.lengths.ravel()):
-    assert 2 not in tokens[:length - 1] and not np.any(tokens[length:])
-    assert tokens[length - 1] == 2 or length == 20
+    assert not np.isin(tokens[:length - 1], stops).any() and not np.any(tokens[length:])
+    assert tokens[length - 1] in stops or length == 20
+  ended = drawn.tokens.reshape(-1, 20)[np.arange(64), drawn.lengths.ravel() - 1]
+  assert set(stops) <= set(ended)
 
 
 def test_samples_of_a_prompt_differ_and_the_key_decides_them(rng):

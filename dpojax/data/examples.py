@@ -84,6 +84,18 @@ def parse_record(record: Any) -> Example:
   return checked(prompt, [chosen, rejected], ['"chosen"', '"rejected"'])
 
 
+def parse_prompt(record: Any) -> str | list[dict]:
+  """Returns what stands under "prompt" in a record: text, or the messages of a conversation.
+
+  Raises:
+    RecordError: nothing does, or something else.
+  """
+  prompt = _prompt(record)
+  messages = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+  _require(all(map(_encodes, messages)), "broken_unicode", "a text has half of a surrogate pair")
+  return prompt
+
+
 def split_dialogue(chosen: str, rejected: str) -> Example:
   """Returns the example of two HH dialogues: the prompt ends with the last "\\n\\nAssistant:".
 

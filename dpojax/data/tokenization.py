@@ -178,6 +178,38 @@ def encode(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
   return encoded
 
 
+def encode_prompts(
+    prompts: Sequence[str | list[dict]], tokenizer: Any, *, longest: int, keep: str
+) -> list[tuple[list[int], bool] | RecordError]:
+  """Returns the ids of each prompt and whether it was cut, or what is wrong with it.
+
+  Args:
+    prompts: texts or conversations; these get the template's generation prompt behind them.
+    tokenizer: from `load_tokenizer`.
+    longest: tokens a prompt may have; of a longer one the rest is left out.
+    keep: which part of that stays, as in `Truncation`.
+
+  Raises:
+    DataError: there is no chat template for a conversation.
+  """
+  encoder = _Encoder(tokenizer)
+  encoded = encoder.encode([Example(prompt, ()) for prompt in prompts])
+  ids = [each if isinstance(each, RecordError) else each[0] for each in encoded]
+  return [each if isinstance(each, RecordError)
+          else (_cut_prompt(each, longest, keep, encoder.bos), len(each) > longest) for each in ids]
+
+
+def decode_response(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> str:
+  """Returns the text of a response's ids behind a prompt's, special tokens left out.
+
+  What is decoded is both, because a tokenizer may leave out the space a text starts with.
+  """
+  decode = lambda ids: tokenizer.decode(
+      list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+  before, both = decode(prompt), decode([*prompt, *response])
+  return both[len(before):] if both.startswith(before) else decode(response)
+
+
 class _Encoder:
   """A tokenizer with its habits found out: whether it adds BOS and a space before a text."""
 
@@ -380,10 +412,8 @@ def _cut(
   prompt, responses = encoded
   longest = max(map(len, responses))
   most = truncation.max_prompt_length
-  if len(prompt) + longest > truncation.max_length and len(prompt) > most:
-    head = prompt[:1] if prompt[0] == encoder.bos and truncation.keep == "end" else []
-    rest = most - len(head)
-    prompt = prompt[:most] if truncation.keep == "start" else head + prompt[len(prompt) - rest:]
+  if len(prompt) + longest > truncation.max_length:
+    prompt = _cut_prompt(prompt, most, truncation.keep, encoder.bos)
   if len(prompt) + longest > truncation.max_length:
     responses = [each[:truncation.max_length - most] for each in responses]
   if len(set(map(tuple, responses))) < len(responses):
@@ -396,6 +426,15 @@ def _cut(
   counts["responses_without_eos"] += sum(each[-1:] not in ([], [encoder.eos]) for each in responses)
   counts["prompts_started_with_eos"] += encoder.bos is None and encoded[0] == [encoder.eos]
   return prompt, responses
+
+
+def _cut_prompt(prompt: list[int], most: int, keep: str, bos: int | None) -> list[int]:
+  if len(prompt) <= most:
+    return prompt
+  if keep == "start":
+    return prompt[:most]
+  head = prompt[:1] if prompt[0] == bos else []
+  return head + prompt[len(prompt) - most + len(head):]
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:

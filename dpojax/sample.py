@@ -1,0 +1,450 @@
+"""Samples from a policy: a file of prompts in, a file of responses and their log-probs out.
+
+python -m dpojax.sample --workdir=RUN --prompts=FILE.jsonl --out=FILE.jsonl \\
+    [--temperature=0.7 --top_p=0.95 --num_samples=4 --max_new_tokens=256 ...]
+
+A line of the prompts is an object with "prompt", text or a list of {"role", "content"}; a pair of
+whole HH dialogues will do too. A line of the output is a sample: `index` (the prompt's line, from
+0), `sample`, `prompt`, `response`, `log_prob` and `reference_log_prob` (summed over the response, at
+temperature 1), `tokens`, and `finished` (false where `max_new_tokens` cut it off). Started again
+after a kill the same command goes on, to the same file. `--out` with `.config.json` in place of its
+ending says what it was sampled with.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from dpojax import checkpoint, parallel, sampling, weights
+from dpojax import reference as reference_lib
+from dpojax.checkpoint import CheckpointError
+from dpojax.config import ConfigError
+from dpojax.data import examples, packing, tokenization
+from dpojax.data.examples import DataError, RecordError
+from dpojax.disk import DiskError, disk_errors
+from dpojax.models import transformer
+from dpojax.resolve import say
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError)
+"""What a user can mend: shown as one line by the command, without a traceback."""
+
+_NARROWEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+  """How samples are drawn; see `sampling.make_sampler`. `stop_ids` come to the tokenizer's EOS."""
+
+  num_samples: int = 1
+  max_new_tokens: int = 256
+  temperature: float = 1.0
+  top_p: float = 1.0
+  top_k: int = 0
+  stop_ids: tuple[int, ...] = ()
+  seed: int = 0
+
+  def __post_init__(self):
+    for name, fits, what in (
+        ("num_samples", self.num_samples >= 1, "at least 1"),
+        ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= self.temperature < float("inf"), "at least 0; 0 is greedy"),
+        ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", self.top_k >= 0, "at least 0; 0 is all ids"),
+        ("seed", self.seed >= 0, "at least 0")):
+      if not fits:
+        raise ConfigError(f"--{name} is {getattr(self, name)}; it must be {what}")
+
+
+class Sample(NamedTuple):
+  """One response: its ids with the stop id, its log-probs, and whether a stop id ended it.
+
+  `reference_log_prob` is None where there is no reference.
+  """
+
+  ids: list[int]
+  log_prob: float
+  reference_log_prob: float | None
+  finished: bool
+
+
+class Generator:
+  """Draws samples of prompts in batches of few shapes, and scores them by the training primitive."""
+
+  def __init__(
+      self, policy: weights.Loaded, reference: weights.Loaded | None, draw: Draw, *, eos: int,
+      batch_size: int, devices: parallel.Mesh):
+    """Places the params.
+
+    Args:
+      policy: the model samples are of.
+      reference: the model they are also scored under, or None.
+      draw: how they are drawn.
+      eos: the tokenizer's EOS.
+      batch_size: prompts of a batch, rounded up to what the devices share evenly.
+      devices: the mesh.
+    """
+    self.draw, self._devices = draw, devices
+    self.batch_size = -(-batch_size // devices.row_multiple) * devices.row_multiple
+    self._longest = min(
+        (m.config.longest for m in (policy, reference) if m and m.config.longest), default=None)
+    self._stops = (eos, *draw.stop_ids)
+    config, params = transformer.unrolled(policy.config, policy.params)
+    self._params = devices.place(params)
+    self._sample = devices.lift(sampling.make_sampler(
+        config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples,
+        stop_id=self._stops), donate_state=False)
+    score = lambda config: devices.lift(reference_lib.make_score_step(
+        transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None),
+        donate_state=False)
+    self._scorers = [(score(config), self._params)]
+    if reference is not None:
+      other, params = transformer.unrolled(reference.config, reference.params)
+      same = dataclasses.replace(other, published=config.published) == config
+      self._scorers.append((self._scorers[0][0] if same else score(other), devices.place(params)))
+
+  @property
+  def longest_prompt(self) -> int | None:
+    """Tokens a prompt may have, None without a bound."""
+    return self._longest and self._longest - self.draw.max_new_tokens
+
+  def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+    """Returns which prompts are drawn together, given their lengths: those of one width."""
+    order = sorted(range(len(lengths)), key=lambda i: (self._width(lengths[i]), i))
+    batches = []
+    for i in order:
+      if not batches or len(batches[-1]) == self.batch_size or (
+          self._width(lengths[batches[-1][0]]) != self._width(lengths[i])):
+        batches.append([])
+      batches[-1].append(i)
+    return batches
+
+  def __call__(self, prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[list[Sample]]:
+    """Returns the samples of each prompt of a batch.
+
+    Args:
+      prompts: ids, all of one width.
+      numbers: with the seed they decide the draws, whatever the batch.
+    """
+    count, size = len(prompts), self.batch_size
+    full = lambda values: [*values, *[values[-1]] * (size - count)]
+    lengths = np.array(full([len(prompt) for prompt in prompts]), np.int32)
+    padded = np.zeros((size, self._width(int(lengths.max()))), np.int32)
+    for row, prompt in zip(padded, full(prompts)):
+      row[:len(prompt)] = prompt
+    seeds = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(self.draw.seed), np.array(full(numbers), np.int32))
+    drawn = self._devices.collect_rows(self._sample(
+        self._params, *self._devices.place_rows((padded, lengths), size), seeds,
+        self.draw.temperature, self.draw.top_p, self.draw.top_k))
+    ids = [[tokens[:n].tolist() for tokens, n in zip(*each)]
+           for each in zip(drawn.tokens[:count], drawn.lengths[:count])]
+    scores = self._scores(prompts, ids, padded.shape[1])
+    scored = lambda b, k: [float(of[b, k]) for of in scores] + [None] * (2 - len(scores))
+    return [[Sample(each, *scored(b, k), each[-1] in self._stops) for k, each in enumerate(of)]
+            for b, of in enumerate(ids)]
+
+  def _scores(self, prompts, ids, width: int) -> list[np.ndarray]:
+    """Returns log-probs [prompts, K] under each model; a row holds a prompt and its samples."""
+    room = min(self.draw.max_new_tokens, _rounded(max(len(each) for of in ids for each in of)))
+    scored = self.draw.num_samples * room
+    rows = packing.fill(
+        [(np.array(prompt), [np.array(each) for each in of]) for prompt, of in zip(prompts, ids)],
+        np.arange(len(prompts)), self.batch_size, packing.RowShape(width + scored, scored, 1),
+        num_responses=self.draw.num_samples, example=range(len(prompts)))
+    rows = self._devices.place_rows(rows, self.batch_size)
+    return [self._devices.collect_rows(score(params, rows)[0])[:len(prompts), 0]
+            for score, params in self._scorers]
+
+  def _width(self, length: int) -> int:
+    width = _rounded(length)
+    return width if self.longest_prompt is None else min(width, self.longest_prompt)
+
+
+def read_prompts(path: str | os.PathLike, limit: int = 0) -> list[str | list[dict]]:
+  """Returns the prompts of a JSON lines file, the first `limit` of them if that is not 0.
+
+  Raises:
+    DataError: the file is not there or empty, or a line has no prompt; it says which.
+  """
+  prompts = []
+  for number, record in read_lines(path):
+    try:
+      prompts.append(_prompt_of(record))
+    except RecordError as error:
+      raise DataError(f"{path} line {number}: {error}") from error
+    if len(prompts) == limit:
+      break
+  if not prompts:
+    raise DataError(f"{path} has no lines; give one object with \"prompt\" a line")
+  return prompts
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+  """Yields (line number, value) of a JSON lines file, gzipped or not; empty lines are passed over.
+
+  Raises:
+    DataError: it cannot be read, or a line is not JSON.
+  """
+  try:
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+      for number, line in enumerate(lines, 1):
+        if line.strip():
+          try:
+            yield number, json.loads(line)
+          except ValueError as error:
+            raise DataError(f"{path} line {number} is not JSON ({error}); correct it") from error
+  except (OSError, UnicodeDecodeError, EOFError) as error:
+    raise DataError(f"{path} cannot be read ({error}); give a .jsonl or .jsonl.gz file") from error
+
+
+def encode(
+    prompts: Sequence[str | list[dict]], tokenizer: Any, *, longest: int, keep: str, path: Any
+) -> tuple[list[list[int]], int]:
+  """Returns the ids of prompts and how many were cut.
+
+  Raises:
+    DataError: one cannot be tokenized; it says which.
+  """
+  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)
+  for i, each in enumerate(encoded):
+    if isinstance(each, RecordError):
+      raise DataError(f"{path} prompt {i + 1}: {each}") from each
+  return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
+
+
+def run(
+    model: str, prompts: str, out: str, draw: Draw = Draw(), *, step: int | None = None,
+    reference: str = "", batch_size: int = 16, max_prompt_length: int = 0, limit: int = 0,
+    fsdp: int = 1, tensor: int = 1,
+) -> dict[str, float]:
+  """Samples as the command does and returns the means over the samples in the file.
+
+  Args:
+    model: a run's workdir, a Hugging Face folder or a hub name.
+    prompts: file to read.
+    out: file to write, or to go on with.
+    draw: how samples are drawn.
+    step: of the run's checkpoint; None is the last.
+    reference: a model like `model`; '' is the run's own, 'none' none.
+    batch_size: prompts of a batch.
+    max_prompt_length: tokens kept of a prompt; 0 is what the run was trained with.
+    limit: how many prompts are read; 0 is all.
+    fsdp, tensor: how the params are cut over devices.
+
+  Raises:
+    ConfigError, DataError, CheckpointError: something given cannot be used.
+    DiskError: the disk is full or cannot be written.
+  """
+  policy = weights.load(model, step)
+  other = None if reference == "none" else (
+      weights.load(reference, dtype=policy.config.dtype) if reference
+      else weights.load_reference(policy))
+  tokenizer = tokenization.load_tokenizer(policy.tokenizer)
+  generator = Generator(
+      policy, other, draw, eos=tokenizer.eos_token_id, batch_size=batch_size,
+      devices=make_mesh(fsdp, tensor))
+  texts = read_prompts(prompts, limit)
+  longest, keep = prompt_room(policy, generator, max_prompt_length)
+  ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts)
+  say(f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
+      f"{policy.name}" + (f", reference {other.name}" if other else ", no reference"))
+  settings = dataclasses.asdict(draw) | {
+      "model": policy.name, "weights": checkpoint.fingerprint(policy.params),
+      "reference": other and checkpoint.fingerprint(other.params), "batch_size": generator.batch_size,
+      "max_prompt_length": longest, "keep": keep,
+      "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+  policy = other = None  # the placed copies are the only ones now
+  return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
+
+
+def make_mesh(fsdp: int, tensor: int) -> parallel.Mesh:
+  """Returns the mesh over all devices.
+
+  Raises:
+    ConfigError: the axes do not fit the devices.
+  """
+  if jax.process_count() > 1:
+    raise ConfigError("sampling runs in one process; give each a file of prompts of its own")
+  try:
+    return parallel.Mesh(fsdp=fsdp, tensor=tensor)
+  except ValueError as error:
+    raise ConfigError(str(error).replace("parallel.data x fsdp x tensor", "data x --fsdp x --tensor")
+                      ) from error
+
+
+def prompt_room(
+    policy: weights.Loaded, generator: Generator, max_prompt_length: int = 0
+) -> tuple[int, str]:
+  """Returns how many tokens of a prompt are kept, and of which end.
+
+  Raises:
+    ConfigError: the model has no positions left for a prompt.
+  """
+  keep, longest = "end", max_prompt_length
+  if policy.settings is not None:
+    data = policy.settings.data
+    keep = data.keep or tokenization.TRUNCATION_SIDE.get(data.source, "start")
+    longest = longest or data.max_prompt_length
+  room = generator.longest_prompt
+  if room is not None and room < max(1, max_prompt_length):
+    raise ConfigError(
+        f"the model has {room + generator.draw.max_new_tokens} positions, of which "
+        f"--max_new_tokens={generator.draw.max_new_tokens} leaves {max(room, 0)} for a prompt; lower "
+        "it, or --max_prompt_length")
+  return min(each for each in (longest or 2**20, room or 2**20)), keep
+
+
+def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
+  """Draws what is not in the file yet; in the end its lines stand in the order of the prompts."""
+  start = time.perf_counter()
+  lines = _reopen(out, settings)
+  count = generator.draw.num_samples
+  batches = [batch for batch in generator.batches([len(prompt) for prompt in ids])
+             if any((i, k) not in lines for i in batch for k in range(count))]
+  again = {i for batch in batches for i in batch}
+  lines = {place: line for place, line in lines.items() if place[0] not in again}
+  kept = len(lines)
+  with disk_errors(out.parent):
+    _rewrite(out, lines.values())
+    bar = tqdm.tqdm(total=len(ids) * count, initial=kept, unit="sample", file=sys.stderr,
+                    disable=not sys.stderr.isatty())
+    with bar, open(out, "a", encoding="utf-8") as file:
+      for batch in batches:
+        for i, samples in zip(batch, generator([ids[i] for i in batch], batch)):
+          for k, sample in enumerate(samples):
+            lines[i, k] = json.dumps({
+                "index": i, "sample": k, "prompt": texts[i],
+                "response": tokenization.decode_response(
+                    tokenizer, ids[i], sample.ids[:-1] if sample.finished else sample.ids),
+                "log_prob": sample.log_prob, "reference_log_prob": sample.reference_log_prob,
+                "tokens": len(sample.ids), "finished": sample.finished}, ensure_ascii=False)
+            file.write(lines[i, k] + "\n")
+        file.flush()
+        bar.update(len(batch) * count)
+    _rewrite(out, [lines[place] for place in sorted(lines)])
+  seconds = time.perf_counter() - start
+  records = [json.loads(line) for line in lines.values()]
+  new = sum(record["tokens"] for record in records[kept:])
+  say(f"{len(records) - kept} samples drawn ({kept} were there) in {seconds:.1f} s, "
+      f"{new / seconds:.0f} tokens a second, compiling included; written to {out}")
+  return summary(records)
+
+
+def summary(records: Sequence[dict]) -> dict[str, float]:
+  """Returns means over samples; `kl` is of log-prob minus reference log-prob, where there is one."""
+  mean = lambda values: float(np.mean(np.array(list(values), np.float64)))
+  result = {"samples": float(len(records)), "tokens": mean(r["tokens"] for r in records),
+            "finished": mean(r["finished"] for r in records),
+            "log_prob": mean(r["log_prob"] for r in records)}
+  if records[0]["reference_log_prob"] is not None:
+    result["kl"] = mean(r["log_prob"] - r["reference_log_prob"] for r in records)
+  return result
+
+
+def _reopen(out: pathlib.Path, settings: dict) -> dict[tuple[int, int], str]:
+  """Returns the whole lines of a file by (index, sample), after a check that it is of these settings.
+
+  Raises:
+    ConfigError: it is of others, or no file of samples.
+  """
+  about = out.with_suffix(".config.json")
+  if not out.exists():
+    with disk_errors(out.parent):
+      out.parent.mkdir(parents=True, exist_ok=True)
+      about.write_text(json.dumps(settings, indent=2) + "\n")
+    return {}
+  try:
+    was = json.loads(about.read_text())
+    lines = [line for line in out.read_text(encoding="utf-8").splitlines(keepends=True)
+             if line.endswith("\n")]
+    found = {(record["index"], record["sample"]): line.rstrip("\n")
+             for line in lines for record in [json.loads(line)]}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+        f"{out} exists and was not written by this command ({error}); give another --out") from error
+  for key, value in json.loads(json.dumps(settings)).items():
+    if was.get(key) != value:
+      raise ConfigError(
+          f"{out} holds samples of {key} {was.get(key)!r}, not {value!r}; give another --out, or "
+          "delete it")
+  return found
+
+
+def _rewrite(out: pathlib.Path, lines) -> None:
+  temporary = out.with_name(out.name + ".tmp")
+  temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+  os.replace(temporary, out)
+
+
+def _prompt_of(record: Any) -> str | list[dict]:
+  if isinstance(record, dict) and "prompt" not in record and all(
+      isinstance(record.get(key), str) for key in ("chosen", "rejected")):
+    return examples.split_dialogue(record["chosen"], record["rejected"]).prompt
+  return examples.parse_prompt(record)
+
+
+def _rounded(length: int) -> int:
+  """The next power of two, so that few shapes are compiled."""
+  return max(_NARROWEST, 1 << (length - 1).bit_length())
+
+
+def add_draw_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of `Draw` and of `run` that are not files."""
+  for field in dataclasses.fields(Draw):
+    if field.name != "stop_ids":
+      parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+  parser.add_argument("--stop_ids", default="", help="ids that end a sample besides EOS: 1,2")
+  parser.add_argument("--step", type=int, help="of the run's checkpoint; by default the last")
+  parser.add_argument("--reference", default="", help="by default the run's own; 'none' for none")
+  parser.add_argument("--batch_size", type=int, default=16, help="prompts drawn together")
+  parser.add_argument("--max_prompt_length", type=int, default=0, help="by default the run's")
+  parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
+  parser.add_argument("--fsdp", type=int, default=1)
+  parser.add_argument("--tensor", type=int, default=1)
+
+
+def draw_of(options: argparse.Namespace) -> Draw:
+  """Returns the `Draw` of parsed flags.
+
+  Raises:
+    ConfigError: a value is impossible.
+  """
+  names = [field.name for field in dataclasses.fields(Draw) if field.name != "stop_ids"]
+  try:
+    stop_ids = tuple(int(each) for each in options.stop_ids.split(",") if each)
+  except ValueError as error:
+    raise ConfigError(f"--stop_ids is {options.stop_ids!r}; give ids such as 1,2") from error
+  return Draw(**{name: getattr(options, name) for name in names}, stop_ids=stop_ids)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", "--checkpoint", dest="model", required=True,
+                      help="a run's workdir, a Hugging Face folder or a hub name")
+  parser.add_argument("--prompts", required=True, help=".jsonl or .jsonl.gz")
+  parser.add_argument("--out", required=True, help=".jsonl to write, or to go on with")
+  add_draw_arguments(parser)
+  options = parser.parse_args()
+  try:
+    means = run(
+        options.model, options.prompts, options.out, draw_of(options), step=options.step,
+        reference=options.reference, batch_size=options.batch_size, limit=options.limit,
+        max_prompt_length=options.max_prompt_length, fsdp=options.fsdp, tensor=options.tensor)
+  except USER_ERRORS as error:
+    sys.exit(f"error: {error}")
+  print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+
+
+if __name__ == "__main__":
+  main()

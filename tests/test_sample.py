@@ -1,0 +1,159 @@
+"""The sampling command: what it writes, how it goes on, and what it refuses."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpojax import sample
+from dpojax.checkpoint import CheckpointError
+from dpojax.config import ConfigError
+from dpojax.data import tokenization
+from dpojax.data.examples import DataError
+from dpojax.sample import Draw
+from tests import conftest, worlds
+
+DRAW = Draw(num_samples=2, max_new_tokens=6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+  """Prompts of 3 and of 17 words, so that two widths are drawn, and a pair that has a prompt."""
+  nouns = worlds.NOUNS * 2
+  records = [{"prompt": f"the {noun} is" if i % 3 else f"the {noun} is the {' the '.join(worlds.NOUNS[:7])}"}
+             for i, noun in enumerate(nouns)]
+  records.append({"prompt": "the plot is", "chosen": " warm", "rejected": " cold"})
+  return worlds.write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def drawn(runs, prompts, tmp_path_factory):
+  """The file of samples of the DPO run."""
+  out = tmp_path_factory.mktemp("drawn") / "samples.jsonl"
+  means = sample.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
+  return out, means
+
+
+def records_of(path):
+  return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def test_samples_stand_in_the_order_of_the_prompts_with_log_probs_of_both_models(drawn, prompts):
+  out, means = drawn
+  records = records_of(out)
+  texts = [record["prompt"] for record in records_of(prompts)]
+  assert [(r["index"], r["sample"], r["prompt"]) for r in records] == [
+      (i, k, text) for i, text in enumerate(texts) for k in range(2)]
+  ratios = [r["log_prob"] - r["reference_log_prob"] for r in records]
+  assert means["kl"] == pytest.approx(np.mean(ratios)) and means["kl"] > 0.1
+  assert means["samples"] == 2 * len(texts)
+  assert any(r["finished"] for r in records)
+  for record in records:
+    words = record["response"].split()
+    assert set(words) <= {*worlds.GOOD, *worlds.BAD, *worlds.NOUNS, "the", "is", "<unk>"}
+    if words and "<unk>" not in words:
+      assert record["response"].startswith(" ")
+      assert record["tokens"] == len(words) + record["finished"]
+
+
+def test_the_policy_of_dpo_says_kind_words(drawn):
+  words = [word for record in records_of(drawn[0]) for word in record["response"].split()]
+  assert sum(word in worlds.GOOD for word in words) > 5 * sum(word in worlds.BAD for word in words)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.93])
+def test_an_interrupted_file_goes_on_to_the_same_file(share, drawn, runs, prompts, tmp_path):
+  whole = drawn[0].read_bytes()
+  out = tmp_path / "samples.jsonl"
+  out.write_bytes(whole[:int(share * len(whole))])
+  out.with_suffix(".config.json").write_bytes(drawn[0].with_suffix(".config.json").read_bytes())
+  means = sample.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
+  assert out.read_bytes() == whole and means == drawn[1]
+
+
+def test_a_finished_file_is_left_as_it_is(drawn, runs, prompts, capsys):
+  before = drawn[0].read_bytes()
+  sample.run(runs.dpo, prompts, str(drawn[0]), DRAW, batch_size=8)
+  assert drawn[0].read_bytes() == before
+  assert "0 samples drawn (34 were there)" in capsys.readouterr().out
+
+
+def test_samples_of_a_run_that_has_no_reference_have_no_log_prob_under_it(runs, prompts, tmp_path):
+  means = sample.run(runs.sft, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2, temperature=0.0),
+                     limit=2)
+  assert "kl" not in means
+  assert {r["reference_log_prob"] for r in records_of(tmp_path / "out.jsonl")} == {None}
+
+
+def test_a_conversation_is_prompted_as_the_template_has_it(real_data):
+  tokenizer = tokenization.load_tokenizer(str(real_data / "tokenizers" / "llama2"))
+  tokenizer.chat_template = (
+      "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+      "{% if add_generation_prompt %}[assistant]{% endif %}")
+  (ids, cut), = tokenization.encode_prompts(
+      [[{"role": "user", "content": "hello"}]], tokenizer, longest=50, keep="end")
+  assert not cut and tokenizer.decode(ids) == "<s> [user]hello</s>[assistant]"
+
+
+@pytest.mark.parametrize("keep, want", [("end", "<s> d e f"), ("start", "<s> a b c")])
+def test_a_long_prompt_is_cut_as_in_training(keep, want, real_data):
+  tokenizer = tokenization.load_tokenizer(str(real_data / "tokenizers" / "llama2"))
+  (ids, cut), = tokenization.encode_prompts(["a b c d e f"], tokenizer, longest=4, keep=keep)
+  assert cut and tokenizer.decode(ids) == want
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+@pytest.mark.parametrize("response", [" yes, it is.", "yes", "\n\nNo", " na\u00efve \u2603"])
+def test_a_response_is_decoded_with_the_space_it_has_behind_its_prompt(name, response, real_data):
+  tokenizer = tokenization.load_tokenizer(str(real_data / "tokenizers" / name))
+  (prompt, (ids,)), = tokenization.encode(
+      [tokenization.Example("Is it? Assistant:", (response,))], tokenizer)
+  assert tokenization.decode_response(tokenizer, prompt, ids) == response
+
+
+def test_other_settings_do_not_go_into_the_same_file(drawn, runs, prompts):
+  with pytest.raises(ConfigError, match="holds samples of temperature 1.0, not 0.5; give another --out"):
+    sample.run(runs.dpo, prompts, str(drawn[0]), Draw(
+        num_samples=2, max_new_tokens=6, seed=3, temperature=0.5), batch_size=8)
+
+
+def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
+  (tmp_path / "notes.jsonl").write_text("mine\n")
+  with pytest.raises(ConfigError, match="was not written by this command"):
+    sample.run(runs.dpo, prompts, str(tmp_path / "notes.jsonl"), DRAW)
+  assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "has no lines"),
+    ('{"prompt": "a"}\n{"prompt": 1}\n', 'line 2: "prompt" is a number, not a string or a list'),
+    ('{"text": "a"}\n', 'line 1: "prompt" is missing'),
+    ('{"prompt": "a"\n', "line 1 is not JSON"),
+    ('{"prompt": []}\n', 'line 1: "prompt" has no messages')])
+def test_bad_prompts_are_named_by_their_line(text, message, tmp_path):
+  (tmp_path / "prompts.jsonl").write_text(text)
+  with pytest.raises(DataError, match=message):
+    sample.read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):
+  for values, message in ((dict(top_p=0.0), "--top_p is 0.0; it must be above 0"),
+                          (dict(temperature=-1.0), "--temperature is -1.0"),
+                          (dict(num_samples=0), "--num_samples is 0")):
+    with pytest.raises(ConfigError, match=message):
+      Draw(**values)
+  with pytest.raises(CheckpointError, match="holds no checkpoint of step 7"):
+    sample.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), DRAW, step=7)
+  with pytest.raises(ConfigError, match="data x --fsdp x --tensor is 2 x 3 x 1 = 6 but there are 8"):
+    sample.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), DRAW, fsdp=3)
+
+
+def test_an_error_of_the_command_is_one_line(tmp_path):
+  result = subprocess.run(
+      [sys.executable, "-m", "dpojax.sample", f"--workdir={tmp_path}", "--prompts=x", "--out=y"],
+      cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+  assert result.returncode == 1 and result.stderr.count("\n") == 1
+  assert result.stderr.startswith("error: ") and "is not the workdir of a run" in result.stderr
