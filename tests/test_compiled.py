@@ -62,7 +62,7 @@ def test_no_array_has_the_vocabulary_for_every_token_nor_a_length_squared(whole)
   tokens = rows.tokens.size
   held = shapes(program)
   assert (VOCABULARY, CONFIG.width) in held and (rows.tokens.shape[0], LENGTH) in held
-  assert max(map(math.prod, held)) < tokens * VOCABULARY / 20
+  assert max(map(math.prod, held)) < tokens * VOCABULARY / 10
   assert not [shape for shape in held if shape.count(LENGTH) > 1]
 
 
