@@ -255,7 +255,7 @@ def preference_objective(
       shared = jnp.stack(losses.ld_dpo_log_probs(token_pair, mask, alpha=ld_alpha), axis=-1)
     return tokens, sums, shared
 
-  def read(params, reference, rows) -> tuple[Responses, jax.Array]:
+  def read(params, reference, rows) -> Responses:
     outputs = apply(params, rows)
     tokens, policy, shared = score(outputs, rows)
     frozen, frozen_shared = jax.tree.map(jnp.zeros_like, (policy, shared))
