@@ -16,7 +16,9 @@ import orbax.checkpoint as ocp
 
 from dpojax import config as config_lib
 from dpojax.disk import disk_errors
+from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
+from dpojax.models.families import HuggingFaceError
 
 
 class CheckpointError(RuntimeError):
@@ -27,6 +29,16 @@ class Policy(NamedTuple):
   """A trained model. `params` are NumPy arrays, `settings` the config of the run they come from."""
 
   config: ModelConfig
+  params: Any
+  step: int
+  settings: ml_collections.ConfigDict
+
+
+class Adapter(NamedTuple):
+  """A trained adapter. `params` are NumPy arrays, `config` is the model's that it is on."""
+
+  config: ModelConfig
+  lora: lora.Lora
   params: Any
   step: int
   settings: ml_collections.ConfigDict
@@ -141,9 +153,57 @@ class Checkpoints:
 def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:
   """Returns the policy of a run: of its last checkpoint, or of the one at `step`.
 
+  That of an adapter is merged into the base the run's settings name.
+
   Raises:
-    CheckpointError: there is no such run, or no such checkpoint in it.
+    CheckpointError: there is no such run, or no such checkpoint in it, or the base is not there.
   """
+  policy, about = _load(workdir, step)
+  adapter = config_lib.lora_of(policy.settings)
+  if adapter is None:
+    return policy
+  base = _base_of(policy.settings, about, workdir)
+  return policy._replace(params=lora.merge(base, policy.params, adapter))
+
+
+def load_adapter(workdir: str | os.PathLike, step: int | None = None) -> Adapter:
+  """Returns the adapter of a run: of its last checkpoint, or of the one at `step`.
+
+  Raises:
+    CheckpointError: there is no such run or checkpoint, or it trained no adapter.
+  """
+  policy, _ = _load(workdir, step)
+  adapter = config_lib.lora_of(policy.settings)
+  if adapter is None:
+    raise CheckpointError(f"{workdir} holds no adapter: it was run with lora.rank=0")
+  return Adapter(policy.config, adapter, policy.params, policy.step, policy.settings)
+
+
+def load_weights(
+    name: str, *, place: hf.Place | None = None, dtype: str = "float32", scan_layers: bool = True
+) -> Policy | hf.Model:
+  """Returns the `config` and `params` of a run's workdir, a Hugging Face folder or a hub name.
+
+  Args:
+    name: the workdir, folder or hub name.
+    place: where the params of a Hugging Face model are kept; those of a run are NumPy arrays.
+    dtype: of the params.
+    scan_layers: of a Hugging Face model; a run has its own.
+
+  Raises:
+    CheckpointError: the folder is neither a model nor a run's workdir.
+    HuggingFaceError: the model cannot be fetched or is not supported.
+  """
+  name = os.path.expanduser(name)
+  if hf.is_model(name):
+    return hf.load(name, place=place, dtype=dtype, scan_layers=scan_layers)
+  policy = load_policy(name)
+  return policy._replace(params=jax.tree.map(
+      lambda x: np.asarray(x, jnp.dtype(dtype)), policy.params))
+
+
+def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:
+  """What a run has trained, and what its checkpoint says of itself."""
   workdir = pathlib.Path(workdir)
   settings = load_settings(workdir)
   checkpoints = Checkpoints(workdir, keep=0)
@@ -155,7 +215,25 @@ def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:
   step = steps[-1] if step is None else step
   params, about = checkpoints.restore_arrays(step, "params")
   checkpoints.close()
-  return Policy(ModelConfig(**about["model"]), params, step, settings)
+  return Policy(ModelConfig(**about["model"]), params, step, settings), about
+
+
+def _base_of(
+    settings: ml_collections.ConfigDict, about: dict, workdir: str | os.PathLike) -> Any:
+  """The params that a run's adapter is on."""
+  name = settings.model.checkpoint
+  try:
+    params = load_weights(
+        name, dtype=settings.model.param_dtype, scan_layers=settings.model.scan_layers).params
+  except (CheckpointError, HuggingFaceError) as error:
+    raise CheckpointError(
+        f"{workdir} holds an adapter on {name!r}, which cannot be read ({error}); put it back, or "
+        f"write where it is now as model.checkpoint into {workdir}/config.json") from error
+  params = {key: part for key, part in params.items() if key != lora.WHOLE}
+  if fingerprint(params) != about["reference"]:
+    raise CheckpointError(
+        f"{workdir} holds an adapter on other weights than {name!r} has now; bring those back")
+  return params
 
 
 def load_settings(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -182,12 +260,11 @@ def fingerprint(params: Any) -> str:
     mixed = (bits ^ (bits >> 15)) * (2 * weight + 1) * jnp.uint32(2654435761)
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)])
 
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(checksum, tree))([leaf for _, leaf in leaves]))
-  digest = hashlib.sha256()
-  for (path, leaf), sum_ in zip(leaves, sums):
+  digest, checksum = hashlib.sha256(), jax.jit(checksum)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    digest.update(f"{name} {leaf.shape} {leaf.dtype} {sum_.tolist()}\n".encode())
+    sums = jax.device_get(checksum(leaf))  # one at a time: a device need not hold all of them
+    digest.update(f"{name} {leaf.shape} {leaf.dtype} {sums.tolist()}\n".encode())
   return digest.hexdigest()
 
 

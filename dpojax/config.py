@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from dpojax import parallel, preference, step
 from dpojax.models import config as model_config
+from dpojax.models import lora
 
 LOSSES = {
     "sft": ("sequence_sum", "token_mean"),
@@ -73,9 +74,15 @@ def defaults() -> ml_collections.ConfigDict:
   config.model.kv_heads = 0  # 0: as many as heads
   config.model.max_positions = 0  # 0: data.max_length
   config.model.tie_embeddings = True
-  config.model.dtype = "float32"
+  config.model.dtype = "float32"  # of what is computed: float32, bfloat16
+  config.model.param_dtype = "float32"  # of params; bfloat16 under an adapter only
   config.model.remat = "none"
   config.model.scan_layers = True
+
+  config.lora = ml_collections.ConfigDict()
+  config.lora.rank = 0  # of a low-rank adapter on model.checkpoint, alone trained; 0: no adapter
+  config.lora.alpha = 16.0  # the adapter counts alpha / rank times
+  config.lora.targets = ""  # of query,key,value,attention_out,gate,up,down; empty: all
 
   config.reference = ml_collections.ConfigDict()
   config.reference.mode = "inline"  # inline; stored: computed once; none: log-probs of 0
@@ -158,6 +165,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_losses(config)
   _one_of(config, "model.family", ("llama", "gpt2"))
   _one_of(config, "model.dtype", model_config.DTYPES)
+  _one_of(config, "model.param_dtype", model_config.DTYPES)
   _one_of(config, "model.remat", model_config.REMATS)
   _one_of(config, "reference.mode", ("inline", "stored", "none"))
   _one_of(config, "data.keep", ("", "end", "start"))
@@ -172,12 +180,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for key in ("seed", "chunk_size", "rows_at_once", "eval_every", "checkpoint_every", "checkpoint_keep",
               "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
               "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
-              "parallel.data", "parallel.process_id"):
+              "lora.rank", "parallel.data", "parallel.process_id"):
     _at_least(config, key, 0)
-  for key in ("beta", "optimizer.learning_rate"):
+  for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):
       raise ConfigError(f"config.{key} is {given[key]}; it must be positive")
   _check_combinations(config)
+  _check_lora(config)
 
 
 def _check_combinations(config) -> None:
@@ -212,6 +221,49 @@ def _check_combinations(config) -> None:
     raise ConfigError(
         f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
         "pip install 'dpojax[wandb]', or leave it empty")
+
+
+def _check_lora(config) -> None:
+  settings, reference = config.lora, config.reference
+  for name in _lora_targets(config):
+    if name not in lora.TARGETS:
+      near = difflib.get_close_matches(name, lora.TARGETS, n=1)
+      raise ConfigError(
+          f"config.lora.targets is {settings.targets!r}; it must hold names of "
+          f"{', '.join(lora.TARGETS)}" + (f"; did you mean {near[0]}?" if near else ""))
+  if not settings.rank:
+    if settings.targets:
+      raise ConfigError(
+          f"config.lora.targets is {settings.targets!r} but lora.rank is 0; set lora.rank, such as 16")
+    if config.model.param_dtype != "float32":
+      raise ConfigError(
+          f"config.model.param_dtype is {config.model.param_dtype!r} but all params are trained, and "
+          "most updates would be rounded away; set lora.rank, or param_dtype='float32'")
+    return
+  if not config.model.checkpoint:
+    raise ConfigError(
+        f"config.lora.rank is {settings.rank} but model.checkpoint is empty; an adapter needs "
+        "trained weights below it: name a run's workdir or a Hugging Face folder")
+  if reference.checkpoint:
+    raise ConfigError(
+        f"config.lora.rank is {settings.rank} and reference.checkpoint {reference.checkpoint!r}; the "
+        "reference of an adapter is the base it is on: leave reference.checkpoint unset")
+  if reference.sync_every:
+    raise ConfigError(
+        f"config.lora.rank is {settings.rank} and reference.sync_every {reference.sync_every}; the "
+        "reference is the base below the adapter, which never moves: set sync_every=0 or rank=0")
+
+
+def lora_of(config: ml_collections.ConfigDict) -> lora.Lora | None:
+  """Returns the adapter a run trains, or None where it trains all params."""
+  settings = config.get("lora")  # not there in the settings of older runs
+  if not (settings and settings.rank):
+    return None
+  return lora.Lora(settings.rank, settings.alpha, tuple(_lora_targets(config)))
+
+
+def _lora_targets(config) -> list[str]:
+  return [name.strip() for name in config.lora.targets.split(",") if name.strip()]
 
 
 def losses_of(config: ml_collections.ConfigDict) -> list[str]:

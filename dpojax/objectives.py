@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dpojax import losses
 from dpojax.data.packing import Rows
 from dpojax.log_probs import SequenceLogProbs, log_probs
+from dpojax.models import lora
 from dpojax.models.transformer import Outputs
 
 Apply = Callable[[Any, Rows], Outputs]
@@ -35,12 +36,24 @@ class Objective(NamedTuple):
     evaluate: (params, reference, rows) -> (loss, metrics), a `Mean` and a dict of them. Its
       gradient is taken with respect to `loss.total` and params.
     num_responses: `K`, responses of each comparison in the rows.
-    needs_reference: whether `reference` is a param tree; None otherwise.
+    needs_reference: whether the loss reads `reference`, a param tree.
   """
 
   evaluate: Callable[[Any, Any, Rows], tuple[Mean, dict[str, Mean]]]
   num_responses: int
   needs_reference: bool
+
+
+def of_adapter(objective: Objective) -> Objective:
+  """The objective of a low-rank adapter: `params` is the adapter, `reference` the base it is on.
+
+  The base is the reference as well, so there is one whether the loss reads it or not. The apply of
+  the objective that is given is that of `models.lora`.
+  """
+  def evaluate(adapter, base, rows):
+    return objective.evaluate(lora.Adapted(base, adapter), base, rows)
+
+  return objective._replace(evaluate=evaluate)
 
 
 def response_log_probs(

@@ -32,8 +32,19 @@ PARTITION = {
     "gate/kernel": ("fsdp", "tensor"),
     "up/kernel": ("fsdp", "tensor"),
     "down/kernel": ("tensor", "fsdp"),
+    **{f"{name}/a": ("fsdp", None) for name in ("query", "key", "value", "gate", "up")},
+    **{f"{name}/b": (None, "tensor", None) for name in ("query", "key", "value")},
+    "attention_out/a": ("tensor", None, None),
+    "attention_out/b": (None, "fsdp"),
+    "gate/b": (None, "tensor"),
+    "up/b": (None, "tensor"),
+    "down/a": ("tensor", None),
+    "down/b": (None, "fsdp"),
 }
-"""Axes the trailing dimensions of a parameter are cut over, by the end of its path."""
+"""Axes the trailing dimensions of a parameter are cut over, by the end of its path.
+
+The `a` and `b` of an adapter are cut as the inputs and outputs of the kernel they belong to.
+"""
 
 
 class Replicas:
@@ -48,8 +59,9 @@ class Replicas:
     mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
     self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
-  def place(self, tree: Any) -> Any:
+  def place(self, tree: Any, *, donated: bool = True) -> Any:
     """Returns the tree with a leading axis of devices."""
+    del donated
     count = len(self.devices)
     return jax.tree.map(
         lambda x: jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding), tree)
@@ -146,12 +158,18 @@ class Mesh:
       jax.block_until_ready(parts)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
-  def place(self, tree: Any) -> Any:
-    """Returns the tree as global arrays, each device with its part; never those it was given."""
+  def place(self, tree: Any, *, donated: bool = True) -> Any:
+    """Returns the tree as global arrays, each device with its part.
+
+    Args:
+      tree: arrays of any kind.
+      donated: whether a step will be given the arrays for good. Those that are in place already are
+        then copied; else they are what is returned.
+    """
     def place(leaf, sharding):
       if isinstance(leaf, jax.Array) and (
           leaf.sharding == sharding or not leaf.is_fully_addressable):
-        return jax.device_put(leaf, sharding, may_alias=False)
+        return jax.device_put(leaf, sharding, may_alias=not donated)
       array = np.asarray(leaf)
       return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

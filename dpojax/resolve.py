@@ -14,7 +14,7 @@ from dpojax import config as config_lib
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
 from dpojax.models import config as model_config
-from dpojax.models import hf, transformer
+from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
 
 
@@ -27,7 +27,10 @@ class Data(NamedTuple):
 
 
 class Setup(NamedTuple):
-  """What a run trains: the model, its first params, the objective, and the reference, or None."""
+  """What a run trains: the model, its first params, the objective, and the reference, or None.
+
+  With an adapter `params` are its own, and `reference` is the base it is on.
+  """
 
   model: ModelConfig
   params: Any
@@ -107,21 +110,10 @@ def make_setup(
     model = _model_of(config)
     params = transformer.init_params(model, jax.random.key(config.seed))
   _check_model(model, config)
-
-  apply = transformer.make_apply(model)
-  chunk_size = config.chunk_size or None
-  if config.objective == "sft":
-    make = {"sequence_sum": objectives.sft_objective,
-            "token_mean": objectives.token_mean_sft_objective}[config.loss]
-    return Setup(model, params, None, make(apply, chunk_size=chunk_size))
-  if config.objective == "reward":
-    return Setup(model, params, None, objectives.reward_objective(apply))
-  objective = preference.preference_objective(
-      apply, preference.make_terms(
-          config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
-      beta=config.beta, num_responses=config.data.num_responses,
-      with_reference=config.reference.mode != "none", chunk_size=chunk_size, axis_name=axis_name,
-      **config_lib.combined_with(config))
+  adapter = config_lib.lora_of(config)
+  if adapter is not None:
+    return _adapter_setup(model, params, adapter, config, axis_name)
+  objective = _objective_of(transformer.make_apply(model), config, axis_name)
   if not objective.needs_reference:
     return Setup(model, params, None, objective)
   reference = params
@@ -129,6 +121,37 @@ def make_setup(
     reference = weights.read(config, "reference.checkpoint", place=place).params
     _check_same_shapes(params, reference, config)
   return Setup(model, params, reference, objective)
+
+
+def _adapter_setup(
+    model: ModelConfig, base: Any, adapter: lora.Lora, config, axis_name: str | None) -> Setup:
+  """The setup of a run that trains an adapter on the model."""
+  objective = objectives.of_adapter(
+      _objective_of(lora.make_apply(model, adapter), config, axis_name))
+  try:
+    params = lora.init_adapter(model, adapter, jax.random.key(config.seed))
+  except ValueError as error:
+    raise ConfigError(f"config.lora.targets is {config.lora.targets!r}: {error}") from error
+  params |= {name: part for name, part in base.items() if name == lora.WHOLE}
+  base = {name: part for name, part in base.items() if name != lora.WHOLE}
+  return Setup(model, params, base, objective)
+
+
+def _objective_of(
+    apply: objectives.Apply, config, axis_name: str | None) -> objectives.Objective:
+  chunk_size = config.chunk_size or None
+  if config.objective == "sft":
+    make = {"sequence_sum": objectives.sft_objective,
+            "token_mean": objectives.token_mean_sft_objective}[config.loss]
+    return make(apply, chunk_size=chunk_size)
+  if config.objective == "reward":
+    return objectives.reward_objective(apply)
+  return preference.preference_objective(
+      apply, preference.make_terms(
+          config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
+      beta=config.beta, num_responses=config.data.num_responses,
+      with_reference=config.reference.mode != "none", chunk_size=chunk_size, axis_name=axis_name,
+      **config_lib.combined_with(config))
 
 
 def _responses(config: ml_collections.ConfigDict) -> dict[str, int]:

@@ -87,12 +87,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   about = {
       "model": setup.model.as_dict(), "data": data.fingerprint,
       "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
-  reference = None if setup.reference is None else devices.place(setup.reference)
-  if setup.reference is not None and config.reference.mode == "stored":
+  reference = None if setup.reference is None else devices.place(
+      setup.reference, donated=bool(config.reference.sync_every))
+  if setup.objective.needs_reference and config.reference.mode == "stored":
     _use_stored_reference(
         setup, reference, about["reference"], [train_loader, held_out_loader], make_loader, devices,
         parts, config)
-    reference = None
+    reference = reference if config.lora.rank else None  # an adapter's is its base as well
   state = devices.place(step_lib.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +25,10 @@ def read(
     ConfigError: it names a Hugging Face model that cannot be fetched or is not supported.
     CheckpointError: it names a folder that is neither a model nor a run's workdir.
   """
-  name = os.path.expanduser(flatten(config)[key])
-  if not (hf.is_model_folder(name) or _is_hub_name(name)):
-    return checkpoint.load_policy(name)
+  name = flatten(config)[key]
   try:
-    return hf.load(name, place=place, scan_layers=config.model.scan_layers)
+    return checkpoint.load_weights(
+        name, place=place, dtype=config.model.param_dtype, scan_layers=config.model.scan_layers)
   except HuggingFaceError as error:
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
 
@@ -63,7 +60,7 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
   """
   path = os.path.expanduser(name)
   changes = {"dtype": dtype} if dtype else {}
-  if not (hf.is_model_folder(path) or _is_hub_name(path)):
+  if not hf.is_model(path):
     policy = checkpoint.load_policy(path, step)
     config = dataclasses.replace(policy.config, **changes)
     return Loaded(config, policy.params, policy.settings.tokenizer, f"{name} step {policy.step}",
@@ -71,10 +68,10 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
   if step is not None:
     raise ConfigError(f"{name} is a Hugging Face model, which has no step {step}; leave it out")
   try:
-    model = hf.load(path, **changes)
+    model = hf.load(path)
   except HuggingFaceError as error:
     raise ConfigError(f"{name}: {error}") from error
-  return Loaded(model.config, model.params, name, name)
+  return Loaded(dataclasses.replace(model.config, **changes), model.params, name, name)
 
 
 def load_reference(policy: Loaded) -> Loaded | None:
@@ -111,10 +108,5 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   path = os.path.expanduser(name)
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.tokenizer = name if hf.is_model_folder(path) or _is_hub_name(path) else (
-        checkpoint.load_settings(path).tokenizer)
+    config.tokenizer = name if hf.is_model(path) else checkpoint.load_settings(path).tokenizer
   return config
-
-
-def _is_hub_name(name: str) -> bool:
-  return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)) and not pathlib.Path(name).exists()

@@ -12,7 +12,7 @@ PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
     "losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.rotary",
-    "models.transformer", "models.families", "models.hf", "models",
+    "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "config", "checkpoint", "weights",
     "metrics", "resolve", "export", "train", "sample", "evaluate"]

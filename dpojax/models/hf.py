@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import shutil
 from typing import Any, Callable, NamedTuple
 
@@ -60,6 +61,12 @@ def is_model_folder(path: str | os.PathLike) -> bool:
     return "model_type" in json.loads((pathlib.Path(path) / "config.json").read_text())
   except (OSError, ValueError):
     return False
+
+
+def is_model(name: str) -> bool:
+  """Returns whether a name is a Hugging Face model: a folder that holds one, or a hub name."""
+  looks_like_one = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+  return is_model_folder(name) or bool(looks_like_one) and not pathlib.Path(name).exists()
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:

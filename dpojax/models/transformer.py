@@ -18,6 +18,9 @@ from dpojax.models.config import ModelConfig
 SEEN = "seen"
 """The collection in which layers leave keys and values [R, L, M, H], for those who ask."""
 
+ADAPTER = "adapter"
+"""The collection in which projections look for low-rank changes of theirs, see `models.lora`."""
+
 
 class Outputs(NamedTuple):
   """What an `apply(params, rows)` returns to the objectives.
@@ -69,6 +72,7 @@ class Norm(nn.Module):
     if config.norm == "layer":
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_eps)
+    scale = scale.astype(x.dtype)
     x = jnp.einsum("...d,d->...d", x, 1.0 + scale if offset else scale)
     if config.norm == "layer":
       bias = self.param("bias", nn.initializers.zeros, size)
@@ -77,7 +81,10 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-  """y = x kernel + bias over the last `len(inputs)` axes of x, in the compute dtype."""
+  """y = x kernel + bias over the last `len(inputs)` axes of x, in the compute dtype.
+
+  With a low-rank change `a` [*inputs, rank], `b` [rank, *outputs] in `ADAPTER`, + (x a) b.
+  """
 
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
@@ -92,7 +99,11 @@ class Linear(nn.Module):
     leading = x.shape[:x.ndim - len(self.inputs)]
     # As a product of two matrices: XLA's CPU backend multiplies those two to three times as fast as
     # it does the gradients of products with more axes.
-    y = x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+    x = x.reshape(-1, fan_in)
+    y = x @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+    if self.has_variable(ADAPTER, "a"):
+      a, b = (self.get_variable(ADAPTER, name).astype(x.dtype) for name in "ab")
+      y = y + (x @ a.reshape(fan_in, -1)) @ b.reshape(-1, fan_out)
     y = y.reshape(*leading, *self.outputs)
     if self.bias:
       bias = self.param("bias", nn.initializers.zeros, self.outputs)
@@ -275,7 +286,7 @@ class Transformer(nn.Module):
     if scanned:
       block = rematerialised(prevent_cse=False)
       scan = partial(
-          nn.scan, variable_axes={"params": 0, SEEN: 0}, split_rngs={"params": True},
+          nn.scan, variable_axes={"params": 0, SEEN: 0, ADAPTER: 0}, split_rngs={"params": True},
           in_axes=(nn.broadcast, nn.broadcast), length=scanned // period)
       if period == 1:
         x, _ = scan(block)(config, windows[0], name="layers")(x, ids, None)
@@ -358,12 +369,15 @@ def make_head(config: ModelConfig, params: dict) -> jax.Array | Head:
 
 
 def make_apply(config: ModelConfig):
-  """Returns `apply(params, rows) -> Outputs`, the form every objective takes a model in."""
+  """Returns `apply(params, rows) -> Outputs`, the form every objective takes a model in.
+
+  Other collections than params are its keywords.
+  """
   model = Transformer(config)
 
-  def apply(params, rows) -> Outputs:
+  def apply(params, rows, **collections) -> Outputs:
     hidden = model.apply(
-        {"params": params}, rows.tokens, rows.positions, rows.comparison, rows.branch)
+        {"params": params} | collections, rows.tokens, rows.positions, rows.comparison, rows.branch)
     return Outputs(hidden, make_head(config, params), params.get("reward_head"))
 
   return apply
