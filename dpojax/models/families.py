@@ -50,6 +50,11 @@ class Family(NamedTuple):
   aliases: dict[str, str] = {}
   ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
+  @property
+  def inputs_first(self) -> bool:
+    """Whether matrices are [inputs, outputs], the Conv1D of GPT-2, not [outputs, inputs]."""
+    return self.tensors["up/kernel"].shape == "D F"
+
 
 class Settings:
   """A config.json being read; keys that nobody asks for are kept in the file and change nothing."""

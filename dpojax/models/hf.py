@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.disk import disk_errors
-from dpojax.models import families, transformer
+from dpojax.models import families, peft, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import Family, HuggingFaceError, Tensor
 
@@ -56,7 +56,12 @@ class Model(NamedTuple):
 
 
 def is_model_folder(path: str | os.PathLike) -> bool:
-  """Returns whether a path is a Hugging Face model: a config.json there names a model type."""
+  """Returns whether a path is a Hugging Face model: a config.json there names a model type.
+
+  So is an adapter of PEFT's, together with the base it names.
+  """
+  if peft.is_adapter_folder(path):
+    return True
   try:
     return "model_type" in json.loads((pathlib.Path(path) / "config.json").read_text())
   except (OSError, ValueError):
@@ -93,7 +98,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
 def load(
     name: str | os.PathLike, *, place: Place | None = None, dtype: str = "float32", **changes
 ) -> Model:
-  """Returns the model of a folder or hub name.
+  """Returns the model of a folder or hub name; that of an adapter of PEFT's is merged into its base.
 
   Args:
     name: the folder or hub name.
@@ -106,7 +111,10 @@ def load(
     HuggingFaceError: the folder is not there or not supported, or its tensors are not those of
       the model.
   """
-  folder = locate(name)
+  folder, changes_of = locate(name), {}
+  if peft.is_adapter_folder(folder):
+    base, changes_of = peft.read(folder)
+    folder = locate(base)
   values = _read_json(folder / "config.json")
   family = families.family_of(values)
   config = dataclasses.replace(families.read_config(values), **changes)
@@ -114,6 +122,13 @@ def load(
   stacks = _stacks(config, family)
   names = _find(stacks, family, files, config)
   published = _published(folder, values, family, names, files)
+  _check_changes(changes_of, names, family, files)
+
+  def tensor(name):
+    array = files.array(names[name])
+    if name in changes_of:
+      return changes_of[name].added_to(array, inputs_first=family.inputs_first)
+    return array
 
   def placed(path, leaf):
     path = _path(path)
@@ -123,7 +138,7 @@ def load(
       part = np.empty([len(range(*i.indices(n))) for i, n in zip(index, leaf.shape)], dtype)
       layers, index = (part, index) if stack.layered else (part[None], (slice(None), *index))
       for layer, piece in zip(layers, stack.pieces[index[0]], strict=True):
-        source = piece.of(files.array(names[piece.name]), config)[index[1:]]
+        source = piece.of(tensor(piece.name), config)[index[1:]]
         rows = max(1, len(layer) * BLOCK_BYTES // max(1, layer.nbytes))
         for i in range(0, len(layer), rows):
           layer[i:i + rows] = source[i:i + rows]
@@ -386,6 +401,22 @@ def _find(
           f"tensor {names[name]} is {list(files.entries[names[name]][2])} but config.json makes it "
           f"{list(shape)}")
   return names
+
+
+def _check_changes(
+    changes_of: dict[str, peft.Change], names: dict[str, str], family: Family, files: _Files) -> None:
+  """Refuses an adapter that is not one of these tensors."""
+  unknown = changes_of.keys() - names.keys()
+  if unknown:
+    raise HuggingFaceError(
+        f"the adapter changes {_some(unknown)}, of which the base has none; give the base it is of")
+  for name, change in changes_of.items():
+    shape = (len(change.b), change.a.shape[-1])
+    there = files.entries[names[name]][2]
+    if shape[::-1 if family.inputs_first else 1] != there or change.b.shape[-1] != len(change.a):
+      raise HuggingFaceError(
+          f"the adapter's change of {name} is {list(shape)} outputs and inputs, of rank "
+          f"{len(change.a)} and {change.b.shape[-1]}, but the tensor is {list(there)}")
 
 
 def _same(files: _Files, name: str, other: str) -> bool:
