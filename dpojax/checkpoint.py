@@ -187,7 +187,7 @@ def load_weights(
   Args:
     name: the workdir, folder or hub name.
     place: where the params of a Hugging Face model are kept; those of a run are NumPy arrays.
-    dtype: of the params.
+    dtype: of the params; a reward head stays float32.
     scan_layers: of a Hugging Face model; a run has its own.
 
   Raises:
@@ -198,8 +198,9 @@ def load_weights(
   if hf.is_model(name):
     return hf.load(name, place=place, dtype=dtype, scan_layers=scan_layers)
   policy = load_policy(name)
-  return policy._replace(params=jax.tree.map(
-      lambda x: np.asarray(x, jnp.dtype(dtype)), policy.params))
+  return policy._replace(params={
+      name: part if name == lora.WHOLE else jax.tree.map(
+          lambda x: np.asarray(x, jnp.dtype(dtype)), part) for name, part in policy.params.items()})
 
 
 def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:

@@ -6,6 +6,7 @@
 import functools
 import json
 import math
+import pathlib
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from dpojax import checkpoint, export, objectives, parallel, preference, step, train, weights
+from dpojax import checkpoint, export, objectives, parallel, preference, resolve, step, train, weights
 from dpojax import config as config_lib
 from dpojax.data import tokenization
 from dpojax.metrics import read_metrics
@@ -27,8 +28,8 @@ from tests.parity import models
 
 LORA = lora.Lora(rank=3, alpha=5.0)
 MODELS = {
-    "llama": worlds.llama(), "gpt2": worlds.gpt2(), "gptj": worlds.gptj(), "gemma": worlds.gemma(),
-    "gemma_unrolled": worlds.gemma(scan_layers=False), "llama_remat": worlds.llama(remat="full")}
+    "llama": worlds.llama(remat="full"), "gpt2": worlds.gpt2(), "gemma": worlds.gemma(),
+    "gemma_unrolled": worlds.gemma(scan_layers=False)}
 
 
 def rows_of(count=6):
@@ -126,12 +127,11 @@ def test_a_base_that_is_in_place_is_not_copied():
 
 
 def test_bfloat16_weights_are_computed_with_as_their_float32_values():
-  for config in (MODELS["gemma"], MODELS["gptj"]):
-    rows = rows_of()
-    base = jax.tree.map(lambda x: x.astype("bfloat16"), worlds.params_of(config))
-    apply = jax.jit(lambda params, config=config: transformer.make_apply(config)(params, rows).hidden)
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float32), base)
-    np.testing.assert_array_equal(apply(base), apply(wide))
+  config, rows = MODELS["gemma"], rows_of()
+  base = jax.tree.map(lambda x: x.astype("bfloat16"), worlds.params_of(config))
+  apply = jax.jit(lambda params: transformer.make_apply(config)(params, rows).hidden)
+  wide = jax.tree.map(lambda x: np.asarray(x, np.float32), base)
+  np.testing.assert_array_equal(apply(base), apply(wide))
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +144,32 @@ def given(words, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sft(given, tmp_path_factory):
-  """The workdir of a short SFT of all params."""
-  workdir = tmp_path_factory.mktemp("sft") / "run"
-  train.run(worlds.run_config("sft", **given, steps=20, eval_every=0, checkpoint_every=20), workdir)
-  return str(workdir)
+  """A Hugging Face folder: what a short SFT of all params has come to."""
+  root = tmp_path_factory.mktemp("sft")
+  train.run(worlds.run_config("sft", **given, steps=20, eval_every=0, checkpoint_every=20), root / "run")
+  export.export(root / "run", root / "out")
+  return str(root / "out")
 
 
 def config_of(given, base, kind="dpo", **changes):
-  return worlds.run_config(kind, **given, **{
-      "model.checkpoint": str(base), "lora.rank": 4, "optimizer.learning_rate": 1e-2} | changes)
+  return worlds.run_config(kind, **given | {"tokenizer": ""} | {
+      "model.checkpoint": str(base), "lora.rank": 4, "optimizer.learning_rate": 1e-2,
+      "eval_every": 8, "model.param_dtype": "bfloat16"} | changes)
 
 
 @pytest.fixture(scope="module")
 def trained(given, sft, tmp_path_factory):
-  """The workdir of DPO of an adapter in bfloat16's base."""
+  """The workdir of DPO of an adapter."""
   workdir = tmp_path_factory.mktemp("trained") / "run"
-  train.run(config_of(given, sft, steps=8, eval_every=8, **{"model.param_dtype": "bfloat16"}), workdir)
+  train.run(config_of(given, sft, steps=8), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def second(given, trained, tmp_path_factory):
+  """The workdir of a run that starts from another's adapter."""
+  workdir = tmp_path_factory.mktemp("second") / "run"
+  train.run(config_of(given, trained, steps=1, eval_every=1, **{"model.param_dtype": "float32"}), workdir)
   return workdir
 
 
@@ -174,32 +184,26 @@ def test_a_run_of_an_adapter_starts_at_log_2_learns_and_checkpoints_nothing_else
   assert last["rewards/accuracies"] > 0.75 and last["loss"] < 0.66
   state, about = checkpoint.Checkpoints(trained, keep=0).restore_arrays(8)
   assert {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state["params"])} == {"a", "b"}
-  base = checkpoint.load_policy(sft).params
-  assert about["reference"] == checkpoint.fingerprint(
-      jax.tree.map(lambda x: x.astype("bfloat16"), base))
+  base = hf.load(sft, dtype="bfloat16").params
+  assert about["reference"] == checkpoint.fingerprint(base)
   trained_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state["params"]))
-  assert trained_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(base)) / 3
+  assert trained_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(base)) / 1.5
 
 
 def test_a_policy_is_its_base_with_the_adapter_and_the_next_run_starts_from_it(
-    trained, given, sft, tmp_path):
-  policy = checkpoint.load_policy(trained)
-  base = checkpoint.load_policy(sft).params
-  jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), policy.params, base)
-  last = lines(trained, "eval")[-1]
-  train.run(config_of(given, trained, steps=1, eval_every=1), tmp_path)
-  first = lines(tmp_path, "eval")[0]
+    trained, second, sft):
+  policy = checkpoint.load_policy(trained).params
+  jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), policy, hf.load(sft).params)
+  last, first = lines(trained, "eval")[-1], lines(second, "eval")[0]
   assert abs(first["loss"] - math.log(2)) < 1e-6
   np.testing.assert_allclose(first["logps/chosen"], last["logps/chosen"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    {"reference.mode": "stored"},
-    {"parallel.strategy": "mesh", "parallel.fsdp": 2, "parallel.tensor": 2}])
-def test_a_stored_reference_or_a_mesh_gives_the_losses_of_an_inline_one(
-    changes, trained, given, sft, tmp_path):
-  train.run(config_of(given, sft, steps=3, eval_every=8, checkpoint_every=0, **{
-      "model.param_dtype": "bfloat16"} | changes), tmp_path)
+def test_a_stored_reference_on_a_mesh_gives_the_losses_of_an_inline_one_under_pmap(
+    trained, given, sft, tmp_path):
+  train.run(config_of(given, sft, steps=3, checkpoint_every=0, **{
+      "reference.mode": "stored", "parallel.strategy": "mesh", "parallel.fsdp": 2,
+      "parallel.tensor": 2}), tmp_path)
   got, want = ([line["loss"] for line in lines(workdir, "train")][:3] for workdir in (tmp_path, trained))
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
@@ -207,8 +211,7 @@ def test_a_stored_reference_or_a_mesh_gives_the_losses_of_an_inline_one(
 def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(
     trained, given, sft, tmp_path):
   shutil.copytree(sft, tmp_path / "base")
-  settings = functools.partial(
-      config_of, given, tmp_path / "base", eval_every=8, **{"model.param_dtype": "bfloat16"})
+  settings = functools.partial(config_of, given, tmp_path / "base")
   for steps in (4, 8):
     train.run(settings(steps=steps), tmp_path / "twice")
   want, got = (checkpoint.Checkpoints(workdir, keep=0).restore_arrays(8)[0]
@@ -218,7 +221,11 @@ def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(
   shutil.rmtree(tmp_path / "base")
   with pytest.raises(checkpoint.CheckpointError, match="base', which cannot be read .*put it back, or"):
     checkpoint.load_policy(tmp_path / "twice")
-  shutil.copytree(trained, tmp_path / "base")
+  shutil.copytree(sft, tmp_path / "base")
+  stored = tmp_path / "base" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(stored)
+  tensors["model.norm.weight"][0] += 1
+  safetensors.numpy.save_file(tensors, stored)
   with pytest.raises(checkpoint.CheckpointError, match="on other weights than .*bring those back"):
     checkpoint.load_policy(tmp_path / "twice")
   with pytest.raises(checkpoint.CheckpointError, match="started with another reference weights"):
@@ -227,31 +234,36 @@ def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_other_objectives_train_adapters_too(kind, given, sft, tmp_path):
-  train.run(config_of(
-      given, sft, kind, steps=8, eval_every=8, checkpoint_every=8, checkpoint_best=""), tmp_path)
+  config = config_of(given, sft, kind, steps=8, checkpoint_every=8, checkpoint_best="")
+  train.run(config, tmp_path)
   first, last = lines(tmp_path, "eval")
   assert last["loss"] < first["loss"] - 0.01
   policy = checkpoint.load_policy(tmp_path)
   assert ("reward_head" in policy.params) == (kind == "reward")
   if kind == "reward":  # another adapter goes on from the head the first one has trained
-    train.run(config_of(given, tmp_path, kind, steps=1, eval_every=1, checkpoint_best=""),
-              tmp_path / "next")
-    np.testing.assert_allclose(lines(tmp_path / "next", "eval")[0]["loss"], last["loss"], rtol=1e-4)
+    config.model.checkpoint = str(tmp_path)
+    setup = resolve.make_setup(weights.with_tokenizer(config))
+    head = policy.params["reward_head"]
+    np.testing.assert_array_equal(setup.params["reward_head"], head)
+    assert np.any(head) and "reward_head" not in setup.reference
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"lora.targets": "query,valeu"}, "lora.targets is 'query,valeu'.*down; did you mean value"),
     ({"lora.targets": "query,gate", "base": "gpt2"}, "'gate' is no projection of the model; it has query"),
-    ({"lora.rank": 0, "lora.targets": "query"}, "lora.targets is 'query' but lora.rank is 0"),
+    ({"lora.rank": 0, "lora.targets": "query", "model.param_dtype": "float32"}, "lora.targets is 'query' but lora.rank is 0"),
     ({"lora.rank": -1}, "config.lora.rank is -1; it must be at least 0"),
     ({"lora.alpha": 0.0}, "config.lora.alpha is 0.0; it must be positive"),
     ({"lora.rank": 0, "model.param_dtype": "bfloat16"}, "most updates would be rounded away"),
-    ({"model.checkpoint": ""}, "lora.rank is 4 but model.checkpoint is empty; an adapter needs"),
+    ({"model.checkpoint": "", "tokenizer": "words"}, "lora.rank is 4 but model.checkpoint is empty; an adapter needs"),
     ({"reference.sync_every": 2}, "sync_every 2; the reference is the base below the adapter"),
     ({"reference.checkpoint": "/elsewhere", "reference.may_differ": True}, "leave reference.checkpoint unset"),
 ])
 def test_what_an_adapter_cannot_do_is_refused_by_name(changes, message, given, sft, folder_of, tmp_path):
+  changes = dict(changes)
   base = folder_of(changes.pop("base")) if "base" in changes else sft
+  if "tokenizer" in changes:
+    changes["tokenizer"] = given["tokenizer"]
   with pytest.raises(config_lib.ConfigError, match=message):
     train.run(config_of(given, base, **changes), tmp_path / "run")
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -292,36 +304,36 @@ def test_an_adapter_written_for_peft_is_read_as_the_merged_model(case, targets, 
   assert settings["fan_in_fan_out"] == (case == "gpt2")
 
 
-def test_a_trained_adapter_is_exported_alone_and_merged(given, folder_of, tmp_path):
-  given = given | {"tokenizer": ""}
-  train.run(config_of(given, folder_of("mistral"), steps=2, eval_every=0), tmp_path / "run")
+def test_a_trained_adapter_is_exported_alone_and_merged(trained, given, sft, tmp_path):
   done = subprocess.run(
-      [sys.executable, "-m", "dpojax.export", f"--workdir={tmp_path / 'run'}",
-       f"--out={tmp_path / 'adapter'}", "--lora"],
+      [sys.executable, "-m", "dpojax.export", f"--workdir={trained}", f"--out={tmp_path / 'adapter'}",
+       "--lora"],
       cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith("the adapter of step 2")
-  assert export.export(tmp_path / "run", tmp_path / "whole") == 2
+  assert done.stdout.startswith("the adapter of step 8")
+  assert export.export(trained, tmp_path / "whole") == 8
   settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-  assert settings["base_model_name_or_path"] == str(folder_of("mistral"))
-  policy = checkpoint.load_policy(tmp_path / "run").params
-  for folder in ("adapter", "whole"):  # a run can start from either
-    start = weights.with_tokenizer(config_of(given, tmp_path / folder))
+  assert settings["base_model_name_or_path"] == sft
+  policy = checkpoint.load_policy(trained).params
+  for folder, atol in (("whole", 0), ("adapter", 0.01)):  # this one is on the base in float32
+    start = weights.with_tokenizer(config_of(
+        given, tmp_path / folder, **{"model.param_dtype": "float32"}))
     assert start.tokenizer == str(tmp_path / folder)
     tokenization.load_tokenizer(start.tokenizer)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6),
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol),
                  weights.read(start, "model.checkpoint").params, policy)
 
 
-def test_an_adapter_that_peft_could_not_load_is_not_written(trained, sft, given, tmp_path):
+def test_an_adapter_that_peft_could_not_load_is_not_written(second, sft, tmp_path):
   def refused(error, message):
     return pytest.raises(error, match=re.compile(message, re.DOTALL))
   with refused(hf.HuggingFaceError, "which is no Hugging Face model that PEFT could load.*--base"):
-    export.export_adapter(trained, tmp_path / "out")
-  export.export_adapter(trained, tmp_path / "out", base="org/name")
+    export.export_adapter(second, tmp_path / "out")
+  export.export_adapter(second, tmp_path / "out", base="org/name")
   assert '"base_model_name_or_path": "org/name"' in (tmp_path / "out/adapter_config.json").read_text()
   with refused(hf.HuggingFaceError, "is not empty"):
-    export.export_adapter(trained, tmp_path / "out", base="org/name")
+    export.export_adapter(second, tmp_path / "out", base="org/name")
+  sft = pathlib.Path(sft).parent / "run"
   with refused(checkpoint.CheckpointError, "holds no adapter: it was run with lora.rank=0"):
     export.export_adapter(sft, tmp_path / "none", base="org/name")
   config = worlds.llama(reward_head=True)
