@@ -180,7 +180,7 @@ def read_prompts(path: str | os.PathLike, limit: int = 0) -> list[str | list[dic
   prompts = []
   for number, record in read_lines(path):
     try:
-      prompts.append(_prompt_of(record))
+      prompts.append(prompt_of(record))
     except RecordError as error:
       raise DataError(f"{path} line {number}: {error}") from error
     if len(prompts) == limit:
@@ -387,7 +387,12 @@ def _rewrite(out: pathlib.Path, lines) -> None:
   os.replace(temporary, out)
 
 
-def _prompt_of(record: Any) -> str | list[dict]:
+def prompt_of(record: Any) -> str | list[dict]:
+  """Returns the prompt of a line: what stands under "prompt", or of a pair of HH dialogues.
+
+  Raises:
+    RecordError: there is none.
+  """
   if isinstance(record, dict) and "prompt" not in record and all(
       isinstance(record.get(key), str) for key in ("chosen", "rejected")):
     return examples.split_dialogue(record["chosen"], record["rejected"]).prompt
