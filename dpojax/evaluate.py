@@ -85,13 +85,15 @@ def evaluate_run(
   result |= {"reference": other and other.name,
              "held_out": measure_held_out(policy, other, held_out, devices)}
   if num_prompts:
-    result["draw"] = dataclasses.asdict(draw)
-    result["samples"] = {"policy": measure_samples(
-        policy, other, held_out, draw, score, num_prompts, batch_size, devices)}
+    tokenizer = tokenization.load_tokenizer(policy.tokenizer)
+    generator = sample.Generator(
+        policy, other, draw, eos=tokenizer.eos_token_id, batch_size=batch_size, devices=devices)
+    room = sample.prompt_room(policy, generator)
+    prompts = _prompts(held_out, num_prompts)
+    measured = lambda generator: measure_samples(generator, tokenizer, prompts, room, score)
+    result |= {"draw": dataclasses.asdict(draw), "samples": {"policy": measured(generator)}}
     if other is not None:
-      result["samples"]["reference"] = measure_samples(
-          other._replace(settings=policy.settings, tokenizer=policy.tokenizer), policy, held_out,
-          draw, score, num_prompts, batch_size, devices)
+      result["samples"]["reference"] = measured(generator.of_reference())
   return result
 
 
@@ -108,8 +110,6 @@ def load_held_out(
   with settings.unlocked():
     if pairs:
       settings.data.eval_path = pairs
-    if settings.objective == "sft":  # its data may be pairs all the same
-      settings.data.unique_prompts = False
   if not (settings.data.eval_path or settings.eval_every):
     raise ConfigError(
         "the run held nothing out (eval_every is 0); give --pairs=FILE, in the form of its data")
@@ -137,9 +137,8 @@ def measure_held_out(
   batches = held_out.batches
   lengths = batches.lengths[:, 1:].astype(np.float64)
   scored = np.where(lengths > 0, lengths - (batches.lengths[:, :1] == 0), 0)
-  log_probs = {"policy": _log_probs(policy, batches, devices)}
-  if reference is not None:
-    log_probs["reference"] = _log_probs(reference, batches, devices)
+  log_probs = _log_probs(
+      {"policy": policy} | ({"reference": reference} if reference else {}), batches, devices)
   result = {"perplexity": {
       name: {which: perplexity(values[:, k], scored[:, k])
              for k, which in enumerate(("chosen", "rejected")) if k < values.shape[1]}
@@ -162,26 +161,22 @@ def perplexity(log_probs: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 
 def measure_samples(
-    policy: weights.Loaded, reference: weights.Loaded | None, held_out: HeldOut, draw: sample.Draw,
-    score: scorers.Scorer | None, num_prompts: int, batch_size: int, devices: parallel.Mesh,
+    generator: sample.Generator, tokenizer: Any, prompts: Sequence[str | list[dict]],
+    room: tuple[int, str], score: scorers.Scorer | None,
 ) -> dict[str, Any]:
-  """Returns means over samples to held-out prompts; their errors are over prompts.
+  """Returns means over samples to prompts; their errors are over prompts.
 
   `kl` is the mean of log pi - log pi_ref of whole samples, an unbiased estimate of KL(pi || pi_ref)
   where temperature, top_p and top_k are 1, 1 and 0.
+
+  Args:
+    generator: of the samples.
+    tokenizer: from `load_tokenizer`.
+    prompts: what is answered.
+    room: see `sample.prompt_room`.
+    score: rates prompts and responses in text, or None.
   """
-  tokenizer = tokenization.load_tokenizer(policy.tokenizer)
-  subset = held_out.batches.subset
-  prompts = {}
-  for i in range(len(subset)):
-    prompt = held_out.texts[subset.example(i)].prompt
-    prompts.setdefault(json.dumps(prompt), prompt)
-    if len(prompts) == num_prompts:
-      break
-  prompts = list(prompts.values())
-  generator = sample.Generator(
-      policy, reference, draw, eos=tokenizer.eos_token_id, batch_size=batch_size, devices=devices)
-  longest, keep = sample.prompt_room(policy, generator)
+  longest, keep = room
   ids, _ = sample.encode(prompts, tokenizer, longest=longest, keep=keep, path="held-out")
   samples = [None] * len(ids)
   for batch in generator.batches([len(prompt) for prompt in ids]):
@@ -190,11 +185,11 @@ def measure_samples(
   of_prompts = lambda value: intervals.mean(
       np.array([[value(each) for each in of] for of in samples], np.float64).mean(axis=1))
   result = {
-      "samples": len(samples) * draw.num_samples,
+      "samples": sum(map(len, samples)),
       "tokens": of_prompts(lambda each: len(each.ids)),
       "finished": of_prompts(lambda each: each.finished),
       "log_prob": of_prompts(lambda each: each.log_prob)}
-  if reference is not None:
+  if samples[0][0].reference_log_prob is not None:
     result["kl"] = of_prompts(lambda each: each.log_prob - each.reference_log_prob)
     result["kl_error"] = intervals.standard_error(result["kl"])
   if score is not None:
@@ -332,12 +327,31 @@ def _preferences(rewards: np.ndarray) -> dict[str, Any]:
                       "rejected": intervals.mean(rewards[:, 1])}}
 
 
-def _log_probs(model: weights.Loaded, batches: loader.Loader, devices: parallel.Mesh) -> np.ndarray:
-  score = reference_lib.make_score_step(
-      transformer.make_apply(model.config), num_responses=batches.lengths.shape[1] - 1,
-      chunk_size=None)
-  return scorers.response_values(
-      batches, devices.lift(score, donate_state=False), devices.place(model.params), devices)
+def _log_probs(
+    models: dict[str, weights.Loaded], batches: loader.Loader, devices: parallel.Mesh
+) -> dict[str, np.ndarray]:
+  """Returns the log-prob of every response under each model; models of one config compile once."""
+  lifted, values = {}, {}
+  for name, model in models.items():
+    config = dataclasses.replace(model.config, published="", remat="none")
+    if config not in lifted:
+      lifted[config] = devices.lift(reference_lib.make_score_step(
+          transformer.make_apply(config), num_responses=batches.lengths.shape[1] - 1,
+          chunk_size=None), donate_state=False)
+    values[name] = scorers.response_values(
+        batches, lifted[config], devices.place(model.params), devices)
+  return values
+
+
+def _prompts(held_out: HeldOut, count: int) -> list[str | list[dict]]:
+  """Returns the first different prompts of held-out comparisons."""
+  subset, prompts = held_out.batches.subset, {}
+  for i in range(len(subset)):
+    prompt = held_out.texts[subset.example(i)].prompt
+    prompts.setdefault(json.dumps(prompt), prompt)
+    if len(prompts) == count:
+      break
+  return list(prompts.values())
 
 
 def _pairs_of(ours: str, theirs: str, limit: int) -> tuple[int, list[Pair], list[int]]:
@@ -433,6 +447,7 @@ def main():
   of_files.add_argument("--api_key_env", default="OPENAI_API_KEY")
   of_files.add_argument("--answers", default="", help="file a URL's answers are kept in")
   of_files.add_argument("--workers", type=int, default=8, help="requests under way at once")
+  of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
   try:
     if bool(options.workdir) == bool(options.ours):
