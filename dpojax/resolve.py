@@ -110,31 +110,36 @@ def make_setup(
     model = _model_of(config)
     params = transformer.init_params(model, jax.random.key(config.seed))
   _check_model(model, config)
-  adapter = config_lib.lora_of(config)
-  if adapter is not None:
-    return _adapter_setup(model, params, adapter, config, axis_name)
-  objective = _objective_of(transformer.make_apply(model), config, axis_name)
-  if not objective.needs_reference:
-    return Setup(model, params, None, objective)
-  reference = params
-  if config.reference.checkpoint:
+  setup = setup_of(model, params, config, axis_name=axis_name)
+  if setup.reference is not None and config.reference.checkpoint:
     reference = weights.read(config, "reference.checkpoint", place=place).params
     _check_same_shapes(params, reference, config)
-  return Setup(model, params, reference, objective)
+    setup = setup._replace(reference=reference)
+  return setup
 
 
-def _adapter_setup(
-    model: ModelConfig, base: Any, adapter: lora.Lora, config, axis_name: str | None) -> Setup:
-  """The setup of a run that trains an adapter on the model."""
+def setup_of(
+    model: ModelConfig, params: Any, config: ml_collections.ConfigDict, *,
+    axis_name: str | None = None,
+) -> Setup:
+  """Returns what a run of the config trains of a model that starts from these params.
+
+  Raises:
+    ConfigError: the adapter is on a projection that the model has not.
+  """
+  adapter = config_lib.lora_of(config)
+  if adapter is None:
+    objective = _objective_of(transformer.make_apply(model), config, axis_name)
+    return Setup(model, params, params if objective.needs_reference else None, objective)
   objective = objectives.of_adapter(
       _objective_of(lora.make_apply(model, adapter), config, axis_name))
   try:
-    params = lora.init_adapter(model, adapter, jax.random.key(config.seed))
+    trained = lora.init_adapter(model, adapter, jax.random.key(config.seed))
   except ValueError as error:
     raise ConfigError(f"config.lora.targets is {config.lora.targets!r}: {error}") from error
-  params |= {name: part for name, part in base.items() if name == lora.WHOLE}
-  base = {name: part for name, part in base.items() if name != lora.WHOLE}
-  return Setup(model, params, base, objective)
+  trained |= {name: part for name, part in params.items() if name == lora.WHOLE}
+  base = {name: part for name, part in params.items() if name != lora.WHOLE}
+  return Setup(model, trained, base, objective)
 
 
 def _objective_of(

@@ -5,7 +5,9 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from dpojax import checkpoint
 from dpojax.config import ConfigError, flatten
@@ -89,7 +91,10 @@ def load_reference(policy: Loaded) -> Loaded | None:
     return None
   name = settings.reference.checkpoint or settings.model.checkpoint
   if name:
-    return load(name, dtype=policy.config.dtype)
+    reference = load(name, dtype=policy.config.dtype)
+    rounded = jnp.dtype(settings.model.get("param_dtype", "float32"))  # as the run has held it
+    return reference._replace(
+        params=jax.tree.map(lambda x: np.asarray(x, rounded), reference.params))
   if settings.objective != "dpo":
     return None
   params = transformer.init_params(policy.config, jax.random.key(settings.seed))

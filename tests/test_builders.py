@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from dpojax.data import builders
-from dpojax.data.builders import hh, shp, stack_exchange, tldr
+from dpojax.data.builders import hh, imdb, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 
 TURN = "\n\nHuman: {}\n\nAssistant:"
@@ -172,7 +172,7 @@ def test_unusable_files_are_named(prepare, tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_known_ones(prepare, tmp_path):
-  with pytest.raises(DataError, match="'hhh'; it is one of hh, jsonl, shp, stack_exchange, tldr"):
+  with pytest.raises(DataError, match="'hhh'; it is one of hh, imdb, jsonl, shp, stack_exchange, tldr"):
     prepare("hhh")
   with pytest.raises(DataError, match="'harmles'; hh has all, harmless-base, helpful-base"):
     prepare("hh", config="harmles")
@@ -340,6 +340,40 @@ def test_tldr_splits_as_published(prepare, served, monkeypatch):
   assert len(prepare("tldr", split="test")) == 3
 
 
+def test_imdb_gives_two_to_eight_words_of_a_review_and_keeps_the_rest(prepare, tmp_path):
+  reviews = [f"It is{'<br /><br />' if i % 2 else ' '}film number {i} of many, and{i * ' so'} good."
+             for i in range(60)]
+  path = str(tmp_path / "train.parquet")
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
+      [{"text": text, "label": 1} for text in (*reviews, "Very short.")]), path)
+  data = prepare("imdb", path=path)
+  assert data.report == {"used": 60, "too_short": 1}
+  assert [e.prompt + e.responses[0] for e in data] == [
+      text.replace("<br />", "\n") for text in reviews]
+  assert {len(e.prompt.split()) for e in data} == set(range(2, 9))
+  assert all(e.prompt == e.prompt.strip() and e.responses[0][0].isspace() for e in data)
+  assert list(prepare("imdb", path=write(tmp_path / "same.jsonl", *(
+      {"text": text} for text in reviews)))) == list(data)
+
+
+def test_imdb_of_real_sentences_uses_all_that_are_long_enough(prepare, real_data):
+  data = prepare("imdb", path=real_data / "movie_review_sentences.jsonl.gz", on_error="raise")
+  assert data.report.keys() == {"used", "too_short"} and sum(data.report.values()) == 10662
+  counts = [sum(len(e.prompt.split()) == n for e in data) for n in range(2, 9)]
+  assert min(counts) > 1200  # of 10662 / 7, less those that are too short
+
+
+def test_imdb_is_downloaded_as_its_lists_say(prepare, served, monkeypatch):
+  folder, url = served
+  for split in ("train", "test"):
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": f"{split} " + "word " * 9}]), folder / f"{split}.parquet")
+    (folder / split).write_text(json.dumps([f"{url}/{split}.parquet"]))
+  monkeypatch.setattr(imdb, "URL", url)
+  for split in ("train", "test"):
+    assert [e.prompt.split()[0] for e in prepare("imdb", split=split)] == [split]
+
+
 def question(i, *answers):
   return {"qid": i, "question": f"<p>Why {i}?</p>", "answers": [
       {"text": f"<p>{text}</p>", "pm_score": score, "selected": False} for text, score in answers]}
@@ -382,5 +416,5 @@ def test_html_is_stripped(html, text):
 
 
 def test_every_source_can_be_asked_for_by_name():
-  assert set(builders.BUILDERS) == {"hh", "jsonl", "shp", "stack_exchange", "tldr"}
+  assert set(builders.BUILDERS) == {"hh", "imdb", "jsonl", "shp", "stack_exchange", "tldr"}
   assert len(shp.SUBREDDITS) == 18

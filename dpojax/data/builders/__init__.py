@@ -19,11 +19,11 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
-from dpojax.data.builders import base, hh, jsonl, shp, stack_exchange, tldr
+from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 
 BUILDERS = {builder.name: builder for builder in (
-    hh.HH, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
+    hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
 """Names that `data.source` takes."""
 
 Path = str | os.PathLike
