@@ -12,6 +12,7 @@ ending says what it was sampled with.
 """
 
 import argparse
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -20,7 +21,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from dpojax.data import examples, packing, tokenization
 from dpojax.data.examples import DataError, RecordError
 from dpojax.disk import DiskError, disk_errors
 from dpojax.models import transformer
+from dpojax.models.config import ModelConfig
 from dpojax.resolve import say
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError)
@@ -78,6 +80,15 @@ class Sample(NamedTuple):
   finished: bool
 
 
+class _Placed(NamedTuple):
+  """A model on the devices and what is compiled for it; models of one config share that."""
+
+  config: ModelConfig
+  params: Any
+  sample: Callable
+  score: Callable
+
+
 class Generator:
   """Draws samples of prompts in batches of few shapes, and scores them by the training primitive."""
 
@@ -99,19 +110,30 @@ class Generator:
     self._longest = min(
         (m.config.longest for m in (policy, reference) if m and m.config.longest), default=None)
     self._stops = (eos, *draw.stop_ids)
-    config, params = transformer.unrolled(policy.config, policy.params)
-    self._params = devices.place(params)
-    self._sample = devices.lift(sampling.make_sampler(
-        config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples,
-        stop_id=self._stops), donate_state=False)
-    score = lambda config: devices.lift(reference_lib.make_score_step(
-        transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None),
-        donate_state=False)
-    self._scorers = [(score(config), self._params)]
-    if reference is not None:
-      other, params = transformer.unrolled(reference.config, reference.params)
-      same = dataclasses.replace(other, published=config.published) == config
-      self._scorers.append((self._scorers[0][0] if same else score(other), devices.place(params)))
+    self._models = []
+    for model in (policy, reference) if reference is not None else (policy,):
+      config, params = transformer.unrolled(model.config, model.params)
+      config = dataclasses.replace(config, published="")
+      same = [other for other in self._models if other.config == config]
+      self._models.append(same[0]._replace(params=devices.place(params)) if same
+                          else self._placed(config, params))
+
+  def _placed(self, config: ModelConfig, params: Any) -> "_Placed":
+    lift, draw = self._devices.lift, self.draw
+    return _Placed(
+        config, self._devices.place(params),
+        lift(sampling.make_sampler(
+            config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples,
+            stop_id=self._stops), donate_state=False),
+        lift(reference_lib.make_score_step(
+            transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None),
+            donate_state=False))
+
+  def of_reference(self) -> "Generator":
+    """Returns the generator of the reference's samples, scored under it and then the policy."""
+    other = copy.copy(self)
+    other._models = self._models[::-1]
+    return other
 
   @property
   def longest_prompt(self) -> int | None:
@@ -144,8 +166,9 @@ class Generator:
       row[:len(prompt)] = prompt
     seeds = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(self.draw.seed), np.array(full(numbers), np.int32))
-    drawn = self._devices.collect_rows(self._sample(
-        self._params, *self._devices.place_rows((padded, lengths), size), seeds,
+    policy = self._models[0]
+    drawn = self._devices.collect_rows(policy.sample(
+        policy.params, *self._devices.place_rows((padded, lengths), size), seeds,
         self.draw.temperature, self.draw.top_p, self.draw.top_k))
     ids = [[tokens[:n].tolist() for tokens, n in zip(*each)]
            for each in zip(drawn.tokens[:count], drawn.lengths[:count])]
@@ -163,8 +186,8 @@ class Generator:
         np.arange(len(prompts)), self.batch_size, packing.RowShape(width + scored, scored, 1),
         num_responses=self.draw.num_samples, example=range(len(prompts)))
     rows = self._devices.place_rows(rows, self.batch_size)
-    return [self._devices.collect_rows(score(params, rows)[0])[:len(prompts), 0]
-            for score, params in self._scorers]
+    return [self._devices.collect_rows(model.score(model.params, rows)[0])[:len(prompts), 0]
+            for model in self._models]
 
   def _width(self, length: int) -> int:
     width = _rounded(length)
@@ -180,7 +203,7 @@ def read_prompts(path: str | os.PathLike, limit: int = 0) -> list[str | list[dic
   prompts = []
   for number, record in read_lines(path):
     try:
-      prompts.append(_prompt_of(record))
+      prompts.append(prompt_of(record))
     except RecordError as error:
       raise DataError(f"{path} line {number}: {error}") from error
     if len(prompts) == limit:
@@ -387,7 +410,12 @@ def _rewrite(out: pathlib.Path, lines) -> None:
   os.replace(temporary, out)
 
 
-def _prompt_of(record: Any) -> str | list[dict]:
+def prompt_of(record: Any) -> str | list[dict]:
+  """Returns the prompt of a line: what stands under "prompt", or of a pair of HH dialogues.
+
+  Raises:
+    RecordError: there is none.
+  """
   if isinstance(record, dict) and "prompt" not in record and all(
       isinstance(record.get(key), str) for key in ("chosen", "rejected")):
     return examples.split_dialogue(record["chosen"], record["rejected"]).prompt
@@ -408,8 +436,6 @@ def add_draw_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--step", type=int, help="of the run's checkpoint; by default the last")
   parser.add_argument("--reference", default="", help="by default the run's own; 'none' for none")
   parser.add_argument("--batch_size", type=int, default=16, help="prompts drawn together")
-  parser.add_argument("--max_prompt_length", type=int, default=0, help="by default the run's")
-  parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   parser.add_argument("--fsdp", type=int, default=1)
   parser.add_argument("--tensor", type=int, default=1)
 
@@ -434,6 +460,8 @@ def main():
                       help="a run's workdir, a Hugging Face folder or a hub name")
   parser.add_argument("--prompts", required=True, help=".jsonl or .jsonl.gz")
   parser.add_argument("--out", required=True, help=".jsonl to write, or to go on with")
+  parser.add_argument("--max_prompt_length", type=int, default=0, help="by default the run's")
+  parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   add_draw_arguments(parser)
   options = parser.parse_args()
   try:

@@ -15,13 +15,15 @@ ORDER = [
     "models.transformer", "models.families", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "config", "checkpoint", "weights",
-    "metrics", "resolve", "export", "train", "sample", "evaluate"]
+    "metrics", "resolve", "export", "train", "sample", "intervals", "judging",
+    "scorers", "evaluate"]
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {
     "flax": ("models",), "tensorflow_datasets": ("data.builders",), "transformers": ("data.tokenization",),
     "huggingface_hub": ("models.hf",),
-    "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",)}
+    "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",),
+    "requests": ("judging", "data.builders")}
 """The modules a library may be imported in."""
 
 

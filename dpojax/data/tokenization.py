@@ -156,6 +156,29 @@ def tokenize(
   return Tokenized(*arrays, json.loads((folder / "report.json").read_text()), fingerprint)
 
 
+def tokenize_answers(
+    answers: Sequence[tuple[str | list[dict], str]], tokenizer: Any, *, truncation: Truncation
+) -> Tokenized:
+  """Returns (prompt, response) pairs in ids, every one of them; an empty response is EOS alone.
+
+  Raises:
+    DataError: one cannot be tokenized, or is a conversation without a chat template.
+  """
+  encoder, counts = _Encoder(tokenizer), collections.Counter()
+  encoded = encoder.encode([Example(prompt, (response,)) for prompt, response in answers])
+  for i, (each, (prompt, _)) in enumerate(zip(encoded, answers)):
+    if isinstance(each, RecordError) and each.reason == "empty_response":
+      each, = encoder.encode([Example(prompt, ("",))])
+    if isinstance(each, RecordError):
+      raise DataError(f"response {i + 1}: {each}") from each
+    ids, (response,) = each
+    encoded[i] = _cut((ids, [response or [encoder.eos]]), truncation, encoder, counts)
+  lengths = np.array([[len(prompt), len(response)] for prompt, (response,) in encoded], np.int32)
+  ids = np.array([i for prompt, (response,) in encoded for i in (*prompt, *response)], np.int32)
+  offsets = np.concatenate([np.zeros(1, np.int64), lengths.sum(axis=1, dtype=np.int64).cumsum()])
+  return Tokenized(lengths, ids, offsets, np.arange(len(answers), dtype=np.int32), dict(counts), "")
+
+
 Encoded = tuple[list[int], list[list[int]]]
 """A prompt's ids, and each response's."""
 
