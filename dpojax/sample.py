@@ -46,7 +46,10 @@ _NARROWEST = 16
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """How samples are drawn; see `sampling.make_sampler`. `stop_ids` come to the tokenizer's EOS."""
+  """How samples are drawn; see `sampling.make_sampler`.
+
+  `stop_ids` come to the tokenizer's EOS and to those of a published model's generation_config.json.
+  """
 
   num_samples: int = 1
   max_new_tokens: int = 256
@@ -109,7 +112,7 @@ class Generator:
     self.batch_size = -(-batch_size // devices.row_multiple) * devices.row_multiple
     self._longest = min(
         (m.config.longest for m in (policy, reference) if m and m.config.longest), default=None)
-    self._stops = (eos, *draw.stop_ids)
+    self._stops = tuple(dict.fromkeys((eos, *policy.stop_ids, *draw.stop_ids)))
     self._models = []
     for model in (policy, reference) if reference is not None else (policy,):
       config, params = transformer.unrolled(model.config, model.params)
@@ -397,7 +400,7 @@ def _reopen(out: pathlib.Path, settings: dict) -> dict[tuple[int, int], str]:
     raise ConfigError(
         f"{out} exists and was not written by this command ({error}); give another --out") from error
   for key, value in json.loads(json.dumps(settings)).items():
-    if was.get(key) != value:
+    if was.get(key) != value and key != "model":  # it may have moved; the weights tell
       raise ConfigError(
           f"{out} holds samples of {key} {was.get(key)!r}, not {value!r}; give another --out, or "
           "delete it")

@@ -1,6 +1,7 @@
 """Where a run starts: the workdir of another run, a Hugging Face folder, or a name on the hub."""
 
 import dataclasses
+import json
 import os
 from typing import Any, NamedTuple
 
@@ -46,6 +47,13 @@ class Loaded(NamedTuple):
   tokenizer: str
   name: str
   settings: ml_collections.ConfigDict | None = None
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """The ids that the published model's generation_config.json ends with; a chat has its own."""
+    published = json.loads(self.config.published or "{}")
+    ids = published.get("generation_config", {}).get("eos_token_id")
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpojax import sample
+from dpojax import sample, weights
 from dpojax.checkpoint import CheckpointError
 from dpojax.config import ConfigError
 from dpojax.data import tokenization
@@ -102,6 +102,14 @@ def test_a_conversation_is_prompted_as_the_template_has_it(real_data):
   (ids, cut), = tokenization.encode_prompts(
       [[{"role": "user", "content": "hello"}]], tokenizer, longest=50, keep="end")
   assert not cut and tokenizer.decode(ids) == "<s> [user]hello</s>[assistant]"
+
+
+@pytest.mark.parametrize("written, stop_ids", [([7, 9], (7, 9)), (7, (7,)), (None, ())])
+def test_a_published_models_own_stop_ids_end_samples_too(written, stop_ids):
+  published = json.dumps({"generation_config": {"eos_token_id": written} if written else {}})
+  model = weights.Loaded(worlds.llama(published=published), {}, "", "")
+  assert model.stop_ids == stop_ids
+  assert model._replace(config=worlds.llama()).stop_ids == ()
 
 
 @pytest.mark.parametrize("keep, want", [("end", "<s> d e f"), ("start", "<s> a b c")])
