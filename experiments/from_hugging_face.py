@@ -22,27 +22,30 @@ def settings(pairs: str, **changes):
   config = config_lib.defaults()
   config.update_from_flattened_dict({
       "data.source": "hh", "data.path": pairs, "data.max_length": 256,
-      "data.max_prompt_length": 128, "row_length": 512, "batch_size": 16, "log_every": 5,
+      "data.max_prompt_length": 128, "row_length": 512, "batch_size": 16, "log_every": 1,
       "eval_every": 0, "optimizer.name": "adamw", "optimizer.warmup_steps": 5,
       "optimizer.max_grad_norm": 1.0} | changes)
   return config
 
 
-def run(pairs: str, tokenizer: str, out: pathlib.Path, steps: int) -> dict[str, list[dict]]:
+STEPS = {"sft": 60, "dpo": 120}
+
+
+def run(pairs: str, tokenizer: str, out: pathlib.Path) -> dict[str, list[dict]]:
   """Trains and exports; returns the metrics of each run."""
   start, base = out / "start", out / "base"
   if not base.exists():
     train.run(settings(pairs, **{
-        "objective": "sft", "loss": "token_mean", "steps": steps, "tokenizer": tokenizer,
+        "objective": "sft", "loss": "token_mean", "steps": STEPS["sft"], "tokenizer": tokenizer,
         "data.unique_prompts": True, "model.width": 128, "model.layers": 2, "model.heads": 4,
-        "optimizer.learning_rate": 2e-3, "checkpoint_every": steps}), start)
+        "optimizer.learning_rate": 2e-3, "checkpoint_every": STEPS["sft"]}), start)
     export.export(start, base)
-  forms = {"all_params": {"optimizer.learning_rate": 1e-4},
-           "adapter": {"optimizer.learning_rate": 1e-3, "lora.rank": 8, "lora.alpha": 16.0}}
+  forms = {"all_params": {"optimizer.learning_rate": 5e-5},
+           "adapter": {"optimizer.learning_rate": 5e-4, "lora.rank": 8, "lora.alpha": 16.0}}
   for name, changes in forms.items():
     train.run(settings(pairs, **{
-        "model.checkpoint": str(base), "steps": steps, "eval_every": steps,
-        "checkpoint_every": steps} | changes), out / name)
+        "model.checkpoint": str(base), "steps": STEPS["dpo"], "eval_every": 40,
+        "checkpoint_every": STEPS["dpo"]} | changes), out / name)
     export.export(out / name, out / f"{name}_hf")
   export.export_adapter(out / "adapter", out / "adapter_peft")
   return {name: read_metrics(out / name) for name in forms}
@@ -53,10 +56,9 @@ def main():
   parser.add_argument("pairs")
   parser.add_argument("tokenizer")
   parser.add_argument("--out", default="runs/from_hugging_face", type=pathlib.Path)
-  parser.add_argument("--steps", default=60, type=int, help="of each run")
   options = parser.parse_args()
-  runs = run(options.pairs, options.tokenizer, options.out, options.steps)
-  print("\n| trained | first loss | training accuracy, steps 1-15 | last 15 steps | held-out accuracy "
+  runs = run(options.pairs, options.tokenizer, options.out)
+  print("\n| trained | first loss | training accuracy, steps 2-31 | last 30 steps | held-out accuracy "
         "| held-out loss | checkpoint, MiB |")
   print("|---|---|---|---|---|---|---|")
   for name, lines in runs.items():
@@ -65,8 +67,8 @@ def main():
     accuracy = lambda some: sum(line["rewards/accuracies"] for line in some) / len(some)
     files = (options.out / name / "checkpoints").rglob("*")
     size = sum(file.stat().st_size for file in files if file.is_file())
-    print(f"| {name.replace('_', ' ')} | {logged[0]['loss']:.7f} | {accuracy(logged[1:4]):.1%} "
-          f"| {accuracy(logged[-3:]):.1%} | {last['rewards/accuracies']:.1%} | {last['loss']:.4f} "
+    print(f"| {name.replace('_', ' ')} | {logged[0]['loss']:.7f} | {accuracy(logged[1:31]):.1%} "
+          f"| {accuracy(logged[-30:]):.1%} | {last['rewards/accuracies']:.1%} | {last['loss']:.4f} "
           f"| {size / 2**20:.1f} |")
 
 

@@ -161,7 +161,7 @@ def config_of(given, base, kind="dpo", **changes):
 def trained(given, sft, tmp_path_factory):
   """The workdir of DPO of an adapter."""
   workdir = tmp_path_factory.mktemp("trained") / "run"
-  train.run(config_of(given, sft, steps=8), workdir)
+  train.run(config_of(given, sft, steps=8, checkpoint_keep=0), workdir)
   return workdir
 
 
@@ -210,26 +210,31 @@ def test_a_stored_reference_on_a_mesh_gives_the_losses_of_an_inline_one_under_pm
 
 def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(
     trained, given, sft, tmp_path):
-  shutil.copytree(sft, tmp_path / "base")
-  settings = functools.partial(config_of, given, tmp_path / "base")
-  for steps in (4, 8):
-    train.run(settings(steps=steps), tmp_path / "twice")
-  want, got = (checkpoint.Checkpoints(workdir, keep=0).restore_arrays(8)[0]
-               for workdir in (trained, tmp_path / "twice"))
+  run, base = tmp_path / "run", tmp_path / "base"
+  shutil.copytree(trained, run)
+  for step_ in (6, 8):
+    shutil.rmtree(run / "checkpoints" / str(step_))
+  train.run(config_of(given, sft, steps=8, checkpoint_keep=0), run)
+  want, got = (checkpoint.Checkpoints(workdir, keep=0).restore_arrays(8)[0] for workdir in (trained, run))
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
-  shutil.rmtree(tmp_path / "base")
+  settings = json.loads((run / "config.json").read_text())
+  settings["model"]["checkpoint"] = str(base)
+  (run / "config.json").write_text(json.dumps(settings))
   with pytest.raises(checkpoint.CheckpointError, match="base', which cannot be read .*put it back, or"):
-    checkpoint.load_policy(tmp_path / "twice")
-  shutil.copytree(sft, tmp_path / "base")
-  stored = tmp_path / "base" / "model.safetensors"
-  tensors = safetensors.numpy.load_file(stored)
+    checkpoint.load_policy(run)
+  shutil.copytree(sft, base)
+  jax.tree.map(np.testing.assert_array_equal, *(
+      checkpoint.load_policy(workdir).params for workdir in (run, trained)))
+  tensors = safetensors.numpy.load_file(base / "model.safetensors")
   tensors["model.norm.weight"][0] += 1
-  safetensors.numpy.save_file(tensors, stored)
+  safetensors.numpy.save_file(tensors, base / "model.safetensors")
   with pytest.raises(checkpoint.CheckpointError, match="on other weights than .*bring those back"):
-    checkpoint.load_policy(tmp_path / "twice")
+    checkpoint.load_policy(run)
+  changed = config_of(given, base, steps=9)
+  changed.tokenizer = settings["tokenizer"]
   with pytest.raises(checkpoint.CheckpointError, match="started with another reference weights"):
-    train.run(settings(steps=9), tmp_path / "twice")
+    train.run(changed, run)
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])

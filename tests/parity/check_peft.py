@@ -93,6 +93,7 @@ def check(case, scratch):
 
 def main():
   jax.config.update("jax_platforms", "cpu")
+  transformers.utils.logging.disable_progress_bar()
   wrong = []
   for case in models.CASES:
     with tempfile.TemporaryDirectory() as scratch:

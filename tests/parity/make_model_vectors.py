@@ -26,9 +26,9 @@ from tests.parity import models
 PUBLISHED = pathlib.Path(__file__).parents[1] / "published_models.json"
 
 
-def model_of(name):
+def model_of(name, **changes):
   """The model of a case with its weights by formula, and their names and shapes."""
-  values = dict(models.CASES[name])
+  values = models.CASES[name] | changes
   values.pop("architectures")
   config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
