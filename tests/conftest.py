@@ -34,6 +34,13 @@ def real_data() -> pathlib.Path:
   return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+  """Lets go of a file's compiled programs: thousands of them run out of memory mappings."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
   return np.random.default_rng(0)

@@ -28,7 +28,8 @@ from dpojax.data.builders import Comparisons
 from dpojax.data.examples import DataError, Example, RecordError
 
 TRUNCATION_SIDE = {
-    "hh": "end", "jsonl": "end", "shp": "start", "stack_exchange": "start", "tldr": "start"}
+    "hh": "end", "imdb": "start", "jsonl": "end", "shp": "start", "stack_exchange": "start",
+    "tldr": "start"}
 """Which end of an over-long prompt is kept. HH as in the paper's code, where the others keep the
 start; for local files the end, because a conversation's last turn is what is answered."""
 
