@@ -138,46 +138,63 @@ def draw(
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
     return _pick(likeliest(weights, top_p, top_k), jax.vmap(jax.random.uniform)(keys))
 
-  return jax.lax.cond(
-      jnp.asarray(temperature) > 0, random, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+  def first_of_largest():  # argmax, in two passes that compilers turn into vectors
+    is_largest = logits == jnp.broadcast_to(jnp.max(logits, axis=-1, keepdims=True), logits.shape)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.min(jnp.where(is_largest, ids, logits.shape[-1] - 1), axis=-1)
+
+  return jax.lax.cond(jnp.asarray(temperature) > 0, random, first_of_largest)
 
 
-def likeliest(weights: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+def likeliest(
+    weights: jax.Array, top_p: jax.Array, top_k: jax.Array, *, few: int = 256
+) -> jax.Array:
   """Returns weights [R, V] in [0, 1] with those that top-k and then top-p leave out set to 0.
 
-  Nothing is sorted: the least weight that stays is found bit by bit, a pass over the ids for each.
+  The least that stays is mostly among the `few` largest, which are sorted; otherwise it is searched
+  for among all.
   """
   def by_count(weights):
-    return _keep(weights, lambda kept: jnp.sum(kept > 0, axis=-1) >= top_k)
+    wanted = jnp.full(weights.shape[0], top_k, weights.dtype)
+    return _keep(weights, lambda w: (w > 0).astype(w.dtype), wanted, few)
 
   def by_mass(weights):
-    mass = top_p * jnp.sum(weights, axis=-1)
-    return _keep(weights, lambda kept: jnp.sum(kept, axis=-1) >= mass)
+    return _keep(weights, lambda w: w, top_p * jnp.sum(weights, axis=-1), few)
 
   same = lambda weights: weights
   weights = jax.lax.cond((top_k > 0) & (top_k < weights.shape[-1]), by_count, same, weights)
   return jax.lax.cond(top_p < 1, by_mass, same, weights)
 
 
-def _keep(weights: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """Returns the fewest largest weights of each row, the others 0, of which `enough` says [R] yes.
+def _keep(
+    weights: jax.Array, worth: Callable[[jax.Array], jax.Array], wanted: jax.Array, few: int
+) -> jax.Array:
+  """Returns the fewest largest weights of each row that are worth as much as wanted [R], others 0.
 
-  Floats of one sign are ordered as their bits are, so the least that stays is found by a bisection
-  of integers.
+  The search is a bisection of integers: floats of one sign are ordered as their bits are.
   """
-  def at_least(bits):
-    least = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(weights >= jnp.broadcast_to(least[:, None], weights.shape), weights, 0.0)
+  wide = lambda x: jnp.broadcast_to(x[:, None], weights.shape)
+  above = lambda least: jnp.where(weights >= wide(least), weights, 0.0)
+  as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+  largest, _ = jax.lax.top_k(weights, min(few, weights.shape[-1]))
+  sums = jnp.cumsum(worth(largest), axis=-1)
+
+  def of_largest():
+    place = jnp.sum(sums < jnp.broadcast_to(wanted[:, None], sums.shape), axis=-1)
+    return jnp.take_along_axis(largest, place[:, None], axis=-1)[:, 0]
 
   def halve(_, bounds):
     low, high = bounds
     middle = low + (high - low) // 2
-    fits = enough(at_least(middle))
+    fits = jnp.sum(worth(above(as_float(middle))), axis=-1) >= wanted
     return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-  above_one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
-  low = jnp.zeros(weights.shape[0], jnp.int32)
-  return at_least(jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, above_one)))[0])
+  def of_all():
+    low = jnp.zeros(weights.shape[0], jnp.int32)
+    high = jnp.full_like(low, jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1)
+    return as_float(jax.lax.fori_loop(0, 30, halve, (low, high))[0])
+
+  return above(jax.lax.cond(jnp.all(sums[:, -1] >= wanted), of_largest, of_all))
 
 
 _BLOCK = 128

@@ -162,12 +162,14 @@ def test_a_sweep_over_temperature_top_p_and_top_k_compiles_once():
   assert len(traces) == 1
 
 
+@pytest.mark.parametrize("few", [4, 256])
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float32, (3, 16), elements=st.floats(0, 1, width=32)),
        st.floats(0.05, 0.99), st.integers(0, 20))
-def test_what_stays_is_the_fewest_likeliest_with_their_ties(weights, top_p, top_k):
+def test_what_stays_is_the_fewest_likeliest_with_their_ties(few, weights, top_p, top_k):
+  """Found among the few largest that are sorted, or, where they are not enough, among all."""
   weights[:, 0] = 1.0
-  got = np.asarray(LIKELIEST(weights, top_p, top_k))
+  got = np.asarray(LIKELIEST(weights, top_p, top_k, few=few))
   for row, kept in zip(weights, got):
     ordered = np.sort(row)[::-1]
     if 0 < top_k < 16:
@@ -180,7 +182,7 @@ def test_what_stays_is_the_fewest_likeliest_with_their_ties(weights, top_p, top_
     assert any(np.array_equal(kept, np.where(row >= each, row, 0)) for each in least)
 
 
-LIKELIEST = jax.jit(sampling.likeliest)
+LIKELIEST = jax.jit(sampling.likeliest, static_argnames="few")
 
 
 def test_a_prompt_gets_the_samples_of_its_key_alone_and_beside_longer_ones(rng):
