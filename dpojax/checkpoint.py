@@ -3,10 +3,11 @@
 The reference is not in them, unless it moves: then the run could not go on without it.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,14 @@ class Checkpoints:
             tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)))
     return restored.state[part] if part else restored.state, restored.about
 
+  def restore_about(self, step: int) -> dict:
+    """Returns what the state at a step belongs to.
+
+    Raises:
+      CheckpointError: its files are damaged.
+    """
+    return self._restore(step, about=ocp.args.JsonRestore()).about
+
   def _restore(self, step: int, **items) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -166,6 +175,16 @@ def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:
   return policy._replace(params=lora.merge(base, policy.params, adapter))
 
 
+def load_model_config(workdir: str | os.PathLike) -> ModelConfig:
+  """Returns the dimensions of a run's model, without its weights.
+
+  Raises:
+    CheckpointError: there is no such run, or no checkpoint in it.
+  """
+  with _opened(workdir) as (checkpoints, step):
+    return ModelConfig(**checkpoints.restore_about(step)["model"])
+
+
 def load_adapter(workdir: str | os.PathLike, step: int | None = None) -> Adapter:
   """Returns the adapter of a run: of its last checkpoint, or of the one at `step`.
 
@@ -205,18 +224,25 @@ def load_weights(
 
 def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:
   """What a run has trained, and what its checkpoint says of itself."""
-  workdir = pathlib.Path(workdir)
   settings = load_settings(workdir)
+  with _opened(workdir, step) as (checkpoints, step):
+    params, about = checkpoints.restore_arrays(step, "params")
+  return Policy(ModelConfig(**about["model"]), params, step, settings), about
+
+
+@contextlib.contextmanager
+def _opened(
+    workdir: str | os.PathLike, step: int | None = None) -> Iterator[tuple[Checkpoints, int]]:
+  """Opens the checkpoints of a run; gives the last step where none is named."""
+  load_settings(workdir)
   checkpoints = Checkpoints(workdir, keep=0)
   steps = checkpoints.steps()
   if not steps or (step is not None and step not in steps):
     raise CheckpointError(
         f"{workdir} holds no checkpoint" + (f" of step {step}" if step is not None else "")
         + f"; it holds {steps}. Run it with checkpoint_every > 0")
-  step = steps[-1] if step is None else step
-  params, about = checkpoints.restore_arrays(step, "params")
+  yield checkpoints, steps[-1] if step is None else step
   checkpoints.close()
-  return Policy(ModelConfig(**about["model"]), params, step, settings), about
 
 
 def _base_of(

@@ -36,7 +36,7 @@ _KNOBS = {
 
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
-    "parallel", "wandb_project", "data.cache_dir")
+    "parallel", "wandb_project", "data.cache_dir", "check_memory", "compile_cache")
 """Keys that may differ when a run is continued: they leave every number as it is."""
 
 
@@ -121,6 +121,9 @@ def defaults() -> ml_collections.ConfigDict:
   config.checkpoint_keep = 1  # last n kept; 0: all
   config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
   config.wandb_project = ""
+  config.check_memory = True  # compile before the first step and refuse what does not fit a device
+  config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto:
+  # in data.cache_dir for accelerators, none for CPUs, whose programs differ from one kind to the next
 
   config.parallel = ml_collections.ConfigDict()
   config.parallel.strategy = "pmap"

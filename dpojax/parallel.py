@@ -6,8 +6,11 @@ data and fsdp. Both give the gradients of one device. With several processes eac
 the rows of its own devices only.
 """
 
+import contextlib
 import itertools
 import math
+import os
+import pathlib
 from typing import Any, Callable
 
 import jax
@@ -70,6 +73,20 @@ class Replicas:
     """Returns a parameter that is being read: whole, to be copied to the devices by `place`."""
     return read((slice(None),) * len(leaf.shape))
 
+  def placed(self, tree: Any) -> Any:
+    """Returns the shapes that `place` would give, of a tree of arrays or shapes."""
+    return jax.tree.map(lambda x: self._shape(len(self.devices), *x.shape, dtype=x.dtype), tree)
+
+  def placed_rows(self, rows: Rows) -> Rows:
+    """Returns the shapes that `place_rows` would give, of all rows of a step."""
+    count = jax.device_count()
+    return jax.tree.map(
+        lambda x: self._shape(
+            len(self.devices), x.shape[0] // count, *x.shape[1:], dtype=x.dtype), rows)
+
+  def _shape(self, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+
   def collect(self, tree: Any) -> Any:
     """Returns a placed tree as NumPy arrays, from the first local device."""
     return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
@@ -99,9 +116,9 @@ class Replicas:
       return np.concatenate(multihost_utils.process_allgather(local))
     return jax.tree.map(whole, tree)
 
-  def lift(self, step: Callable, *, donate_state: bool) -> Callable:
+  def lift(self, step: Callable, *, donate_state: bool) -> "Lifted":
     """Returns the step over placed arguments; it donates its first argument if asked."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ())
+    return Lifted(jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ()))
 
 
 class Mesh:
@@ -175,6 +192,17 @@ class Mesh:
 
     return jax.tree.map(place, tree, self.shardings(tree))
 
+  def placed(self, tree: Any) -> Any:
+    """Returns the shapes, with shardings, that `place` would give, of a tree of arrays or shapes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree, self.shardings(tree))
+
+  def placed_rows(self, rows: Rows) -> Rows:
+    """Returns the shapes, with shardings, that `place_rows` would give, of all rows of a step."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows)
+
   def collect(self, tree: Any) -> Any:
     """Returns the tree itself: global arrays are saved as they are."""
     return tree
@@ -207,25 +235,41 @@ class Mesh:
       return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
-  def lift(self, step: Callable, *, donate_state: bool) -> Callable:
+  def lift(self, step: Callable, *, donate_state: bool) -> "Lifted":
     """Returns the step under `jit`; a donated first argument keeps its shardings in the output.
 
     While it is traced the mesh is set, for code that depends on how rows are cut.
     """
-    if donate_state:
-      def pinned(state, *args):
-        state, metrics = step(state, *args)
-        return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
+    if not donate_state:
+      return Lifted(jax.jit(step), lambda: jax.set_mesh(self.mesh))
 
-      jitted = jax.jit(pinned, donate_argnums=(0,))
-    else:
-      jitted = jax.jit(step)
+    def pinned(state, *args):
+      state, metrics = step(state, *args)
+      return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
-    def lifted(*args):
-      with jax.set_mesh(self.mesh):
-        return jitted(*args)
+    return Lifted(jax.jit(pinned, donate_argnums=(0,)), lambda: jax.set_mesh(self.mesh))
 
-    return lifted
+
+class Lifted:
+  """A step over placed arguments, which may be compiled before there are any."""
+
+  def __init__(self, jitted: Any, context: Callable = contextlib.nullcontext):
+    self._jitted, self._context, self._compiled = jitted, context, {}
+
+  def __call__(self, *args):
+    with self._context():
+      return self._compiled.get(_shapes(args[-1]), self._jitted)(*args)
+
+  def compile(self, *args: Any) -> jax.stages.Compiled:
+    """Compiles for arguments, or their shapes as placed; calls with such a last one use it."""
+    with self._context():
+      compiled = self._jitted.lower(*args).compile()
+    self._compiled[_shapes(args[-1])] = compiled
+    return compiled
+
+
+def _shapes(tree: Any) -> tuple:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(tree))
 
 
 def _span(place: tuple[Any, tuple[slice, ...]]) -> list[int]:
@@ -248,6 +292,37 @@ def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 
         f"parallel.strategy is 'pmap' with data, fsdp, tensor = {data}, {fsdp}, {tensor}; pmap "
         "holds everything on every device: set parallel.strategy='mesh' or leave them 0, 1, 1")
   return Replicas()
+
+
+def simulate(devices: int) -> None:
+  """Lets jax see that many CPU devices, to compile for as many; before any other use of jax."""
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", devices)
+
+
+def keep_compiled(folder: str | os.PathLike) -> None:
+  """Lets this process find there what an earlier one compiled, and keep there what it compiles."""
+  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def memory_limit() -> int:
+  """Returns the bytes a local device can hold; on CPUs its share of what the process may use."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+  for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    with contextlib.suppress(OSError, ValueError):
+      limits.append(int(pathlib.Path(path).read_text()))
+  return min(limits) // jax.local_device_count()
+
+
+def bytes_on_one(tree: Any) -> int:
+  """Returns the bytes one device holds of a tree of shapes with shardings, as `placed` gives them."""
+  return sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(tree: Any) -> int:

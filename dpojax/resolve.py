@@ -1,21 +1,26 @@
 """What a config stands for: its comparisons, its model and reference, and the objective over them."""
 
+import dataclasses
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpojax import objectives, preference, weights
+from dpojax import objectives, preference, step, weights
 from dpojax import config as config_lib
+from dpojax import reference as reference_lib
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
+from dpojax.disk import disk_errors
 from dpojax.models import config as model_config
 from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
+from dpojax.parallel import Mesh, Replicas, keep_compiled, make_parallel
+from dpojax.parts import Parts
 
 
 class Data(NamedTuple):
@@ -87,6 +92,97 @@ def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
   return pathlib.Path(named).expanduser()
 
 
+def use_compile_cache(config: ml_collections.ConfigDict) -> None:
+  """Keeps compiled programs where the config says; before anything is compiled."""
+  folder = config.compile_cache
+  if folder == "auto":
+    folder = cache_dir(config) / "compiled" if jax.default_backend() != "cpu" else ""
+  if folder:
+    with disk_errors(pathlib.Path(folder)):
+      keep_compiled(pathlib.Path(folder).expanduser().absolute())
+
+
+def make_devices(config: ml_collections.ConfigDict) -> Replicas | Mesh:
+  """Returns the lift over all devices that the config names.
+
+  Raises:
+    ConfigError: its axes do not fit the devices.
+  """
+  settings = config.parallel
+  try:
+    return make_parallel(
+        settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
+  except ValueError as error:
+    raise ConfigError(f"config.{error}") from error
+
+
+def make_loader(
+    config: ml_collections.ConfigDict, subset: loader.Subset | loader.Mismatched,
+    devices: Replicas | Mesh,
+) -> loader.Loader:
+  """Returns the loader of the rows that the devices are given.
+
+  Raises:
+    PackingError: a comparison does not fit a row, or they are fewer than a step takes.
+  """
+  return loader.Loader(
+      subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
+      shards=devices.row_multiple, rows_at_once=config.rows_at_once, span=devices.span)
+
+
+def parts_of(config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Parts:
+  """Returns how many rows of a step are computed at once."""
+  return Parts(config.rows_at_once, devices.global_shards)
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict, objective: objectives.Objective, devices: Replicas | Mesh
+) -> tuple[Any, Callable]:
+  """Returns the optimizer, and the train step over the devices; it donates the state."""
+  settings = config.optimizer
+  schedule = step.make_schedule(
+      settings.schedule, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
+      steps=config.steps)
+  tx = step.make_optimizer(
+      settings.name, schedule, max_grad_norm=settings.max_grad_norm,
+      weight_decay=settings.weight_decay)
+  return tx, devices.lift(
+      step.make_train_step(
+          objective, tx, schedule=schedule, parts=parts_of(config, devices),
+          axis_name=devices.axis_name), donate_state=True)
+
+
+def use_stored_reference(
+    config: ml_collections.ConfigDict, setup: "Setup", reference: Any, fingerprint: str,
+    loaders: list[loader.Loader | None], devices: Replicas | Mesh,
+) -> None:
+  """Gives the loaders the reference's log-probs, from the store or computed into it.
+
+  Args:
+    config: all keys.
+    setup: what the run trains.
+    reference: the reference's params, placed.
+    fingerprint: theirs.
+    loaders: those whose rows are to carry the log-probs.
+    devices: what everything is placed on.
+  """
+  score = devices.lift(reference_lib.make_score_step(
+      transformer.make_apply(setup.model), num_responses=setup.objective.num_responses,
+      chunk_size=config.chunk_size or None, parts=parts_of(config, devices)), donate_state=False)
+  of_batch = lambda batch: devices.collect_rows(
+      score(reference, devices.place_rows(batch.rows, batch.total_rows)))
+  without = ("remat", "scan_layers", "published", "reward_head")
+  model = {key: value for key, value in setup.model.as_dict().items() if key not in without}
+  tables = {}
+  for each in filter(None, loaders):
+    data = each.subset.data
+    if data.fingerprint not in tables:
+      tables[data.fingerprint] = reference_lib.stored_log_probs(
+          each.subset, {"weights": fingerprint, "model": model}, cache_dir(config) / "reference",
+          of_batch, lambda subset: make_loader(config, subset, devices))
+    each.reference = each.subset.in_order(tables[data.fingerprint])
+
+
 def make_setup(
     config: ml_collections.ConfigDict, *, axis_name: str | None = None,
     place: hf.Place | None = None,
@@ -116,6 +212,34 @@ def make_setup(
     _check_same_shapes(params, reference, config)
     setup = setup._replace(reference=reference)
   return setup
+
+
+def make_setup_of_shapes(
+    config: ml_collections.ConfigDict, *, axis_name: str | None = None) -> Setup:
+  """Returns `make_setup` with shapes in the place of arrays: no weights are read.
+
+  Of a Hugging Face model only the config.json has to be there.
+
+  Raises:
+    ConfigError, CheckpointError: there is no such model, or its family is not supported.
+  """
+  if not config.model.checkpoint:
+    model = _model_of(config)
+  else:
+    changes = dict(dtype=config.model.dtype, remat=config.model.remat,
+                   reward_head=config.objective == "reward")
+    model = dataclasses.replace(weights.read_model_config(config, "model.checkpoint"), **changes)
+  whole = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
+  setups = []
+
+  def trained_and_frozen(params):
+    setups.append(setup_of(model, params, config, axis_name=axis_name))
+    return setups[0].params, setups[0].reference
+
+  params, reference = jax.eval_shape(trained_and_frozen, whole)
+  reference = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), reference)
+  return setups[0]._replace(params=params, reference=reference)
 
 
 def setup_of(

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, resolve, weights
+from dpojax import checkpoint, objectives, plan, resolve, weights
 from dpojax import config as config_lib
 from dpojax import reference as reference_lib
 from dpojax import step as step_lib
@@ -33,8 +33,6 @@ from dpojax.data import loader, packing
 from dpojax.data.examples import DataError
 from dpojax.disk import DiskError, disk_errors
 from dpojax.metrics import MetricsWriter
-from dpojax.models import transformer
-from dpojax.parallel import make_parallel
 from dpojax.parts import Parts
 from dpojax.resolve import is_main, say
 
@@ -66,37 +64,32 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
   workdir = _open_workdir(workdir, config)
-  devices = _lift(config)
+  resolve.use_compile_cache(config)
+  devices = resolve.make_devices(config)
   data = resolve.load_data(config)
-  make_loader = lambda subset: loader.Loader(
-      subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
-      shards=devices.row_multiple, rows_at_once=config.rows_at_once, span=devices.span)
-  parts = Parts(config.rows_at_once, devices.global_shards)
-  train_loader = make_loader(data.train)
-  held_out_loader = make_loader(data.held_out) if data.held_out is not None else None
+  train_loader = resolve.make_loader(config, data.train, devices)
+  held_out_loader = data.held_out and resolve.make_loader(config, data.held_out, devices)
   _report_plan(train_loader, config)
 
   setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_part)
   _check_metrics(setup, train_loader, config, devices.axis_name)
-  schedule = step_lib.make_schedule(
-      config.optimizer.schedule, learning_rate=config.optimizer.learning_rate,
-      warmup_steps=config.optimizer.warmup_steps, steps=config.steps)
-  tx = step_lib.make_optimizer(
-      config.optimizer.name, schedule, max_grad_norm=config.optimizer.max_grad_norm,
-      weight_decay=config.optimizer.weight_decay)
+  tx, train_step = resolve.make_train_step(config, setup.objective, devices)
   about = {
       "model": setup.model.as_dict(), "data": data.fingerprint,
       "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
   reference = None if setup.reference is None else devices.place(
       setup.reference, donated=bool(config.reference.sync_every))
   if setup.objective.needs_reference and config.reference.mode == "stored":
-    _use_stored_reference(
-        setup, reference, about["reference"], [train_loader, held_out_loader], make_loader, devices,
-        parts, config)
+    resolve.use_stored_reference(
+        config, setup, reference, about["reference"], [train_loader, held_out_loader], devices)
     reference = reference if config.lora.rank else None  # an adapter's is its base as well
   state = devices.place(step_lib.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
 
+  if config.check_memory:
+    stored = config.reference.mode == "stored" and setup.objective.needs_reference
+    rows = plan.largest_rows(train_loader, setup.objective.num_responses, devices, stored=stored)
+    plan.check_fits(train_step.compile(state, reference, rows))
   _check_space(workdir, state, config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best)
   first = 0
@@ -110,10 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
           checkpoints.restore_reference(first, devices.restore_target(reference)))
     say(f"continuing from step {first} of {workdir}")
 
-  train_step = devices.lift(step_lib.make_train_step(
-      setup.objective, tx, schedule=schedule, parts=parts,
-      axis_name=devices.axis_name), donate_state=True)
-  evaluate = make_evaluate(setup.objective, devices, parts)
+  evaluate = make_evaluate(setup.objective, devices, resolve.parts_of(config, devices))
   move_reference = devices.lift(
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
   moving = lambda: devices.collect(reference) if config.reference.sync_every else None
@@ -128,12 +118,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
         log.write(0, "eval", metrics)
 
     log.start_clock()
-    for batch, rows in _placed_ahead(train_loader.training(first, config.steps), devices):
+    for batch, rows, waited in _placed_ahead(train_loader.training(first, config.steps), devices):
       state, metrics = train_step(state, reference, rows)
       step = batch.step + 1
       if config.reference.sync_every and step % config.reference.sync_every == 0:
         reference, _ = move_reference(reference, state)
-      log.advance(batch)
+      log.advance(batch, waited)
       due = lambda every: every and (step % every == 0 or step == config.steps)
       stopping = stop_asked(step)
       logging_now, saving = step == 1 or due(config.log_every), due(config.checkpoint_every)
@@ -235,17 +225,20 @@ class Log:
 
   def start_clock(self) -> None:
     """Counts pairs and tokens a second from here on."""
-    self._started, self._pairs, self._tokens = time.perf_counter(), 0, 0
+    self._started, self._waited = time.perf_counter(), 0.0
+    self._pairs, self._tokens = 0, 0
 
-  def advance(self, batch: loader.Batch) -> None:
+  def advance(self, batch: loader.Batch, waited: float) -> None:
     self._bar.update(1)
+    self._waited += waited
     self._pairs += batch.comparisons
     self._tokens += batch.tokens
 
   def rates(self) -> dict[str, float]:
     """Returns the rates since the clock was started, and starts it again."""
     seconds = time.perf_counter() - self._started
-    rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds}
+    rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds,
+             "input_wait": self._waited / seconds}
     self.start_clock()
     return rates
 
@@ -276,37 +269,6 @@ def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict)
       temporary.write_text(config_lib.to_json(config))
       os.replace(temporary, path)
   return workdir
-
-
-def _lift(config: ml_collections.ConfigDict):
-  settings = config.parallel
-  try:
-    devices = make_parallel(
-        settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
-  except ValueError as error:
-    raise ConfigError(f"config.{error}") from error
-  return devices
-
-
-def _use_stored_reference(
-    setup: resolve.Setup, reference: Any, fingerprint: str, loaders: list, make_loader: Callable,
-    devices, parts: Parts, config: ml_collections.ConfigDict) -> None:
-  """Gives the loaders the reference's log-probs, from the store or computed into it."""
-  score = devices.lift(reference_lib.make_score_step(
-      transformer.make_apply(setup.model), num_responses=setup.objective.num_responses,
-      chunk_size=config.chunk_size or None, parts=parts), donate_state=False)
-  of_batch = lambda batch: devices.collect_rows(
-      score(reference, devices.place_rows(batch.rows, batch.total_rows)))
-  without = ("remat", "scan_layers", "published", "reward_head")
-  model = {key: value for key, value in setup.model.as_dict().items() if key not in without}
-  tables = {}
-  for each in filter(None, loaders):
-    data = each.subset.data
-    if data.fingerprint not in tables:
-      tables[data.fingerprint] = reference_lib.stored_log_probs(
-          each.subset, {"weights": fingerprint, "model": model},
-          resolve.cache_dir(config) / "reference", of_batch, make_loader)
-    each.reference = each.subset.in_order(tables[data.fingerprint])
 
 
 def _check_metrics(
@@ -358,11 +320,16 @@ def _report_plan(train_loader: loader.Loader, config: ml_collections.ConfigDict)
 
 def _placed_ahead(
     batches: Iterator[loader.Batch], devices, ahead: int = 2
-) -> Iterator[tuple[loader.Batch, Any]]:
-  """Keeps `ahead` batches on the devices before they are asked for."""
+) -> Iterator[tuple[loader.Batch, Any, float]]:
+  """Keeps `ahead` batches on the devices before they are asked for; says how long each kept us."""
   queue = []
-  for batch in batches:
-    queue.append((batch, devices.place_rows(batch.rows, batch.total_rows)))
+  while len(queue) <= ahead:
+    asked = time.perf_counter()
+    batch = next(batches, None)
+    if batch is None:
+      break
+    rows = devices.place_rows(batch.rows, batch.total_rows)
+    queue.append((batch, rows, time.perf_counter() - asked))
     if len(queue) > ahead:
       yield queue.pop(0)
   yield from queue

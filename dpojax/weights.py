@@ -36,6 +36,18 @@ def read(
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
 
 
+def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfig:
+  """Returns the dimensions of the model that a key such as 'model.checkpoint' names; see `read`."""
+  name = os.path.expanduser(flatten(config)[key])
+  if not hf.is_model(name):
+    return checkpoint.load_model_config(name)
+  try:
+    return dataclasses.replace(
+        hf.read_config(name), scan_layers=config.model.scan_layers)
+  except HuggingFaceError as error:
+    raise ConfigError(f"config.{key} is {name!r}: {error}") from error
+
+
 class Loaded(NamedTuple):
   """A model by itself: `settings` are those of its run, None of a Hugging Face model.
 

@@ -15,7 +15,7 @@ ORDER = [
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "config", "checkpoint", "weights",
-    "metrics", "resolve", "export", "train", "sample", "intervals", "judging",
+    "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
     "scorers", "evaluate"]
 """A module imports only modules before it; a package stands for all its modules."""
 

@@ -196,7 +196,7 @@ def state_files(workdir, step):
   manager = checkpoint.Checkpoints(workdir, keep=0)
   state, _ = manager.restore_arrays(step)
   manager.close()
-  clock = ("pairs_per_second", "tokens_per_second")
+  clock = ("pairs_per_second", "tokens_per_second", "input_wait")
   return state, [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(workdir)]
 
 

@@ -172,6 +172,20 @@ def row_fill(plan: Plan, lengths: np.ndarray, *, part: int = 0) -> float:
   return float(tokens / (rows.sum() * plan.shape.length))
 
 
+def empty(
+    rows: int, shape: RowShape, *, num_responses: int, with_reference: bool = False) -> Rows:
+  """Returns rows that hold nothing; see `fill`."""
+  full = lambda size, value: np.full((rows, size), value, np.int32)
+  return Rows(
+      tokens=full(shape.length, 0), positions=full(shape.length, 0),
+      comparison=full(shape.length, 0), branch=full(shape.length, 0),
+      source=full(shape.scored, 0), target=full(shape.scored, 0),
+      slot=full(shape.scored, shape.comparisons * num_responses),
+      example=full(shape.comparisons, -1),
+      reference=np.zeros((rows, shape.comparisons, num_responses), np.float32)
+      if with_reference else None)
+
+
 def fill(
     comparisons: Sequence[tuple[np.ndarray, list[np.ndarray]] | None], row: np.ndarray, rows: int,
     shape: RowShape, *, num_responses: int, example: Sequence[int], first_row: int = 0,
@@ -192,15 +206,7 @@ def fill(
     first_row: the first row to fill; comparisons of other rows are passed over.
     reference: [B, K] stored log-probs for `Rows.reference`.
   """
-  full = lambda size, value: np.full((rows, size), value, np.int32)
-  out = Rows(
-      tokens=full(shape.length, 0), positions=full(shape.length, 0),
-      comparison=full(shape.length, 0), branch=full(shape.length, 0),
-      source=full(shape.scored, 0), target=full(shape.scored, 0),
-      slot=full(shape.scored, shape.comparisons * num_responses),
-      example=full(shape.comparisons, -1),
-      reference=None if reference is None else np.zeros(
-          (rows, shape.comparisons, num_responses), np.float32))
+  out = empty(rows, shape, num_responses=num_responses, with_reference=reference is not None)
   used = np.zeros((rows, 3), np.int64)  # tokens, scored tokens and comparisons in each row
   for i, (r, comparison, identity) in enumerate(zip(row - first_row, comparisons, example)):
     if comparison is None or not 0 <= r < rows:

@@ -7,6 +7,7 @@ safetensors package because its slices are copies, without strides.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,7 +17,7 @@ import os
 import pathlib
 import re
 import shutil
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import huggingface_hub
 import jax
@@ -83,10 +84,31 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder
-  try:
+  with _fetching(name):
     return pathlib.Path(huggingface_hub.snapshot_download(
         str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
         ignore_patterns=["*/*", "consolidated*"]))
+
+
+def read_config(name: str | os.PathLike) -> ModelConfig:
+  """Returns the dimensions of a model; of a folder or hub name only its config.json is read.
+
+  Raises:
+    HuggingFaceError: there is none, or its family is not supported.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if peft.is_adapter_folder(folder):
+    return read_config(peft.read(folder)[0])
+  if not folder.is_dir():
+    with _fetching(name):
+      folder = pathlib.Path(huggingface_hub.hf_hub_download(str(name), "config.json")).parent
+  return families.read_config(_read_json(folder / "config.json"))
+
+
+@contextlib.contextmanager
+def _fetching(name: str | os.PathLike) -> Iterator[None]:
+  try:
+    yield
   except Exception as error:  # huggingface_hub and what carries it raise many kinds
     reason = str(error).strip().partition("\n")[0]
     raise HuggingFaceError(

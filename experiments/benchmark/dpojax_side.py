@@ -11,28 +11,25 @@ import flax
 import jax
 import jaxlib
 
-from dpojax import resolve, step
-from dpojax.parallel import make_parallel
-from dpojax.parts import Parts
+from dpojax import checkpoint, resolve, step
 from experiments.benchmark import inputs, measure
 
 
 def run(settings: dict) -> dict:
   config = inputs.run_config(settings)
-  devices = make_parallel(config.parallel.strategy)
-  batches = inputs.make_loader(config, shards=devices.row_multiple,
-      rows_at_once=config.rows_at_once, span=devices.span)
+  devices = resolve.make_devices(config)
+  batches = resolve.make_loader(config, resolve.load_data(config).train, devices)
   setup = resolve.make_setup(config, axis_name=devices.axis_name)
-  schedule = step.make_schedule("constant", learning_rate=config.optimizer.learning_rate,
-                                warmup_steps=0, steps=config.steps)
-  tx = step.make_optimizer("adamw", schedule, max_grad_norm=10.0)
+  tx, train_step = resolve.make_train_step(config, setup.objective, devices)
+  start = time.perf_counter()
+  reference = devices.place(setup.reference)
+  if settings["stored"]:
+    resolve.use_stored_reference(
+        config, setup, reference, checkpoint.fingerprint(setup.reference), [batches], devices)
+    reference = None
+  stored = time.perf_counter() - start
   state = devices.place(step.init_state(setup.params, tx))
-  reference = None if setup.reference is None else devices.place(setup.reference)
   setup = setup._replace(params=None, reference=None)
-  train_step = devices.lift(
-      step.make_train_step(
-          setup.objective, tx, axis_name=devices.axis_name,
-          parts=Parts(config.rows_at_once, devices.global_shards)), donate_state=True)
 
   seconds, waits, losses, compiled = [], [], [], {}
   source = iter(batches.training(0, config.steps))
@@ -50,6 +47,7 @@ def run(settings: dict) -> dict:
   return {
       "seconds": seconds, "losses": losses, "compile": sum(compiled.values()) - len(compiled) * min(
           seconds, default=0.0), "compiles": len(compiled), "input_wait": waits,
+      "reference_pass": stored,
       "peak_bytes": stats.get("peak_bytes_in_use") or measure.peak_bytes(),
       "row_fill": inputs.row_fill(batches, config.steps), "lengths": batches.lengths[
           batches.plan(0).index[:config.steps].ravel()].tolist(),
