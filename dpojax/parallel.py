@@ -269,7 +269,7 @@ class Lifted:
 
 
 def _shapes(tree: Any) -> tuple:
-  return tuple(leaf.shape for leaf in jax.tree.leaves(tree))
+  return tuple(np.shape(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _span(place: tuple[Any, tuple[slice, ...]]) -> list[int]:

@@ -19,9 +19,9 @@ def main(settings, workdir):
   slow = settings.pop("slow", 0.0)
   if slow:
     advance = train.Log.advance
-    def slowly(self, batch):
+    def slowly(*args):
       time.sleep(slow)
-      advance(self, batch)
+      advance(*args)
     train.Log.advance = slowly
   largest = settings.pop("largest_file", 0)
   if largest:

@@ -1,26 +1,13 @@
-"""The benchmark counts what it says: necessary work, the same pairs for all sides, a table of medians."""
+"""The benchmark does what it says: the same pairs for all sides, a table of medians."""
 
 import json
 import pathlib
 
 import numpy as np
 
-from dpojax.models import config as model_config
+from dpojax import plan
 from experiments.benchmark import dpojax_side, inputs, report
 from tests import worlds
-
-
-def test_necessary_work_is_counted_once():
-  """By hand: one layer of width 4, one head, MLP of 8, a vocabulary of 10; 3 + 2 + 1 tokens."""
-  config = model_config.ModelConfig(
-      vocab_size=10, width=4, layers=1, heads=1, kv_heads=1, head_size=4, mlp_width=8,
-      max_positions=16)
-  matrices = 4 * 4 * 4 + 3 * 4 * 8
-  seen = (1 + 2 + 3) + (4 + 5) + 4
-  forward = 2 * matrices * 6 + 4 * 4 * seen + 2 * 4 * 10 * 3
-  lengths = np.array([[3, 2, 1]])
-  for passes in (0, 1):
-    assert inputs.necessary_flops(config, lengths, reference_passes=passes) == (3 + passes) * forward
 
 
 def test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs(words, tmp_path):
@@ -40,18 +27,22 @@ def test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs(words, tmp_pat
   assert [len(prompt) for prompt, *_ in ids] == [len(t["prompt"].split()) for t in texts]
 
   result = dpojax_side.run(settings)
+  stored = dpojax_side.run(settings | {"stored": True})
+  np.testing.assert_allclose(stored["losses"], result["losses"], atol=1e-5)
+  assert stored["row_fill"] == result["row_fill"]
   assert abs(result["losses"][0] - np.log(2)) < 1e-5 and result["losses"][-1] < result["losses"][0]
   assert result["compiles"] == 1 and len(result["seconds"]) == 2
   assert result["lengths"] == [[len(part) for part in each] for each in ids]
   rows = 8  # one on each device
   np.testing.assert_allclose(result["row_fill"], np.sum(result["lengths"]) / (3 * rows * 64))
-  flops = inputs.necessary_flops(model, np.array(result["lengths"]), reference_passes=1) / 3
+  flops = 8 * plan.necessary_flops(model, np.array(result["lengths"]), 4)
   summary = {
       "case": "test", "date": "today", "python": "3", "matmul_flops": 1e11,
-      "settings": {"batch_size": 8}, "flops": {"dpojax": flops, "torch": flops},
+      "settings": {"batch_size": 8}, "tokens_per_pair": 12.5, "flops": {"dpojax": flops, "torch": flops},
       "results": {"dpojax": [result], "torch": [
           result | {"seconds": [9.0, 4.0, 2.0, 8.0], "micro": 4}]}}
   sides = report.summarize(summary)
+  assert sides["torch"]["tokens_per_second"] == 25.0
   assert sides["torch"]["pairs_per_second"] == 2.0 and sides["torch"]["steps"] == 3
   assert (sides["torch"]["slowest"], sides["torch"]["fastest"]) == (1.0, 4.0)
   text = report.write(summary, tmp_path)

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 CASES = {
     "tiny": dict(width=64, layers=2, heads=2, vocab_size=50257),
     "small": dict(width=256, layers=4, heads=4, vocab_size=50257),
@@ -85,6 +87,7 @@ def matmul_rate() -> float:
 
 
 def main():
+  from dpojax import plan
   from experiments.benchmark import inputs, report
 
   args = parse()
@@ -124,13 +127,14 @@ def main():
       if best is not None:
         chosen[side] = best[1]
         results[side].append(best[2])
+  lengths = batches.lengths[batches.plan(0).index[:args.steps].ravel()]
   summary = {
       "case": args.case, "settings": {k: v for k, v in settings.items() if not str(v).startswith("/")},
       "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
       "matmul_flops": matmul_rate(), "results": results,
-      "flops": {side: inputs.necessary_flops(
-          model, batches.lengths[batches.plan(0).index[:args.steps].ravel()],
-          reference_passes=0 if side.endswith("stored") else 1) / args.steps for side in sides}}
+      "tokens_per_pair": float(np.mean(2 * lengths[:, 0] + lengths[:, 1:].sum(1))),
+      "flops": {side: args.batch_size * plan.necessary_flops(
+          model, lengths, 3 if side.endswith("stored") else 4) for side in sides}}
   (args.out / f"{args.case}.json").write_text(json.dumps(summary, indent=1))
   print(report.write(summary, args.out))
 

@@ -23,7 +23,7 @@ def run(settings: dict) -> dict:
   tx, train_step = resolve.make_train_step(config, setup.objective, devices)
   start = time.perf_counter()
   reference = devices.place(setup.reference)
-  if settings["stored"]:
+  if settings.get("stored"):
     resolve.use_stored_reference(
         config, setup, reference, checkpoint.fingerprint(setup.reference), [batches], devices)
     reference = None

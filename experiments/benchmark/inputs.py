@@ -67,30 +67,6 @@ def write_pairs(settings: dict, batches: loader.Loader, folder: pathlib.Path) ->
   return {"pairs": str(pairs), "ids": str(ids)}
 
 
-def necessary_flops(
-    config: model_config.ModelConfig, lengths: np.ndarray, *, reference_passes: int
-) -> float:
-  """Returns the multiplications and additions that the step's comparisons cannot do without.
-
-  Prompts once, keys that are seen, the head on scored tokens; backward twice the forward.
-
-  Args:
-    config: the model.
-    lengths: [B, 3] tokens of prompt and responses.
-    reference_passes: 1 where the reference is computed in the step, else 0.
-  """
-  prompt, responses = lengths[:, 0].astype(float), lengths[:, 1:].astype(float)
-  tokens = lengths.sum()
-  heads = config.heads + config.kv_heads
-  matrices = 2 * config.width * config.head_size * heads + 3 * config.width * config.mlp_width
-  seen = np.sum(prompt * (prompt + 1) / 2)
-  seen += np.sum(responses * (responses + 1) / 2 + responses * prompt[:, None])
-  forward = config.layers * (
-      2 * matrices * tokens + 4 * config.heads * config.head_size * seen)
-  forward += 2 * config.width * config.vocab_size * responses.sum()
-  return float((3 + reference_passes) * forward)
-
-
 def row_fill(batches: loader.Loader, steps: int) -> float:
   """Returns the share of row tokens that are not padding, over the steps that are run."""
   plan = batches.plan(0)

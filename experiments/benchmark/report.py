@@ -27,6 +27,7 @@ def summarize(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     median = statistics.median(rates)
     out[side] = {
         "pairs_per_second": median, "slowest": rates[0], "fastest": rates[-1],
+        "tokens_per_second": median * summary["tokens_per_pair"],
         "peak_gib": statistics.median(run["peak_bytes"] for run in runs) / 2**30,
         "of_matmul_rate": (
             summary["flops"][side] * median / settings["batch_size"] / summary["matmul_flops"]),
@@ -46,14 +47,16 @@ def table(summary: dict[str, Any]) -> str:
       + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
       + f"; this machine multiplies matrices at {summary['matmul_flops'] / 1e9:.0f} GFLOP/s.",
       "",
-      "| side | pairs/s, median (range) | times dpojax | peak memory, GiB | of the matmul rate, on "
-      "necessary FLOPs | compile, s | row fill | steps |", "|---|---|---|---|---|---|---|---|"]
+      "| side | pairs/s, median (range) | times dpojax | real tokens/s | peak memory, GiB | of the "
+      "matmul rate, on necessary FLOPs | compile, s | row fill | steps |",
+      "|---|---|---|---|---|---|---|---|---|"]
   own = sides.get("dpojax", next(iter(sides.values())))["pairs_per_second"]
   for side, each in sides.items():
     fill = f"{each['row_fill']:.1%}" if each["row_fill"] == each["row_fill"] else "-"
     lines.append(
         f"| {side} | {each['pairs_per_second']:.2f} ({each['slowest']:.2f} to "
-        f"{each['fastest']:.2f}) | {each['pairs_per_second'] / own:.3f} | {each['peak_gib']:.2f} | "
+        f"{each['fastest']:.2f}) | {each['pairs_per_second'] / own:.3f} | "
+        f"{each['tokens_per_second']:,.0f} | {each['peak_gib']:.2f} | "
         f"{each['of_matmul_rate']:.0%} | {each['compile_seconds']:.0f} | {fill} | {each['steps']} |")
   return "\n".join(lines) + "\n"
 
