@@ -54,7 +54,8 @@ def test_sft_then_dpo_starts_at_log_2_and_learns(given, sft, tmp_path):
   assert set(steps[0]) >= {
       "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
       "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "pairs_per_second",
-      "tokens_per_second"}
+      "tokens_per_second", "input_wait"}
+  assert all(0 <= line["input_wait"] < 1 for line in steps)
   assert list((tmp_path / "tensorboard").iterdir())
   policy = checkpoint.load_policy(tmp_path)
   assert policy.step == 12 and policy.settings.beta == config.beta
