@@ -40,8 +40,9 @@ def greedy_here(config, params, prompts):
 def greedy_there(folder, prompts):
   """The same from transformers, each prompt alone."""
   model = load(folder)
+  model.generation_config.eos_token_id = None  # nothing ends a text, and no id is held back for it
   settings = transformers.GenerationConfig(
-      max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+      max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
   with torch.no_grad():
     return np.array([model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt):]
                      .numpy() for prompt in prompts])
