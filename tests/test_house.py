@@ -14,7 +14,7 @@ ORDER = [
     "losses", "ppo_losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
-    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "rollouts", "config", "checkpoint", "weights",
+    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "rollouts", "ppo_step", "config", "checkpoint", "weights",
     "metrics", "resolve", "export", "train", "sample", "intervals", "judging",
     "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""
