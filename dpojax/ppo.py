@@ -30,19 +30,31 @@ that `dpojax.sample`, `evaluate` and `export` read, and a killed run continues t
 """
 
 import dataclasses
-from typing import Any, Callable, Sequence
+import os
+import sys
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+from absl import app, flags, logging
 
-from dpojax import parallel, ppo_losses, ppo_step, rollouts, sampling
+from dpojax import (
+    checkpoint, parallel, ppo_config, ppo_losses, ppo_step, resolve, rollouts, sampling, scorers,
+    weights)
+from dpojax import config as config_lib
 from dpojax import step as step_lib
+from dpojax import train as train_lib
+from dpojax.checkpoint import Checkpoints
+from dpojax.config import ConfigError
+from dpojax.data import loader, tokenization
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 from dpojax.parts import Parts
 from dpojax.ppo_step import Control, Experience, PPOState, Settings
 from dpojax.rollouts import Reward
+from dpojax.train import TrainingError
 
 
 class Trainer:
@@ -257,3 +269,191 @@ def check_prompts(prompts: np.ndarray, lengths: np.ndarray) -> None:
   if len(wrong):
     raise ValueError(
         f"prompt {wrong[0]} has length {lengths[wrong[0]]}; it must be in 1..{np.shape(prompts)[1]}")
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+  """Runs PPO as the config says, from the last checkpoint in `workdir` if there is one.
+
+  Args:
+    config: all keys of `dpojax.ppo_config.defaults()`.
+    workdir: the run's folder, made if missing.
+
+  Returns:
+    The last evaluation's metrics, or the last step's where nothing is held out.
+
+  Raises:
+    ConfigError, DataError: something given cannot be used; before any compile.
+    CheckpointError: a checkpoint is missing, or belongs to another run.
+    DiskError: the disk is full or cannot be written.
+    TrainingError: an update is not finite, or a signal asked to stop.
+  """
+  config = weights.with_tokenizer(config)
+  settings = ppo_config.validate(config)
+  workdir = train_lib.open_workdir(workdir, config)
+  trainer, train_prompts, held_out, about = _set_up(config, settings)
+  train_lib.check_space(workdir, _saved(trainer.state), config)
+  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+  first = checkpoints.steps()[-1] if checkpoints.steps() else 0
+  if first:
+    saved, was = checkpoints.restore(first, trainer.devices.restore_target(_saved(trainer.state)))
+    train_lib.check_same(was, about, workdir)
+    trainer.state = trainer.devices.place(_restored(saved))
+    resolve.say(f"continuing from step {first} of {workdir}")
+
+  with train_lib.Log(workdir, config, first) as log, train_lib.stop_signal() as stop_asked:
+    if first == 0 and config.eval_every:
+      log.write(0, "eval", trainer.measure(*held_out))
+    log.start_clock()
+    for step in range(first + 1, config.steps + 1):
+      index = prompts_of_step(len(train_prompts[0]), step - 1, settings)
+      metrics = trainer.step(step - 1, *(x[index] for x in train_prompts))
+      samples = settings.prompts_per_step * settings.num_samples
+      log.advance(_Progress(samples, round(samples * metrics["objective/length"])))
+      if not trainer.finite():
+        raise TrainingError(_not_finite(step, settings))
+      due = lambda every: every and (step % every == 0 or step == config.steps)
+      stopping = stop_asked(step)
+      if step == 1 or due(config.log_every):
+        rates = log.rates()
+        log.write(step, "train", metrics | {
+            "samples_per_second": rates["pairs_per_second"],
+            "tokens_per_second": rates["tokens_per_second"]})
+      if due(config.eval_every):
+        log.write(step, "eval", trainer.measure(*held_out))
+        log.start_clock()
+      if due(config.checkpoint_every) or (stopping and config.checkpoint_every):
+        checkpoints.save(step, _saved(trainer.state), about)
+      if stopping:
+        checkpoints.wait()
+        raise TrainingError(
+            f"stopped by a signal after step {step}; "
+            + (f"it is saved in {workdir}: the same command continues"
+               if config.checkpoint_every else "nothing is saved: checkpoint_every is 0"))
+    checkpoints.close()
+  return log.last.get("eval", log.last.get("train", {}))
+
+
+class _Progress(NamedTuple):
+  """What a step has done, in the words of `train.Log`."""
+
+  comparisons: int
+  tokens: int
+
+
+def _saved(state: PPOState) -> dict[str, Any]:
+  """A checkpoint's state: the policy's as in every other run, the rest beside it."""
+  return state.policy._asdict() | {"critic": state.critic, "control": state.control}
+
+
+def _restored(saved: dict[str, Any]) -> PPOState:
+  policy = {name: saved[name] for name in step_lib.TrainState._fields}
+  return PPOState(step_lib.TrainState(**policy), saved["critic"], saved["control"])
+
+
+def _set_up(config: ml_collections.ConfigDict, settings: Settings):
+  """Returns the trainer, prompts to train on and held-out ones, and what checkpoints belong to."""
+  model = weights.load(config.model.checkpoint, dtype=config.model.dtype)
+  policy = dataclasses.replace(model.config, remat=config.model.remat)
+  width, room = config.data.max_prompt_length, config.ppo.max_new_tokens
+  if policy.longest is not None and width + room > policy.longest:
+    raise ConfigError(
+        f"config.data.max_prompt_length is {width} and ppo.max_new_tokens {room}, together more than "
+        f"the {policy.longest} positions of {model.name}; lower one of them")
+  tokenizer = tokenization.load_tokenizer(config.tokenizer)
+  devices = _mesh(config)
+  reward = _reward(config, tokenizer, devices)
+  critic = _reward_model(config, "ppo.critic", tokenizer) if config.ppo.critic else None
+  if critic is not None and dataclasses.replace(critic.config, **_SAME) != dataclasses.replace(
+      policy, **_SAME):
+    raise ConfigError(
+        f"config.ppo.critic is {config.ppo.critic!r}, a model of other dimensions than "
+        f"{config.model.checkpoint!r}; leave it empty")
+  data = resolve.load_data(ppo_config.data_config(config))
+  train_prompts = _prompts(data.train, width, "training")
+  held_out = _prompts(data.held_out, width, "held-out") if config.eval_every else None
+  trainer = ppo_config.in_keys(lambda: Trainer(
+      policy, model.params, reward, settings, devices=devices,
+      stop_id=tuple(dict.fromkeys((tokenizer.eos_token_id, *model.stop_ids))),
+      critic_params=critic and critic.params))
+  about = {"model": model.config.as_dict(), "data": data.fingerprint,
+           "reference": checkpoint.fingerprint(model.params)}
+  return trainer, train_prompts, held_out, about
+
+
+_SAME = dict(dtype="float32", remat="none", published="", reward_head=True, max_positions=1)
+"""What may differ between a policy and its critic."""
+
+
+def _mesh(config: ml_collections.ConfigDict) -> parallel.Mesh:
+  settings = config.parallel
+  try:
+    return parallel.Mesh(data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
+  except ValueError as error:
+    raise ConfigError(f"config.{error}") from error
+
+
+def _prompts(subset: loader.Subset, width: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the prompts [n, width] of a data set, each once, and their lengths."""
+  subset = loader.last_of_each_prompt(subset)
+  ids = [subset.comparison(i)[0] for i in range(len(subset))]
+  kept = [each for each in ids if 1 <= len(each) <= width]
+  resolve.say(f"{len(kept)} {name} prompts; left out: {len(ids) - len(kept)} that are empty or longer "
+              f"than {width} tokens")
+  if not kept:
+    raise ConfigError(
+        f"config.data.max_prompt_length is {width} and every {name} prompt is longer; raise it")
+  return rollouts.padded(kept, width)
+
+
+def _reward(config: ml_collections.ConfigDict, tokenizer: Any, devices: parallel.Mesh) -> Reward:
+  """Returns the reward that `ppo.reward` names, of ids."""
+  name = config.ppo.reward
+  if not scorers.is_function(name):
+    model = _reward_model(config, "ppo.reward", tokenizer)
+    return rollouts.LearnedReward(
+        model.config, model.params, devices, num_samples=config.ppo.num_samples,
+        prompt_width=config.data.max_prompt_length, max_new_tokens=config.ppo.max_new_tokens)
+  function = scorers.load_function(name, ("prompt", "response"))
+  text = lambda ids: tokenizer.decode(
+      list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+  return lambda prompts, responses: np.array(
+      [float(function(text(p), tokenization.decode_response(tokenizer, p, r)))
+       for p, r in zip(prompts, responses)], np.float32)
+
+
+def _reward_model(config: ml_collections.ConfigDict, key: str, tokenizer: Any) -> weights.Loaded:
+  """Returns the reward model of a key.
+
+  Raises:
+    ConfigError: it is none, or reads other ids than the policy writes.
+  """
+  name = config_lib.flatten(config)[key]
+  model = weights.load(name)
+  if not model.config.reward_head:
+    raise ConfigError(
+        f"config.{key} is {name!r}, no reward model; give the workdir of a run with objective=reward")
+  if tokenization.load_tokenizer(model.tokenizer).get_vocab() != tokenizer.get_vocab():
+    raise ConfigError(
+        f"config.{key} is {name!r}, whose tokenizer {model.tokenizer} has other ids than the policy's "
+        f"{config.tokenizer}; train a reward model with that one")
+  return model
+
+
+def _not_finite(step: int, settings: Settings) -> str:
+  return (f"an update of step {step} is not finite; lower optimizer.learning_rate="
+          f"{settings.learning_rate} or ppo.critic_learning_rate={settings.critic_learning_rate}")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown argument {argv[1]}")
+  logging.set_verbosity(logging.WARNING)
+  try:
+    run(train_lib.CONFIG.value, train_lib.WORKDIR.value)
+  except (*train_lib.USER_ERRORS, TrainingError) as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

@@ -40,6 +40,7 @@ class Settings:
     warmup_steps: updates over which they rise.
     schedule: a name in `step.SCHEDULES`.
     max_grad_norm: gradients are clipped to it; 0 is none.
+    weight_decay: of adamw.
     rows_at_once: prompts, with their samples, a device computes at once; 0 is all.
     prompts_at_once: prompts that are sampled to at once; 0 is all of a rollout.
     chunk_size: see `log_probs.token_log_probs`; 0 goes by memory.
@@ -67,6 +68,7 @@ class Settings:
   warmup_steps: int = 0
   schedule: str = "constant"
   max_grad_norm: float = 1.0
+  weight_decay: float = 0.0
   rows_at_once: int = 0
   prompts_at_once: int = 0
   chunk_size: int = 0
@@ -80,7 +82,7 @@ class Settings:
     """
     for name in ("steps", "prompts_per_step", "num_samples", "max_new_tokens", "epochs", "minibatches"):
       _refuse(name, getattr(self, name), getattr(self, name) >= 1, "it must be at least 1")
-    for name in ("beta", "target_kl", "kl_gain", "warmup_steps", "max_grad_norm", "rows_at_once",
+    for name in ("beta", "target_kl", "kl_gain", "warmup_steps", "max_grad_norm", "weight_decay", "rows_at_once",
                  "prompts_at_once", "chunk_size", "seed"):
       _refuse(name, getattr(self, name), 0 <= getattr(self, name) < math.inf,
               "it must be at least 0")
@@ -233,4 +235,5 @@ def make_optimizer(settings: Settings, learning_rate: float):
       settings.schedule, learning_rate=learning_rate, warmup_steps=settings.warmup_steps,
       steps=settings.steps * settings.epochs * settings.minibatches)
   return schedule, step_lib.make_optimizer(
-      settings.optimizer, schedule, max_grad_norm=settings.max_grad_norm)
+      settings.optimizer, schedule, max_grad_norm=settings.max_grad_norm,
+      weight_decay=settings.weight_decay)
