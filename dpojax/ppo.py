@@ -237,7 +237,7 @@ def train(
     ValueError: prompts, settings or scores cannot be used.
     FloatingPointError: an update was not finite.
   """
-  check_prompts(prompts, lengths)
+  rollouts.check_prompts(prompts, lengths)
   trainer = Trainer(config, params, reward, settings, stop_id=stop_id, devices=devices,
                     reference=reference, critic_params=critic_params)
   history = []
@@ -253,22 +253,6 @@ def train(
     if callback is not None:
       callback(number + 1, trainer.state.policy.params, history[-1])
   return jax.tree.map(np.asarray, trainer.state.policy.params), history
-
-
-def check_prompts(prompts: np.ndarray, lengths: np.ndarray) -> None:
-  """Refuses prompts that are not [n, W] ids with [n] lengths of 1 to W.
-
-  Raises:
-    ValueError: saying what is wrong.
-  """
-  if np.ndim(prompts) != 2 or np.shape(lengths) != np.shape(prompts)[:1] or not len(prompts):
-    raise ValueError(
-        f"prompts are {np.shape(prompts)} and lengths {np.shape(lengths)}; give ids [n, W], padded "
-        "on the right, and [n] lengths")
-  wrong = np.nonzero((lengths < 1) | (lengths > np.shape(prompts)[1]))[0]
-  if len(wrong):
-    raise ValueError(
-        f"prompt {wrong[0]} has length {lengths[wrong[0]]}; it must be in 1..{np.shape(prompts)[1]}")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:

@@ -94,6 +94,22 @@ def make_score(
   return score
 
 
+def check_prompts(prompts: np.ndarray, lengths: np.ndarray) -> None:
+  """Refuses prompts that are not [n, W] ids with [n] lengths of 1 to W.
+
+  Raises:
+    ValueError: saying what is wrong.
+  """
+  if np.ndim(prompts) != 2 or np.shape(lengths) != np.shape(prompts)[:1] or not len(prompts):
+    raise ValueError(
+        f"prompts are {np.shape(prompts)} and lengths {np.shape(lengths)}; give ids [n, W], padded "
+        "on the right, and [n] lengths")
+  wrong = np.nonzero((lengths < 1) | (lengths > np.shape(prompts)[1]))[0]
+  if len(wrong):
+    raise ValueError(
+        f"prompt {wrong[0]} has length {lengths[wrong[0]]}; it must be in 1..{np.shape(prompts)[1]}")
+
+
 def padded(sequences: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns ids [n, width] int32, padded on the right with 0, and their lengths [n]."""
   out = np.zeros((len(sequences), width), np.int32)
