@@ -73,7 +73,7 @@ def in_keys(check, *args):
   try:
     return check(*args)
   except ValueError as error:
-    name = re.compile(r"\b(" + "|".join(sorted(KEYS, key=len, reverse=True)) + r")\b(?= is|=| /)")
+    name = re.compile(r"\b(" + "|".join(sorted(KEYS, key=len, reverse=True)) + r")\b(?= is|=| /| \d)")
     text = name.sub(lambda match: KEYS[match[0]], str(error))
     raise ConfigError(f"config.{text}") from error
 

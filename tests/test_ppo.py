@@ -1,5 +1,6 @@
 """PPO: its functions against plain loops, its optimum against the closed form, kills and refusals."""
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, ppo, ppo_losses, ppo_step, rollouts
+from dpojax import (
+    checkpoint, parallel, ppo, ppo_losses, ppo_step, rollouts, scorers, weights)
 from dpojax.config import ConfigError
+from dpojax.data import tokenization
 from dpojax.metrics import read_metrics
 from dpojax.models import transformer
 from dpojax.objectives import response_log_probs
@@ -65,8 +68,8 @@ def reward_and_kl(log_probs, reference):
 
 def settings(**changes):
   return ppo.Settings(**dict(
-      steps=25, prompts_per_step=32, num_samples=16, max_new_tokens=ROOM, epochs=4, minibatches=2,
-      beta=0.5, normalize_rewards=False, learning_rate=3e-3, critic_learning_rate=1e-2,
+      steps=18, prompts_per_step=32, num_samples=16, max_new_tokens=ROOM, epochs=2, minibatches=2,
+      beta=0.5, normalize_rewards=False, learning_rate=6e-3, critic_learning_rate=2e-2,
       schedule="linear", value_clip=1.0) | changes)
 
 
@@ -151,7 +154,7 @@ def test_the_first_gradient_is_reinforce_with_advantages(rng):
   apply, where = transformer.make_apply(config), rows.slot < 16
   log_probs = jax.jit(lambda params: rollouts.scored_log_probs(apply(params, rows), rows, where))
   advantages = rng.normal(size=where.shape).astype(np.float32)
-  experience = ppo.Experience(rows, ppo.Targets(log_probs(params), *[advantages] * 3))
+  experience = ppo.Experience(rows, ppo_step.Targets(log_probs(params), *[advantages] * 3))
   objective = ppo_step.policy_objective(apply, settings())
 
   def clipped(params):
@@ -184,9 +187,9 @@ def test_a_fixed_beta_approaches_the_closed_form_optimum():
   value = lambda reward, kl: reward - 0.5 * kl
   gained = value(reward, kl) - value(first_reward, 0)
   assert gained > 0.97 * (value(wanted_reward, wanted_kl) - value(first_reward, 0))
-  assert abs(reward / wanted_reward - 1) < 0.05 and abs(kl / wanted_kl - 1) < 0.12
+  assert abs(reward / wanted_reward - 1) < 0.05 and abs(kl / wanted_kl - 1) < 0.1
 
-  assert [step for step, _ in seen] == list(range(26)) and [m for _, m in seen[1:]] == history
+  assert [step for step, _ in seen] == list(range(19)) and [m for _, m in seen[1:]] == history
   assert max(line["policy/mismatch"] for line in history) < 1e-5
   assert max(line["policy/sampler_error"] for line in history) < 1e-5
   assert history[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
@@ -194,18 +197,21 @@ def test_a_fixed_beta_approaches_the_closed_form_optimum():
   assert {line["objective/beta"] for line in history} == {0.5}
 
 
-def test_an_adaptive_beta_lands_near_its_kl():
+def test_under_a_reward_model_scores_rise_and_an_adaptive_beta_holds_its_kl():
   config, params = tiny()
-  reference = exact_log_probs(config, params)
+  judge = dataclasses.replace(config, reward_head=True)
+  reward = rollouts.LearnedReward(
+      judge, worlds.params_of(judge, seed=5), parallel.Mesh(), num_samples=16, prompt_width=2,
+      max_new_tokens=ROOM)
   trained, history = ppo.train(
-      config, params, PROMPTS, LENGTHS, table_reward,
-      settings(steps=40, beta=0.1, target_kl=0.4, kl_gain=1.0, normalize_rewards=True,
-               rows_at_once=2, prompts_at_once=16),
+      config, params, PROMPTS, LENGTHS, reward,
+      settings(steps=28, beta=0.7, target_kl=0.3, kl_gain=0.4, normalize_rewards=True,
+               learning_rate=4e-3, schedule="constant", rows_at_once=2, prompts_at_once=16),
       stop_id=STOP)
-  _, kl = reward_and_kl(exact_log_probs(config, trained), reference)
-  assert history[3]["objective/kl"] > 0.5  # it was beyond
-  assert abs(kl - 0.4) < 0.08
-  assert history[-1]["objective/beta"] > 0.2
+  of = lambda name: np.array([line[f"objective/{name}"] for line in history])
+  assert of("kl")[:14].max() > 0.6 and abs(of("kl")[-12:].mean() - 0.3) < 0.1
+  assert of("beta")[-12:].mean() > 0.8
+  assert of("scores")[-12:].mean() > of("scores")[0] + 0.3 * of("scores_std")[0]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -242,15 +248,14 @@ def test_an_epoch_is_about_each_prompt_once():
 
 def run_config(runs, folder, **changes):
   config = importlib.import_module("configs.ppo").get_config()
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
     config.update_from_flattened_dict({
         "model.checkpoint": runs.sft, "ppo.reward": runs.reward, "data.path": runs.pairs,
         "data.cache_dir": str(folder / "cache"), "data.max_length": 32, "data.eval_size": 16,
         "data.max_prompt_length": 4, "row_length": 64, "steps": 3, "batch_size": 16,
         "eval_every": 3, "checkpoint_every": 1, "checkpoint_keep": 9, "ppo.num_samples": 4,
         "ppo.max_new_tokens": 6, "ppo.epochs": 2, "ppo.minibatches": 2, "ppo.target_kl": 0.0,
-        "optimizer.learning_rate": 5e-3, "ppo.critic_learning_rate": 5e-3, "parallel.fsdp": 2,
-        "parallel.tensor": 2} | changes)
+        "optimizer.learning_rate": 5e-3, "ppo.critic_learning_rate": 5e-3, "parallel.fsdp": 2} | changes)
   return config
 
 
@@ -262,20 +267,40 @@ def lines(workdir):
           for line in read_metrics(workdir)]
 
 
-def test_a_run_learns_from_a_reward_model_and_continues_after_a_kill_to_the_same_numbers(runs, tmp_path):
+def wordy(prompt, response):
+  """Pays for kind words, by text."""
+  return sum(word in worlds.GOOD for word in response.split())
+
+
+def test_a_run_learns_and_continues_after_a_kill_to_the_same_numbers(runs, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  result = ppo.run(run_config(runs, tmp_path), whole)
-  evaluations = [line for line in lines(whole) if line["split"] == "eval"]
-  assert result["objective/scores"] > evaluations[0]["objective/scores"] + 0.5
-  assert result["objective/kl"] > 0.1
+  config = run_config(runs, tmp_path, **{
+      "ppo.reward": "tests.test_ppo:wordy", "ppo.critic": runs.reward})
+  result = ppo.run(config, whole)
+  first = next(line for line in lines(whole) if line["split"] == "eval")
+  assert first["step"] == 0 and abs(first["objective/kl"]) < 1e-5
+  assert result["objective/scores"] > first["objective/scores"] + 0.3
   shutil.copytree(whole, killed)
-  for step in (2, 3):
+  for step in (2, 3):  # as a kill during step 2 leaves it
     shutil.rmtree(killed / "checkpoints" / str(step))
-  ppo.run(run_config(runs, tmp_path), killed)
+  ppo.run(config, killed)
   assert lines(killed) == lines(whole)
   one, other = (checkpoint.load_policy(folder) for folder in (whole, killed))
   assert one.step == other.step == 3
   jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_a_reward_model_gives_ids_what_it_gives_their_text(runs, tmp_path):
+  config, devices = run_config(runs, tmp_path), parallel.Mesh()
+  tokenizer = tokenization.load_tokenizer(weights.load(runs.sft).tokenizer)
+  prompts = [text for text in ("the film is", "the plot is") for _ in range(4)]
+  responses = ["wonderful", "dull", "clever warm clever", "cold", "", "tired dull", "warm", "moving"]
+  ids = lambda texts: [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
+  ended = [np.append(response, tokenizer.eos_token_id) for response in ids(responses)]
+  got = ppo._reward(config, tokenizer, devices)(ids(prompts), ended)
+  want = scorers.make_scorer(runs.reward, devices)(prompts, [f" {text}" for text in responses])
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  assert got[0] > got[1] and got[2] > got[3]
 
 
 @pytest.mark.parametrize("changes, message", [
