@@ -10,7 +10,7 @@ and of its responses, no data are read either.
 """
 
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections

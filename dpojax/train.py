@@ -63,7 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   """
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
-  workdir = _open_workdir(workdir, config)
+  workdir = open_workdir(workdir, config)
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
   data = resolve.load_data(config)
@@ -90,13 +90,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     stored = config.reference.mode == "stored" and setup.objective.needs_reference
     rows = plan.largest_rows(train_loader, setup.objective.num_responses, devices, stored=stored)
     plan.check_fits(train_step.compile(state, reference, rows))
-  _check_space(workdir, state, config)
+  check_space(workdir, state, config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best)
   first = 0
   if checkpoints.steps():
     first = checkpoints.steps()[-1]
     saved, was = checkpoints.restore(first, devices.restore_target(state))
-    _check_same(was, about, workdir)
+    check_same(was, about, workdir)
     state = devices.place(saved._replace(finite=np.ones((), bool)))
     if config.reference.sync_every:
       reference = devices.place(
@@ -108,7 +108,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
   moving = lambda: devices.collect(reference) if config.reference.sync_every else None
 
-  with Log(workdir, config, first) as log, _stop_signal() as stop_asked:
+  with Log(workdir, config, first) as log, stop_signal() as stop_asked:
     if first == 0:
       batches = held_out_loader.evaluation() if config.eval_every else train_loader.training(0, 1)
       metrics = evaluate(state.params, reference, batches)
@@ -250,13 +250,14 @@ class Log:
       self.evaluations[step] = metrics
     if self._writer is not None:
       self._writer.write(step, split, metrics)
-    names = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second")
+    names = ("loss", "rewards/accuracies", "rewards/margins", "objective/scores", "objective/kl",
+             "grad_norm", "pairs_per_second")
     text = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     with tqdm.tqdm.external_write_mode(file=sys.stdout):
       say(f"step {step}/{self._steps}  {split}  {text}")
 
 
-def _open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> pathlib.Path:
+def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> pathlib.Path:
   """Makes the workdir and writes config.json, or checks that the run there is the same."""
   workdir = pathlib.Path(workdir).absolute()
   path = workdir / "config.json"
@@ -287,7 +288,7 @@ def _check_metrics(
         f"{', '.join(metrics)}")
 
 
-def _check_space(workdir: pathlib.Path, state: Any, config: ml_collections.ConfigDict) -> None:
+def check_space(workdir: pathlib.Path, state: Any, config: ml_collections.ConfigDict) -> None:
   """Refuses to start when not even one checkpoint fits the disk."""
   if not config.checkpoint_every:
     return
@@ -300,7 +301,7 @@ def _check_space(workdir: pathlib.Path, state: Any, config: ml_collections.Confi
         f"{free / 2**20:.0f} MiB free; free some space, or set checkpoint_every=0")
 
 
-def _check_same(was: dict, now: dict, workdir: pathlib.Path) -> None:
+def check_same(was: dict, now: dict, workdir: pathlib.Path) -> None:
   what = {"model": "model", "data": "prepared and tokenized data", "reference": "reference weights"}
   for key, name in what.items():
     if was[key] != now[key]:
@@ -352,7 +353,7 @@ def _stop_at_a_bad_step(state, moving, devices, checkpoints, about, workdir, con
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[int], bool]]:
+def stop_signal() -> Iterator[Callable[[int], bool]]:
   """Yields `asked(step)`: whether SIGTERM has come, as a machine about to be taken away sends it.
 
   With several processes jax agrees on the step at which all of them stop.

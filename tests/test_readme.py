@@ -3,6 +3,7 @@
 import re
 
 from dpojax import config as config_lib
+from dpojax import ppo_config
 from tests import conftest
 
 README = (conftest.ROOT / "README.md").read_text()
@@ -28,4 +29,4 @@ def test_every_key_on_a_command_line_is_a_key():
   documents = [README, *(path.read_text() for path in (conftest.ROOT / "configs").glob("*.py"))]
   keys = {key for text in documents for key in re.findall(r"--config\.([\w.]+)=", text)}
   assert "model.checkpoint" in keys
-  assert keys - {"key"} <= set(config_lib.flatten(config_lib.defaults()))
+  assert keys - {"key"} <= set(config_lib.flatten(ppo_config.defaults()))

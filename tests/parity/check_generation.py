@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from dpojax import checkpoint, export, sampling, train
-from dpojax.models import hf, transformer
+from dpojax.models import transformer
 from tests import worlds
 from tests.parity import models
 from tests.parity.check_peft import load, logits_here, logits_there

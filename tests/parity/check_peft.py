@@ -11,7 +11,6 @@ import sys
 import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft as theirs
 import torch
