@@ -241,13 +241,34 @@ class Mesh:
     While it is traced the mesh is set, for code that depends on how rows are cut.
     """
     if not donate_state:
-      return Lifted(jax.jit(step), lambda: jax.set_mesh(self.mesh))
+      return Lifted(jax.jit(step), self._context)
 
     def pinned(state, *args):
       state, metrics = step(state, *args)
       return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
-    return Lifted(jax.jit(pinned, donate_argnums=(0,)), lambda: jax.set_mesh(self.mesh))
+    return Lifted(jax.jit(pinned, donate_argnums=(0,)), self._context)
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(self.mesh)
+
+
+class Members(Mesh):
+  """Runs side by side, each whole on one device: arrays [M, ...] of M runs are cut over the devices.
+
+  What it lifts is a step mapped over runs by `jax.vmap`, in which no mesh is set: a run sees its own
+  rows only.
+  """
+
+  def __init__(self):
+    super().__init__()
+
+  def shardings(self, tree: Any) -> Any:
+    """Returns the sharding of each leaf: by its leading axis."""
+    return jax.tree.map(lambda _: self._rows, tree)
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
 
 
 class Lifted:

@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from dpojax import objectives, preference, step, weights
@@ -135,17 +136,23 @@ def parts_of(config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Par
   return Parts(config.rows_at_once, devices.global_shards)
 
 
-def make_train_step(
-    config: ml_collections.ConfigDict, objective: objectives.Objective, devices: Replicas | Mesh
-) -> tuple[Any, Callable]:
-  """Returns the optimizer, and the train step over the devices; it donates the state."""
+def make_optimizer(
+    config: ml_collections.ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Returns the learning rate by step, and the optimizer."""
   settings = config.optimizer
   schedule = step.make_schedule(
       settings.schedule, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
       steps=config.steps)
-  tx = step.make_optimizer(
+  return schedule, step.make_optimizer(
       settings.name, schedule, max_grad_norm=settings.max_grad_norm,
       weight_decay=settings.weight_decay)
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict, objective: objectives.Objective, devices: Replicas | Mesh
+) -> tuple[Any, Callable]:
+  """Returns the optimizer, and the train step over the devices; it donates the state."""
+  schedule, tx = make_optimizer(config)
   return tx, devices.lift(
       step.make_train_step(
           objective, tx, schedule=schedule, parts=parts_of(config, devices),
