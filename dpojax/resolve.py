@@ -8,7 +8,6 @@ from typing import Any, Callable, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from dpojax import objectives, preference, step, weights
@@ -136,8 +135,7 @@ def parts_of(config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Par
   return Parts(config.rows_at_once, devices.global_shards)
 
 
-def make_optimizer(
-    config: ml_collections.ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
+def make_optimizer(config: ml_collections.ConfigDict) -> tuple[Callable, Any]:
   """Returns the learning rate by step, and the optimizer."""
   settings = config.optimizer
   schedule = step.make_schedule(
