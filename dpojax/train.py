@@ -45,12 +45,15 @@ class TrainingError(RuntimeError):
   """Training cannot go on; the message says at which step, why, and what is saved."""
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+def run(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, *,
+    data: resolve.Data | None = None) -> dict[str, float]:
   """Trains as the config says, from the last checkpoint in `workdir` if there is one.
 
   Args:
     config: all keys of `dpojax.config.defaults()`.
     workdir: the run's folder, made if missing.
+    data: comparisons that are at hand in ids; None prepares those of the config.
 
   Returns:
     The last evaluation's metrics, or the last logged step's where nothing is held out.
@@ -66,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   workdir = open_workdir(workdir, config)
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
-  data = resolve.load_data(config)
+  data = data or resolve.load_data(config)
   train_loader = resolve.make_loader(config, data.train, devices)
   held_out_loader = data.held_out and resolve.make_loader(config, data.held_out, devices)
   _report_plan(train_loader, config)
