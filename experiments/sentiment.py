@@ -27,7 +27,6 @@ from dpojax import resolve, train, weights
 from dpojax.data import loader, tokenization
 from dpojax.data.examples import DataError
 from dpojax.disk import disk_errors
-from dpojax.metrics import read_metrics
 from experiments import measure, methods
 
 LONGEST_PREFIX = 8
@@ -224,7 +223,7 @@ def split(tokenizer, text: str, rng: np.random.Generator) -> tuple[str, str]:
 
 def _language_model(
     folder: pathlib.Path, sizes: Sizes, starts: Sequence[str], rests: Sequence[str]) -> weights.Loaded:
-  """Trains the reference on the sentences, or reads it; the step with the best held-out loss."""
+  """Trains the reference on the sentences, or reads it."""
   path = folder / "sentences.jsonl"
   with disk_errors(folder):
     path.write_text("".join(
@@ -243,10 +242,8 @@ def _language_model(
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 50
   config.eval_every = config.log_every = config.checkpoint_every = sizes.sft_steps // 10
-  config.checkpoint_best = "loss"
   train.run(config, folder / "sft")
-  evaluations = [line for line in read_metrics(folder / "sft") if line["split"] == "eval" and line["step"]]
-  return weights.load(str(folder / "sft"), min(evaluations, key=lambda line: line["loss"])["step"])
+  return weights.load(str(folder / "sft"))
 
 
 def _shared(config, folder: pathlib.Path, sizes: Sizes):
@@ -296,14 +293,16 @@ def _data(config, prompts, lengths, answers: measure.Answers, labels: str) -> re
   For SFT the chosen of each pair, so that the better a completion the more often it stands there.
   """
   rng = np.random.default_rng([config.seed, 3])
-  logits = np.log(answers.rewards) - np.log1p(-answers.rewards)
+  rewards = answers.rewards
+  sure = np.clip(rewards, 1e-9, 1 - 1e-9)
+  logits = np.log(sure) - np.log1p(-sure)
   train, held_out = [], []
   for i, (prompt, length) in enumerate(zip(prompts, lengths)):
     ids = [tokens[:n] for tokens, n in zip(answers.tokens[i], answers.lengths[i])]
     for a, b in itertools.combinations(range(len(ids)), 2):
-      if logits[i, a] == logits[i, b]:
+      if rewards[i, a] == rewards[i, b]:
         continue
-      first = logits[i, a] > logits[i, b]
+      first = rewards[i, a] > rewards[i, b]
       if labels == "bradley_terry":
         first = rng.random() < 1 / (1 + np.exp(logits[i, b] - logits[i, a]))
       better, worse = (ids[a], ids[b]) if first else (ids[b], ids[a])

@@ -1,0 +1,160 @@
+"""Reward against KL, every method in one picture (the paper's Figure 2, left).
+
+python -m experiments.frontier --world=enumerable --workdir=runs/enumerable
+python -m experiments.frontier --world=sentiment --workdir=runs/sentiment --sentences=FILE
+
+FILE has lines of {"text", "label"}. Each method is measured along training; a killed run continues
+with the first unfinished stage. Writes frontier.jsonl, a line a measurement, frontier.png, and prints
+where every method ended, and how many points of the others some point of DPO beats on both axes.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+
+from dpojax import ppo, train
+from dpojax.disk import disk_errors
+from dpojax.parallel import keep_compiled
+from experiments import enumerable, figures, methods, sentiment
+from experiments.methods import Line, World
+
+DPO, PPO, PPO_GT = "DPO", "PPO", "PPO-GT"
+
+
+class Plan(NamedTuple):
+  """The runs of each method. `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it."""
+
+  seeds: tuple[int, ...]
+  betas: tuple[float, ...]
+  alphas: tuple[float, ...]
+  ppo_axis: str
+  ppo_values: tuple[float, ...]
+  ppo_seeds: tuple[int, ...]
+  ppo: ppo.Settings
+  reward_model: dict[str, Any]
+  dpo: dict[str, Any]
+  unlikelihood: dict[str, Any]
+  preferred_ft: dict[str, Any]
+  measure_every: int = 0
+  ppo_measure_every: int = 10
+  at_once: int = 0
+
+
+ENUMERABLE = Plan(
+    seeds=(0, 1, 2, 3, 4), betas=(0.25, 0.5, 1.0, 2.0), alphas=(0.05, 0.1, 0.5, 1.0),
+    ppo_axis="beta", ppo_values=(0.25, 0.5, 1.0, 2.0), ppo_seeds=(0, 1, 2, 3, 4),
+    ppo=ppo.Settings(
+        steps=60, prompts_per_step=64, num_samples=16, epochs=2, minibatches=2,
+        normalize_rewards=False, learning_rate=5e-3, critic_learning_rate=1e-2, schedule="linear",
+        value_clip=1.0),
+    reward_model={"optimizer.learning_rate": 1e-2}, dpo={"optimizer.learning_rate": 1e-2},
+    unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
+    preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60)
+
+SENTIMENT = Plan(
+    seeds=(0, 1, 2), betas=(0.05, 0.1, 1.0, 5.0), alphas=(0.05, 0.1, 0.5, 1.0),
+    ppo_axis="target_kl", ppo_values=(3.0, 6.0, 9.0, 12.0), ppo_seeds=(0,),
+    ppo=ppo.Settings(
+        steps=60, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
+        learning_rate=1e-3, critic_learning_rate=1e-3, rows_at_once=32),
+    reward_model={"steps": 300, "eval_every": 50, "checkpoint_every": 50,
+                  "optimizer.learning_rate": 5e-4},
+    dpo={}, unlikelihood={}, preferred_ft={"steps": 200, "optimizer.learning_rate": 5e-4},
+    measure_every=100, ppo_measure_every=10, at_once=4)
+
+
+def run(world: World, plan: Plan) -> list[Line]:
+  """Trains and measures every method; returns the measurements of all."""
+  preferred_ft = {"objective": "sft", "loss": "sequence_sum", "reference.mode": "inline"}
+  unlikelihood = {"loss": "unlikelihood", "reference.mode": "none", "loss_options.alpha": plan.alphas[0]}
+  common = dict(seeds=plan.seeds, measure_every=plan.measure_every, at_once=plan.at_once)
+  lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common)
+  lines += methods.trained(
+      world, "Unlikelihood", unlikelihood | plan.unlikelihood, axis="loss_options.alpha",
+      values=plan.alphas, **common)
+  lines += methods.trained(world, "Preferred-FT", preferred_ft | plan.preferred_ft, axis="", **common)
+  models = {seed: methods.reward_model(world, plan.reward_model, seed=seed) for seed in plan.ppo_seeds}
+  runs = dict(seeds=plan.ppo_seeds, axis=plan.ppo_axis, values=plan.ppo_values,
+              measure_every=plan.ppo_measure_every)
+  lines += methods.ppo_runs(world, PPO_GT, lambda seed: world.reward, plan.ppo, **runs)
+  lines += methods.ppo_runs(
+      world, PPO, lambda seed: methods.learned(
+          world, models[seed], num_samples=plan.ppo.num_samples), plan.ppo, **runs)
+  accuracies = ", ".join(f"{model.accuracy:.3f}" for model in models.values())
+  print(f"held-out accuracy of the reward models: {accuracies}")
+  return lines
+
+
+def report(lines: Sequence[Line], best: Any = None) -> None:
+  """Prints where each method ended, over seeds, and what DPO's points beat; `best` is of a KL."""
+  ends = methods.final(lines)
+  reward, kl = (methods.over_seeds(ends, name) for name in ("reward", "kl"))
+  share = methods.over_seeds(
+      [line | {"share": line["reward"] / best(line["kl"])} for line in ends], "share") if best else {}
+  print("\n| method | setting | true reward | KL, nats |" + (" share of the best at its KL |" if best else ""))
+  print("|---|---|---|---|" + ("---|" if best else ""))
+  show = lambda pair: f"{pair[0]:.3f}" + ("" if np.isnan(pair[1]) else f" +- {pair[1]:.3f}")
+  for group in reward:
+    print(f"| {group[0]} | {group[1]:g} | {show(reward[group])} | {show(kl[group])} |"
+          + (f" {show(share[group])} |" if best else ""))
+  ours = [line for line in lines if line["method"] == DPO]
+  for method in dict.fromkeys(line["method"] for line in lines):
+    theirs = [line for line in lines if line["method"] == method and line["step"]]
+    if method != DPO and theirs:
+      print(f"{method}: DPO beats {methods.dominated(theirs, ours)} of {len(theirs)} points on both "
+            f"axes; {method} beats {methods.dominated(ours, theirs)} of DPO's {len(ours)}")
+
+
+def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Any = None) -> None:
+  """Draws every measurement as a point; `curve` is (KL, reward) of the best there can be."""
+  figure, (panel,) = figures.panels(1, size=(5.6, 4.2))
+  if curve is not None:
+    panel.plot(*curve, color="black", linewidth=1, label=r"optimum $\pi_{ref}\,e^{r/\beta}/Z$")
+  for number, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
+    points = [line for line in lines if line["method"] == method]
+    panel.errorbar(
+        [line["kl"] for line in points], [line["reward"] for line in points],
+        yerr=[line["reward_error"] for line in points], xerr=[line["kl_error"] for line in points],
+        linestyle="none", markersize=4, elinewidth=0.6, label=method, **figures.style(number))
+  panel.set_xlabel(r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$), nats")
+  panel.set_ylabel("true reward")
+  panel.legend(frameon=False, loc="lower right", fontsize=8)
+  figures.save(figure, path)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+  parser.add_argument("--world", choices=("enumerable", "sentiment"), required=True)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--sentences", default="", help="file of sentences, for the sentiment world")
+  arguments = parser.parse_args()
+  folder = arguments.workdir.absolute()
+  try:
+    keep_compiled(folder / "compiled")
+    best = curve = None
+    if arguments.world == "enumerable":
+      world, table = enumerable.make(folder)
+      lines = run(world, ENUMERABLE)
+      best = lambda kl: enumerable.best_reward(table, kl)
+      reward, kl = np.transpose([enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
+                                 for beta in np.geomspace(0.15, 100, 200)])
+      curve = kl, reward
+    else:
+      made = sentiment.make(folder, arguments.sentences)
+      print(f"held-out accuracy of the classifier, the true reward: {made.classifier.accuracy:.3f}")
+      lines = run(made.world, SENTIMENT)
+    with disk_errors(folder):
+      (folder / "frontier.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+      plot(lines, folder / "frontier.png", curve=curve)
+  except (*train.USER_ERRORS, train.TrainingError, FloatingPointError) as error:
+    sys.exit(f"error: {error}")
+  report(lines, best)
+  print(f"\nwritten: {folder}/frontier.jsonl and frontier.png")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,197 @@
+"""The experiments in small: both worlds, every method in them, and what figures are made from."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dpojax import ppo
+from dpojax.config import ConfigError
+from dpojax.data import tokenization
+from dpojax.data.examples import DataError
+from experiments import enumerable, frontier, measure, methods, sentiment
+from tests import worlds
+
+
+# The enumerable world.
+
+SMALL = enumerable.Sizes(prompts=4, comparisons=1280, held_out=200, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  return enumerable.make(tmp_path_factory.mktemp("enumerable"), SMALL)
+
+
+def test_responses_are_all_there_are_and_their_chances_add_to_one(small):
+  world, table = small
+  assert len(enumerable.RESPONSES) == 1 + 5 + 25 * 6
+  np.testing.assert_allclose(np.exp(table.log_probs).sum(axis=1), 1, rtol=1e-9)
+  chances = np.exp(table.log_probs)
+  np.testing.assert_allclose((chances * table.rewards).sum(axis=1), 0, atol=1e-9)
+  assert (chances * table.rewards**2).sum(axis=1).mean() == pytest.approx(1)
+  start = world.measure(world.model.params, 0)
+  assert start["reward"] == pytest.approx(0, abs=1e-9) and start["kl"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
+def test_the_optimum_is_worth_beta_log_z_and_nothing_at_its_kl_is_better(small, beta, rng):
+  _, table = small
+  reward, kl = enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
+  log_z = np.logaddexp.reduce(table.log_probs + table.rewards / beta, axis=1)
+  assert reward - beta * kl == pytest.approx(beta * log_z.mean())
+  assert enumerable.best_reward(table, kl) == pytest.approx(reward, rel=1e-6)
+  for _ in range(20):
+    other = enumerable.optimum(table, beta) + rng.normal(size=table.rewards.shape, scale=0.3)
+    other -= np.logaddexp.reduce(other, axis=1, keepdims=True)
+    reward, kl = enumerable.reward_and_kl(table, other)
+    assert reward < enumerable.best_reward(table, kl)
+
+
+def test_labels_are_drawn_from_bradley_terry(small, rng):
+  _, table = small
+  which, chosen, rejected = enumerable.draw_comparisons(rng, table, 40000)
+  assert np.all(chosen != rejected)
+  margin = np.abs(table.rewards[which, chosen] - table.rewards[which, rejected])
+  right = table.rewards[which, chosen] > table.rewards[which, rejected]
+  expected = 1 / (1 + np.exp(-margin))
+  error = np.sqrt((expected * (1 - expected)).mean() / len(right))
+  assert abs(right.mean() - expected.mean()) < 4 * error
+
+
+def test_every_method_runs_and_none_is_above_the_optimum(small):
+  world, table = small
+  plan = frontier.ENUMERABLE._replace(
+      seeds=(0,), betas=(0.5, 2.0), alphas=(0.1,), ppo_values=(0.5,), ppo_seeds=(0,),
+      ppo=frontier.ENUMERABLE.ppo.__class__(**vars(frontier.ENUMERABLE.ppo) | {
+          "steps": 8, "prompts_per_step": 16}),
+      unlikelihood={"steps": 10}, preferred_ft={"steps": 10}, ppo_measure_every=8)
+  lines = frontier.run(world, plan)
+  ends = methods.final(lines)
+  assert {line["method"] for line in ends} == {"DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-GT"}
+  for line in ends:
+    assert line["reward"] < enumerable.best_reward(table, line["kl"])
+  of = {(line["method"], line["setting"]): line for line in ends}
+  assert of["DPO", 0.5]["reward"] > of["DPO", 2.0]["reward"] > 0.2
+  assert of["DPO", 0.5]["kl"] > of["DPO", 2.0]["kl"] > 0
+  assert of["PPO-GT", 0.5]["reward"] > 0.2
+  assert frontier.run(world, plan) == lines  # from its folder
+  with pytest.raises(ConfigError, match="other settings"):
+    frontier.run(world, plan._replace(betas=(0.5, 1.0)))
+  frontier.report(lines, lambda kl: enumerable.best_reward(table, kl))
+  frontier.plot(lines, world.folder / "frontier.png")
+  assert (world.folder / "frontier.png").stat().st_size > 10_000
+
+
+def test_shuffled_labels_earn_nothing(small):
+  world, _ = small
+  lines, control = (methods.final(methods.trained(
+      world, "DPO", {"data.shuffle_labels": shuffled, "optimizer.learning_rate": 3e-3}, seeds=(0,),
+      values=(0.5,), kind=f"shuffled {shuffled}"))[0] for shuffled in (False, True))
+  assert lines["reward"] > 0.4 and abs(control["reward"]) < 0.25 * lines["reward"]
+
+
+# The bench.
+
+def test_the_kl_of_samples_is_the_exact_one(small):
+  """The mean over samples of summed per-token KLs, against the sum over all responses."""
+  world, table = small
+  noisy = jax.tree.map(lambda x: x * 1.3, world.model.params)
+  exact = world.measure(noisy, 0)
+  bench = measure.Bench(world.model.config, world.reward, stop_id=0, num_samples=512,
+                        max_new_tokens=enumerable.ROOM, prompts_at_once=4)
+  got = bench.measure(noisy, world.model.params, world.prompts, world.prompt_lengths, seed=0)
+  answers = bench.answers(noisy, world.prompts, world.prompt_lengths, seed=0)
+  each = bench.kl(noisy, world.model.params, world.prompts, world.prompt_lengths, answers)
+  assert got["kl"] == pytest.approx(each.mean())
+  assert abs(got["kl"] - exact["kl"]) < 5 * each.std() / each.size**0.5
+  assert abs(got["reward"] - exact["reward"]) < 5 * answers.rewards.std() / answers.rewards.size**0.5
+  assert np.all(bench.kl(noisy, noisy, world.prompts, world.prompt_lengths, answers) == 0)
+
+
+# What figures count.
+
+def test_a_point_is_dominated_where_another_has_more_reward_at_less_kl():
+  point = lambda reward, kl: {"reward": reward, "kl": kl}
+  others = [point(0.5, 1.0), point(0.9, 5.0)]
+  assert methods.dominated([point(0.4, 2.0), point(0.4, 0.5), point(0.95, 9.0)], others) == 1
+
+
+def test_ids_at_hand_are_comparisons_of_the_loader():
+  data = methods.in_ids([np.array([1, 2]), np.array([3])], [np.array([4]), np.array([5, 6])],
+                        [np.array([7, 8, 9]), np.array([0])])
+  prompt, responses = data[1]
+  assert prompt.tolist() == [3] and [r.tolist() for r in responses] == [[5, 6], [0]]
+  assert data.lengths.tolist() == [[2, 1, 3], [1, 2, 1]]
+
+
+# Controlled sentiment.
+
+def sentences(rng, count):
+  def one():
+    good = rng.random() < 0.5
+    words = rng.choice(worlds.GOOD if good else worlds.BAD, size=rng.integers(1, 3))
+    return {"text": f"the {rng.choice(worlds.NOUNS)} of this film is {' and '.join(words)} .",
+            "label": int(good)}
+  return [one() for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("sentiment")
+  path = worlds.write_jsonl(folder / "sentences.jsonl", sentences(np.random.default_rng(0), 800))
+  return sentiment.make(folder / "world", path, sentiment.Sizes(
+      vocabulary=320, width=32, layers=1, sft_steps=150, prefixes=120, held_out=32,
+      max_new_tokens=12, dpo_steps=30, batch_size=32))
+
+
+def test_the_classifier_knows_held_out_sentences_and_its_reward_is_a_probability(made):
+  assert made.classifier.accuracy > 0.95
+  good, bad, none = made.classifier(["the cast is wonderful .", "the cast is dull .", ""])
+  assert 0 < bad < 0.3 < none < 0.7 < good < 1
+
+
+def test_a_prefix_ends_with_a_word_and_has_2_to_8_tokens(made, rng):
+  tokenizer = tokenization.load_tokenizer(str(made.world.folder / "tokenizer"))
+  for text in ("the plot of this film is warm .", "a b c d e f g h i j k l"):
+    start, rest = sentiment.split(tokenizer, text, rng)
+    assert start + rest == text and rest.startswith(" ")
+    assert 2 <= len(tokenizer(start)["input_ids"]) <= sentiment.LONGEST_PREFIX
+
+
+def test_of_each_pair_the_true_reward_prefers_the_chosen(made):
+  world = made.world
+  data = world.data(world.config)
+  for i in range(0, len(data.train), 17):
+    prompt, responses = data.train.comparison(i)
+    better, worse = world.reward([prompt] * 2, responses)
+    assert better > worse
+
+
+def test_dpo_on_text_raises_the_true_reward_and_one_step_of_ppo_runs(made):
+  world = made.world
+  lines = methods.trained(world, "DPO", {"optimizer.learning_rate": 2e-3}, seeds=(0,), values=(0.2,),
+                          measure_every=30)
+  first, last = lines[0], lines[-1]
+  assert first["kl"] == 0 and last["kl"] > 0
+  assert last["reward"] > first["reward"] + 2 * last["reward_error"]
+  settings = ppo.Settings(steps=1, prompts_per_step=16, num_samples=4, epochs=1, minibatches=2)
+  lines = methods.ppo_runs(
+      world, "PPO-GT", lambda seed: world.reward, settings, seeds=(0,), axis="target_kl",
+      values=(3.0,), measure_every=1)
+  assert [line["step"] for line in lines] == [0, 1] and lines[0]["kl"] == 0
+
+
+def test_best_of_n_by_the_true_reward_rises_with_n(made):
+  lines = methods.best_of_n_lines(
+      made.world, made.held_out, made.held_out_lengths, None, sizes=(1, 2, 8))
+  assert [line["setting"] for line in lines] == [1, 2, 8]
+  assert lines[0]["reward"] < lines[1]["reward"] < lines[2]["reward"]
+
+
+def test_sentences_that_cannot_be_read_are_refused_by_name(tmp_path):
+  (tmp_path / "broken.jsonl").write_text(json.dumps({"text": "fine"}) + "\n")
+  for name in ("missing.jsonl", "broken.jsonl"):
+    with pytest.raises(DataError, match=name):
+      sentiment.make(tmp_path / "world", tmp_path / name)
