@@ -1,6 +1,6 @@
 """Controlled sentiment in miniature: the paper's first experiment, with a true reward, in minutes.
 
-python -m experiments.quickstart [--workdir=runs/quickstart]
+python -m experiments.quickstart [--workdir=runs/quickstart] [--small]
 
 A grammar writes film reviews; a small Transformer learns them (SFT); four completions of each prefix
 are sampled and all six pairs labelled by the true reward; DPO is trained on the pairs at several
@@ -51,6 +51,12 @@ class Sizes(NamedTuple):
   dpo_steps: int = 120
   measure_every: int = 20
   betas: tuple[float, ...] = (0.1, 0.5, 2.0)
+
+
+SMALL = Sizes(
+    reviews=1500, prefixes=256, held_out=128, width=32, layers=1, sft_steps=150, dpo_steps=80,
+    measure_every=40, betas=(0.5,))
+"""A smoke test: half a minute."""
 
 
 class Measurement(NamedTuple):
@@ -289,9 +295,11 @@ def show(summary: dict) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
-  workdir = parser.parse_args().workdir.absolute()
+  parser.add_argument("--small", action="store_true", help="half a minute, one beta")
+  arguments = parser.parse_args()
+  workdir = arguments.workdir.absolute()
   try:
-    summary = run(workdir, Sizes())
+    summary = run(workdir, SMALL if arguments.small else Sizes())
   except (*train.USER_ERRORS, DiskError, train.TrainingError) as error:
     sys.exit(f"error: {error}")
   show(summary)

@@ -42,9 +42,7 @@ def test_pairs_are_labelled_by_the_true_reward_and_ties_left_out():
 
 
 def test_the_quickstart_in_small_raises_the_true_reward(tmp_path):
-  sizes = quickstart.Sizes(
-      reviews=1500, prefixes=256, held_out=128, width=32, layers=1, sft_steps=150, dpo_steps=80,
-      measure_every=40, betas=(0.5,))
+  sizes = quickstart.SMALL
   summary = quickstart.run(tmp_path, sizes)
   for name in ("summary.json", "frontier.png", "sft/metrics.jsonl", "dpo_beta_0.5/metrics.jsonl"):
     assert (tmp_path / name).stat().st_size > 0

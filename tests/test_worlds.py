@@ -10,7 +10,7 @@ from dpojax import ppo
 from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError
-from experiments import enumerable, frontier, measure, methods, sentiment
+from experiments import beta_ablation, enumerable, frontier, measure, methods, sentiment
 from tests import worlds
 
 
@@ -195,3 +195,25 @@ def test_sentences_that_cannot_be_read_are_refused_by_name(tmp_path):
   for name in ("missing.jsonl", "broken.jsonl"):
     with pytest.raises(DataError, match=name):
       sentiment.make(tmp_path / "world", tmp_path / name)
+
+
+# Real preferences against beta.
+
+def test_the_beta_ablation_in_small_tells_of_every_beta(tmp_path, capsys):
+  rng = np.random.default_rng(1)
+  records = []
+  for i, each in enumerate(worlds.pairs(rng, 60)):
+    start = f"\n\nHuman: {i} {each['prompt']}?\n\nAssistant:"
+    records.append({"chosen": start + each["chosen"], "rejected": start + each["rejected"]})
+  path = worlds.write_jsonl(tmp_path / "pairs.jsonl", records)
+  table = beta_ablation.run(
+      path, tmp_path / "run", beta_ablation.Sizes(
+          vocabulary=300, width=32, layers=1, sft_steps=3, dpo_steps=6, batch_size=16, held_out=12,
+          sampled=6, prompt_tokens=24, max_length=64, max_new_tokens=6), betas=(0.1, 5.0), seeds=(0, 1))
+  beta_ablation.show(table)
+  out = capsys.readouterr().out
+  assert "| 0.1 | " in out and "| 5 | " in out
+  first = [line for line in table if line["split"] == "measured" and line["step"] == 0]
+  last = [line for line in table if line["split"] == "measured" and line["step"] == 6]
+  assert len(last) == 4
+  assert all(line["kl"] == 0 for line in first) and all(line["kl"] > 0 for line in last)
