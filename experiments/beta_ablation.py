@@ -70,8 +70,9 @@ def run(pairs: str, workdir: pathlib.Path, sizes: Sizes, *, betas, seeds) -> lis
   reference = weights.load(str(workdir / "sft"))
   tokenizer = tokenization.load_tokenizer(str(tokenizer_folder))
   held_out = loader.last_of_each_prompt(resolve.load_data(config).held_out)
-  prompts = [held_out.comparison(i)[0] for i in range(min(sizes.sampled, len(held_out)))]
-  ids, lengths = rollouts.padded(prompts, sizes.prompt_tokens)
+  prompts = [held_out.comparison(i)[0] for i in range(len(held_out))]
+  short = [prompt for prompt in prompts if len(prompt) <= sizes.prompt_tokens][:sizes.sampled]
+  ids, lengths = rollouts.padded(short, sizes.prompt_tokens)
   bench = measure.Bench(
       reference.config, lambda asked, answers: np.zeros(len(answers)), num_samples=4,
       stop_id=tokenizer.eos_token_id, max_new_tokens=sizes.max_new_tokens, prompts_at_once=len(ids))

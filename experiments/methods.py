@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shutil
 from typing import Any, Callable, NamedTuple, Sequence
 
 import ml_collections
@@ -22,6 +23,7 @@ from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.disk import disk_errors
 from dpojax.metrics import read_metrics
+from dpojax.models import hf
 from experiments import sweep
 
 Line = dict[str, Any]
@@ -128,10 +130,14 @@ def trained(
     return world.data(config_of(world, changes | {"seed": seed}))
 
   def make():
+    def look(member, step, params):
+      if step == config.steps:
+        save_policy(world, folder, member.value if axis else 0.0, member.seed, params)
+      return world.measure(params, member.seed)
+
     table = sweep.run(
         config, folder / "sweep", seeds=seeds, axis=axis, values=values, at_once=at_once,
-        data=of_seed, measure_every=measure_every,
-        measure=lambda member, step, params: world.measure(params, member.seed))
+        data=of_seed, measure_every=measure_every, measure=look)
     held_out = {(line["member"], line["step"]): line for line in table if line["split"] == "eval"}
     lines = []
     for line in table:
@@ -143,6 +149,27 @@ def trained(
     return lines
 
   return stage(folder, settings, make)
+
+
+def save_policy(world: World, folder: pathlib.Path, setting: float, seed: int, params: Any) -> None:
+  """Saves a trained policy as a Hugging Face folder; see `load_policy`."""
+  path = _policy_folder(folder, setting, seed)
+  shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind it
+  hf.save(path, world.model.config, params, eos_token_id=world.stop_id)
+
+
+def load_policy(world: World, method: str, setting: float, seed: int) -> Any:
+  """Returns the params that a method ended with, at a setting and a seed.
+
+  Raises:
+    HuggingFaceError: it was not trained in this world.
+  """
+  folder = _policy_folder(world.folder / method.lower().replace(" ", "_"), setting, seed)
+  return hf.load(str(folder), scan_layers=world.model.config.scan_layers).params
+
+
+def _policy_folder(folder: pathlib.Path, setting: float, seed: int) -> pathlib.Path:
+  return folder / "policies" / f"{setting:g}_seed_{seed}"
 
 
 def _without(line: Line, axis: str) -> Line:
@@ -198,11 +225,12 @@ def ppo_runs(
     for seed in seeds:
       ours = dataclasses.replace(settings, **{axis: value}, seed=seed, max_new_tokens=world.max_new_tokens)
       lines += stage(world.folder / name / f"{axis}_{value:g}_seed_{seed}", dataclasses.asdict(ours),
-                     lambda: _ppo_run(world, method, reward_of_seed(seed), ours, value, measure_every))
+                     lambda: _ppo_run(world, method, world.folder / name, reward_of_seed(seed), ours,
+                                      value, measure_every))
   return lines
 
 
-def _ppo_run(world, method, reward, settings, value, measure_every) -> list[Line]:
+def _ppo_run(world, method, folder, reward, settings, value, measure_every) -> list[Line]:
   lines = []
 
   def look(step, params, metrics):
@@ -211,9 +239,28 @@ def _ppo_run(world, method, reward, settings, value, measure_every) -> list[Line
                    | world.measure(params, settings.seed)
                    | {f"train/{name}": number for name, number in metrics.items()})
 
-  ppo.train(world.model.config, world.model.params, world.prompts, world.prompt_lengths, reward,
-            settings, stop_id=world.stop_id, callback=look)
+  params, _ = ppo.train(
+      world.model.config, world.model.params, world.prompts, world.prompt_lengths, reward, settings,
+      stop_id=world.stop_id, callback=look)
+  save_policy(world, folder, value, settings.seed, params)
   return lines
+
+
+def draw(world: World, prompts: np.ndarray, lengths: np.ndarray, *, num_samples: int,
+         temperature: float = 1.0, seed: int = 0) -> best_of_n.Drawn:
+  """Returns samples of the reference to prompts [n, W] of [n] tokens, scored by the true reward."""
+  return best_of_n.draw(
+      world.model.config, world.model.params, prompts, lengths, world.reward, num_samples=num_samples,
+      max_new_tokens=world.max_new_tokens, stop_id=world.stop_id, temperature=temperature, seed=seed,
+      prompts_at_once=32)
+
+
+def scores_of(world: World, model: RewardModel, prompts: np.ndarray, lengths: np.ndarray,
+              drawn: best_of_n.Drawn) -> np.ndarray:
+  """Returns what a reward model says of the samples, [n, N]."""
+  reward = learned(world, model, num_samples=drawn.scores.shape[1])
+  return reward(*rollouts.unpadded(prompts, lengths, drawn.tokens, drawn.lengths)).reshape(
+      drawn.scores.shape)
 
 
 def best_of_n_lines(
@@ -233,20 +280,12 @@ def best_of_n_lines(
   name = f"best_of_n{'' if model else '_true'}_temperature_{temperature:g}_seed_{seed}"
 
   def make():
-    most = max(sizes)
-    drawn = best_of_n.draw(
-        world.model.config, world.model.params, prompts, lengths, world.reward, num_samples=most,
-        max_new_tokens=world.max_new_tokens, stop_id=world.stop_id, temperature=temperature,
-        seed=seed, prompts_at_once=32)
-    chosen_by = drawn.scores
-    if model:
-      chosen_by = learned(world, model, num_samples=most)(
-          *rollouts.unpadded(prompts, lengths, drawn.tokens, drawn.lengths)).reshape(drawn.scores.shape)
+    drawn = draw(world, prompts, lengths, num_samples=max(sizes), temperature=temperature, seed=seed)
+    by = scores_of(world, model, prompts, lengths, drawn) if model else drawn.scores
     return [{"method": method, "setting": point.n, "seed": seed, "step": 0, "reward": point.mean,
              "reward_error": point.error, "kl": point.kl_bound, "kl_error": 0.0,
-             "temperature": temperature,
-             "score": float(np.mean(best_of_n.expected_best(chosen_by, point.n)))}
-            for point in best_of_n.curve(chosen_by, sizes, drawn.scores)]
+             "temperature": temperature, "score": float(np.mean(best_of_n.expected_best(by, point.n)))}
+            for point in best_of_n.curve(by, sizes, drawn.scores)]
 
   return stage(world.folder / name, {"sizes": list(sizes), "prompts": len(prompts)}, make)
 

@@ -69,12 +69,13 @@ class Classifier(NamedTuple):
 
 
 class Made(NamedTuple):
-  """The world, and what figures need besides: the bench, held-out prefixes, and the classifier."""
+  """The world, and what figures need besides: the bench, held-out prefixes and sentences, and the classifier."""
 
   world: methods.World
   bench: measure.Bench
   held_out: np.ndarray
   held_out_lengths: np.ndarray
+  held_out_texts: list[str]
   classifier: Classifier
 
 
@@ -196,7 +197,7 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
       measure=lambda params, seed: bench.measure(
           params, reference, held_out, held_out_lengths, seed=seed),
       data=lambda config: _data(config, prompts, lengths, answers, labels))
-  return Made(world, bench, held_out, held_out_lengths, classifier)
+  return Made(world, bench, held_out, held_out_lengths, others.texts[:sizes.held_out], classifier)
 
 
 def save_tokenizer(folder: pathlib.Path, texts: Sequence[str], vocabulary: int) -> None:

@@ -10,7 +10,9 @@ from dpojax import ppo
 from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError
-from experiments import beta_ablation, enumerable, frontier, measure, methods, sentiment
+from dpojax.metrics import read_metrics
+from experiments import (
+    best_of_n, beta_ablation, enumerable, frontier, measure, methods, sentiment, win_rate)
 from tests import worlds
 
 
@@ -183,11 +185,53 @@ def test_dpo_on_text_raises_the_true_reward_and_one_step_of_ppo_runs(made):
   assert [line["step"] for line in lines] == [0, 1] and lines[0]["kl"] == 0
 
 
-def test_best_of_n_by_the_true_reward_rises_with_n(made):
-  lines = methods.best_of_n_lines(
-      made.world, made.held_out, made.held_out_lengths, None, sizes=(1, 2, 8))
-  assert [line["setting"] for line in lines] == [1, 2, 8]
-  assert lines[0]["reward"] < lines[1]["reward"] < lines[2]["reward"]
+@pytest.fixture(scope="module")
+def model(made):
+  """A reward model of the small world, trained for a moment."""
+  return methods.reward_model(made.world, {
+      "steps": 40, "eval_every": 10, "checkpoint_every": 10, "optimizer.learning_rate": 3e-3})
+
+
+def test_the_reward_model_that_is_kept_is_the_one_with_the_best_accuracy(made, model):
+  lines = [line for line in read_metrics(made.world.folder / "reward_model_0" / "run")
+           if line["split"] == "eval" and line["step"]]
+  assert model.accuracy == max(line["rewards/accuracies"] for line in lines) > 0.6
+
+
+def test_the_best_of_more_is_better_and_the_true_reward_chooses_best(made, model):
+  lines = best_of_n.run(made, model, sizes=(1, 2, 8), temperatures=(1.0,))
+  learned, true = lines[:3], lines[3:]
+  assert [line["setting"] for line in true] == [1, 2, 8]
+  assert true[0]["reward"] < true[1]["reward"] < true[2]["reward"]
+  assert learned[0]["reward"] == pytest.approx(true[0]["reward"])
+  assert learned[0]["score"] < learned[1]["score"] < learned[2]["score"]
+  assert learned[2]["reward"] < true[2]["reward"]
+  best_of_n.show(lines)
+  best_of_n.plot(lines, made.world.folder / "best_of_n.png")
+  assert (made.world.folder / "best_of_n.png").stat().st_size > 10_000
+
+
+def test_a_win_is_a_higher_true_reward_and_half_a_win_an_equal_one():
+  won = win_rate.wins(np.array([0.9, 0.2, 0.5]), np.array([0.5, 0.5, 0.5]))
+  assert won.tolist() == [1, 0, 0.5]
+  line = win_rate.line("SFT", 0.0, 1.0, won)
+  assert line["win_rate"] == 0.5 and line["error"] == pytest.approx((0.25 / 3) ** 0.5)
+
+
+def test_win_rates_of_kept_policies_and_the_best_of_n(made, model, capsys):
+  dpo = methods.trained(made.world, "DPO", {"optimizer.learning_rate": 2e-3}, seeds=(0,), values=(0.2,),
+                        measure_every=30)
+  assert dpo
+  kept = methods.load_policy(made.world, "DPO", 0.2, 0)
+  lines = win_rate.run(
+      made, [("SFT", 0.0, made.world.model.params), ("DPO", 0.2, kept)], model,
+      temperatures=(0.0, 1.0), best_of=4)
+  of = {(line["method"], line["temperature"]): line["win_rate"] for line in lines}
+  assert of["DPO", 1.0] > of["SFT", 1.0] and of["Best of 4", 1.0] > of["SFT", 1.0]
+  win_rate.show(lines)
+  assert "| DPO | 0.2 |" in capsys.readouterr().out
+  win_rate.plot(lines, made.world.folder / "win_rate.png")
+  assert (made.world.folder / "win_rate.png").stat().st_size > 10_000
 
 
 def test_sentences_that_cannot_be_read_are_refused_by_name(tmp_path):
@@ -209,7 +253,7 @@ def test_the_beta_ablation_in_small_tells_of_every_beta(tmp_path, capsys):
   table = beta_ablation.run(
       path, tmp_path / "run", beta_ablation.Sizes(
           vocabulary=300, width=32, layers=1, sft_steps=3, dpo_steps=6, batch_size=16, held_out=12,
-          sampled=6, prompt_tokens=24, max_length=64, max_new_tokens=6), betas=(0.1, 5.0), seeds=(0, 1))
+          sampled=6, prompt_tokens=18, max_length=64, max_new_tokens=6), betas=(0.1, 5.0), seeds=(0, 1))
   beta_ablation.show(table)
   out = capsys.readouterr().out
   assert "| 0.1 | " in out and "| 5 | " in out

@@ -1,0 +1,95 @@
+"""What the best of N samples are worth (the paper's Figure 4), and what their choice over-optimises.
+
+python -m experiments.best_of_n --workdir=runs/sentiment --sentences=FILE
+
+N samples of the reference to each held-out prefix; the best is chosen by the reward model, and by the
+true reward beside it. Writes best_of_n.jsonl and best_of_n.png: true reward against N, and true and
+learned reward along the KL that N stands for. Every N is computed from one draw of the largest.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Sequence
+
+import numpy as np
+
+from dpojax import train
+from dpojax.disk import disk_errors
+from dpojax.parallel import keep_compiled
+from experiments import figures, frontier, methods, sentiment
+from experiments.methods import Line
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+TEMPERATURES = (0.25, 0.7, 1.0)
+
+
+def run(made: sentiment.Made, model: methods.RewardModel, *, sizes: Sequence[int] = SIZES,
+        temperatures: Sequence[float] = TEMPERATURES) -> list[Line]:
+  """Returns a line for each temperature, size, and way to choose."""
+  lines = []
+  for temperature in temperatures:
+    for chosen_by in (model, None):
+      lines += methods.best_of_n_lines(
+          made.world, made.held_out, made.held_out_lengths, chosen_by, sizes=sizes,
+          temperature=temperature)
+  return lines
+
+
+def show(lines: Sequence[Line]) -> None:
+  """Prints a row a size."""
+  print("\n| chosen by | T | N | true reward | learned or true score | KL bound, nats |")
+  print("|---|---|---|---|---|---|")
+  for line in lines:
+    print(f"| {line['method']} | {line['temperature']:g} | {line['setting']} | {line['reward']:.3f} +- "
+          f"{line['reward_error']:.3f} | {line['score']:.3f} | {line['kl']:.2f} |")
+
+
+def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
+  """Draws true reward against N, and along KL what the learned reward thinks beside what is true."""
+  figure, (left, right) = figures.panels(2, columns=2, size=(4.4, 3.4))
+  curves = list(dict.fromkeys((line["method"], line["temperature"]) for line in lines))
+  for number, (method, temperature) in enumerate(curves):
+    points = [line for line in lines if (line["method"], line["temperature"]) == (method, temperature)]
+    left.errorbar(
+        [line["setting"] for line in points], [line["reward"] for line in points],
+        yerr=[line["reward_error"] for line in points], capsize=2, markersize=4,
+        label=f"{method}, T = {temperature:g}", **figures.style(number))
+  left.set_xscale("log", base=2)
+  left.set_xlabel("N")
+  left.set_ylabel("true reward")
+  left.legend(frameon=False, fontsize=6)
+  points = [line for line in lines if line["method"] == "Best of N" and line["temperature"] == 1]
+  kl = [line["kl"] for line in points]
+  standard = lambda name: (np.array([line[name] for line in points]) - points[0][name]) / (
+      points[1][name] - points[0][name])
+  for number, (name, label) in enumerate((("reward", "true reward"), ("score", "learned reward"))):
+    right.plot(kl, standard(name), label=label, markersize=4, **figures.style(number))
+  right.set_xlabel("KL of the best of N, nats")
+  right.set_ylabel("gain, in units of N = 2's")
+  right.legend(frameon=False, fontsize=8)
+  figures.save(figure, path)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--sentences", required=True)
+  arguments = parser.parse_args()
+  folder = arguments.workdir.absolute()
+  try:
+    keep_compiled(folder / "compiled")
+    made = sentiment.make(folder, arguments.sentences)
+    lines = run(made, methods.reward_model(made.world, frontier.SENTIMENT.reward_model))
+    with disk_errors(folder):
+      (folder / "best_of_n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+      plot(lines, folder / "best_of_n.png")
+  except (*train.USER_ERRORS, train.TrainingError) as error:
+    sys.exit(f"error: {error}")
+  show(lines)
+  print(f"\nwritten: {folder}/best_of_n.jsonl and best_of_n.png")
+
+
+if __name__ == "__main__":
+  main()

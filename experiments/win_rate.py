@@ -1,0 +1,127 @@
+"""Win rate against sampling temperature (the paper's Figures 2 right and 3 left), judged by the true reward.
+
+python -m experiments.win_rate --workdir=runs/sentiment --sentences=FILE
+
+Reads the policies that `experiments.frontier` left in the workdir. A policy wins at a held-out prefix
+where its sample has a higher true reward than the sentence's own end; ties are half a win. Errors are
+binomial, as in the paper. Writes win_rate.jsonl and win_rate.png.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+from typing import Any, Sequence
+
+import numpy as np
+
+from dpojax import train
+from dpojax.disk import disk_errors
+from dpojax.parallel import keep_compiled
+from experiments import figures, frontier, methods, sentiment
+from experiments.methods import Line
+
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
+BEST_OF = 128
+
+
+def wins(rewards: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+  """Returns 1 where a reward is above the other's, one half where they are equal, else 0."""
+  return np.where(rewards == theirs, 0.5, rewards > theirs)
+
+
+def line(method: str, setting: float, temperature: float, won: np.ndarray) -> Line:
+  """Returns a line of the table: won comparisons [n], the error binomial."""
+  rate = float(np.mean(won))
+  return {"method": method, "setting": setting, "temperature": temperature, "win_rate": rate,
+          "error": math.sqrt(rate * (1 - rate) / len(won)), "n": len(won)}
+
+
+def run(
+    made: sentiment.Made, policies: Sequence[tuple[str, float, Any]],
+    model: methods.RewardModel | None, *, temperatures: Sequence[float] = TEMPERATURES,
+    best_of: int = BEST_OF) -> list[Line]:
+  """Judges every policy at every temperature against the sentences themselves.
+
+  Args:
+    made: the world.
+    policies: (method, setting, params).
+    model: the reward model that the best of N is chosen by; None leaves best-of-N out.
+    temperatures: to sample at.
+    best_of: N.
+  """
+  theirs = made.classifier(made.held_out_texts)
+  lines = []
+  for temperature in temperatures:
+    for method, setting, params in policies:
+      answers = made.bench.answers(
+          params, made.held_out, made.held_out_lengths, seed=0, temperature=temperature)
+      lines.append(line(method, setting, temperature, wins(answers.rewards[:, 0], theirs)))
+    if model:
+      drawn = methods.draw(made.world, made.held_out, made.held_out_lengths, num_samples=best_of,
+                           temperature=temperature)
+      chosen = methods.scores_of(made.world, model, made.held_out, made.held_out_lengths, drawn)
+      best = np.take_along_axis(drawn.scores, chosen.argmax(axis=1)[:, None], axis=1)[:, 0]
+      lines.append(line(f"Best of {best_of}", best_of, temperature, wins(best, theirs)))
+  return lines
+
+
+def show(lines: Sequence[Line]) -> None:
+  """Prints a row a policy, a column a temperature."""
+  temperatures = sorted({each["temperature"] for each in lines})
+  print("\n| method | setting | " + " | ".join(f"T = {t:g}" for t in temperatures) + " |")
+  print("|---|---|" + "---|" * len(temperatures))
+  of = {(each["method"], each["setting"], each["temperature"]): each for each in lines}
+  for method, setting in dict.fromkeys((each["method"], each["setting"]) for each in lines):
+    cells = [of[method, setting, t] for t in temperatures]
+    print(f"| {method} | {setting:g} | " + " | ".join(
+        f"{cell['win_rate']:.3f} +- {cell['error']:.3f}" for cell in cells) + " |")
+
+
+def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
+  """Draws win rate against temperature, a curve a policy."""
+  figure, (panel,) = figures.panels(1, size=(5.6, 4.0))
+  for number, (method, setting) in enumerate(
+      dict.fromkeys((each["method"], each["setting"]) for each in lines)):
+    points = [each for each in lines if (each["method"], each["setting"]) == (method, setting)]
+    panel.errorbar(
+        [each["temperature"] for each in points], [each["win_rate"] for each in points],
+        yerr=[each["error"] for each in points], capsize=2, markersize=4, linewidth=1.2,
+        label=method, **figures.style(number))
+  panel.axhline(0.5, color="black", linewidth=0.6)
+  panel.set_xlabel("sampling temperature")
+  panel.set_ylabel("win rate against the sentence's own end")
+  panel.legend(frameon=False, fontsize=8)
+  figures.save(figure, path)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--sentences", required=True)
+  parser.add_argument("--beta", type=float, default=0.1, help="of the DPO that is judged")
+  parser.add_argument("--target_kl", type=float, default=6.0, help="of the PPO that is judged")
+  arguments = parser.parse_args()
+  folder = arguments.workdir.absolute()
+  try:
+    keep_compiled(folder / "compiled")
+    made = sentiment.make(folder, arguments.sentences)
+    plan = frontier.SENTIMENT
+    settings = ((frontier.DPO, arguments.beta), (frontier.PPO, arguments.target_kl),
+                (frontier.PPO_GT, arguments.target_kl), ("Preferred-FT", 0.0))
+    policies = [("SFT", 0.0, made.world.model.params)] + [
+        (method, setting, methods.load_policy(made.world, method, setting, 0))
+        for method, setting in settings]
+    lines = run(made, policies, methods.reward_model(made.world, plan.reward_model))
+    with disk_errors(folder):
+      (folder / "win_rate.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+      plot(lines, folder / "win_rate.png")
+  except (*train.USER_ERRORS, train.TrainingError) as error:
+    sys.exit(f"error: {error}")
+  show(lines)
+  print(f"\nwritten: {folder}/win_rate.jsonl and win_rate.png")
+
+
+if __name__ == "__main__":
+  main()
