@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import ppo
+from dpojax import ppo, preference
 from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError
 from dpojax.metrics import read_metrics
 from experiments import (
-    best_of_n, beta_ablation, enumerable, frontier, measure, methods, sentiment, win_rate)
+    best_of_n, beta_ablation, enumerable, frontier, loss_ablation, measure, methods, sentiment,
+    win_rate)
 from tests import worlds
 
 
@@ -92,6 +93,25 @@ def test_shuffled_labels_earn_nothing(small):
       world, "DPO", {"data.shuffle_labels": shuffled, "optimizer.learning_rate": 3e-3}, seeds=(0,),
       values=(0.5,), kind=f"shuffled {shuffled}"))[0] for shuffled in (False, True))
   assert lines["reward"] > 0.4 and abs(control["reward"]) < 0.25 * lines["reward"]
+
+
+def test_the_loss_ablation_knows_every_loss_between_two_responses():
+  ranked_or_single = {"dpo_plackett_luce", "kto", "bco", "nll", "nll_mean"}
+  assert set(loss_ablation.SWEPT) == set(preference.LOSSES) - ranked_or_single
+
+
+def test_losses_are_compared_at_the_same_kl(small, capsys):
+  world, table = small
+  lines = loss_ablation.run(world, ["orpo"], {"steps": 10}, seeds=(0,))
+  assert len(lines) == 4
+  loss_ablation.show(lines, table)
+  assert "| `orpo` |" in capsys.readouterr().out
+  loss_ablation.plot(lines, table, world.folder / "losses.png")
+  point = lambda kl, reward: {"kl": kl, "reward": reward}
+  points = [point(1.0, 0.4), point(0.5, 0.3)]
+  assert loss_ablation.at_kl(points, 0.25) == pytest.approx(0.15)
+  assert loss_ablation.at_kl(points, 0.75) == pytest.approx(0.35)
+  assert np.isnan(loss_ablation.at_kl(points, 1.5))
 
 
 # The bench.

@@ -1,0 +1,130 @@
+"""Every pairwise loss in the enumerable world, at matched KL: how much of the best reward it finds.
+
+python -m experiments.loss_ablation --workdir=runs/loss_ablation
+
+Each loss is trained at several strengths of its own knob, side by side, on the same comparisons, with the
+same learning rate and steps. Beta means something else to every loss, so losses are compared where they
+are as far from the reference: rewards are read off at the same KL, on straight lines between a loss's
+own points. Writes losses.jsonl and losses.png.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+
+from dpojax import losses, train
+from dpojax.disk import disk_errors
+from dpojax.parallel import keep_compiled
+from experiments import enumerable, figures, methods
+from experiments.methods import Line, World
+
+BETAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+KLS = (0.1, 0.3, 1.0)
+
+
+class Swept(NamedTuple):
+  """How a loss is trained: the knob that is swept, its values, and what else it is given."""
+
+  axis: str = "beta"
+  values: tuple[float, ...] = BETAS
+  changes: dict[str, Any] = {}
+
+
+SWEPT = {name: Swept() for name in (*losses.PAIRWISE_LOSSES, "aot", "aot_unpaired")} | {
+    "robust_dpo": Swept(changes={"loss_options.label_smoothing": 0.1}),
+    "exo_pair": Swept(changes={"loss_options.label_smoothing": 1e-3}),
+    "simpo": Swept(values=(1.0, 2.0, 4.0, 8.0), changes={
+        "loss_options.gamma": 0.5, "reference.mode": "none"}),
+    "cpo": Swept(changes={"reference.mode": "none"}),
+    "orpo": Swept("loss_options.weight", (0.1, 0.5, 1.0, 4.0), {
+        "reference.mode": "none", "loss_options.weight": 1.0}),
+    "unlikelihood": Swept("loss_options.alpha", (0.05, 0.1, 0.5, 1.0), {
+        "reference.mode": "none", "loss_options.alpha": 1.0}),
+}
+"""Every loss between two responses. The steps, batches and learning rate are those of the world."""
+
+
+def run(world: World, names: Sequence[str], changes: dict[str, Any], *, seeds: Sequence[int]) -> list[Line]:
+  """Trains the losses with these names; returns where each run ended."""
+  lines = []
+  for name in names:
+    swept = SWEPT[name]
+    lines += methods.trained(
+        world, name, {"loss": name} | swept.changes | changes, seeds=seeds, axis=swept.axis,
+        values=swept.values, kind=f"loss_{name}")
+  return methods.final(lines)
+
+
+def at_kl(points: Sequence[Line], kl: float) -> float:
+  """Returns the reward of a loss at a KL, between its own points and the reference; nan beyond them."""
+  ordered = sorted((point["kl"], point["reward"]) for point in points)
+  if not ordered or kl > ordered[-1][0]:
+    return float("nan")
+  kls, rewards = np.transpose([(0.0, 0.0), *ordered])
+  return float(np.interp(kl, kls, rewards))
+
+
+def show(lines: Sequence[Line], table: enumerable.Table) -> None:
+  """Prints for every loss the share of the best reward at each KL, over seeds."""
+  print("\n| loss | KL of its runs, nats | " + " | ".join(
+      f"share of the best at KL {kl:g}" for kl in KLS) + " |")
+  print("|---|---|" + "---|" * len(KLS))
+  for name in dict.fromkeys(line["method"] for line in lines):
+    ours = [line for line in lines if line["method"] == name]
+    kls = [line["kl"] for line in ours]
+    cells = []
+    for kl in KLS:
+      shares = [at_kl([line for line in ours if line["seed"] == seed], kl) / enumerable.best_reward(table, kl)
+                for seed in sorted({line["seed"] for line in ours})]
+      error = np.std(shares, ddof=1) / len(shares)**0.5 if len(shares) > 1 else np.nan
+      cells.append("not reached" if np.isnan(np.mean(shares)) else f"{np.mean(shares):.3f}" + (
+          "" if np.isnan(error) else f" +- {error:.3f}"))
+    print(f"| `{name}` | {min(kls):.2f} to {max(kls):.2f} | " + " | ".join(cells) + " |")
+
+
+def plot(lines: Sequence[Line], table: enumerable.Table, path: pathlib.Path) -> None:
+  """Draws the losses' points in panels of four, each with the optimum."""
+  names = list(dict.fromkeys(line["method"] for line in lines))
+  groups = [names[i:i + 4] for i in range(0, len(names), 4)]
+  reward, kl = np.transpose([enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
+                             for beta in np.geomspace(0.2, 100, 100)])
+  figure, axes = figures.panels(len(groups), columns=3)
+  for panel, group in zip(axes, groups):
+    panel.plot(kl, reward, color="black", linewidth=1)
+    for number, name in enumerate(group):
+      points = sorted((line["kl"], line["reward"]) for line in lines if line["method"] == name)
+      panel.plot(*np.transpose(points), markersize=3, linewidth=0.8, label=name, **figures.style(number))
+    panel.set_xlim(0, kl.max())
+    panel.set_xlabel("KL to the reference, nats")
+    panel.set_ylabel("true reward")
+    panel.legend(frameon=False, fontsize=6)
+  figures.save(figure, path)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_ablation"))
+  parser.add_argument("--steps", type=int, default=400)
+  parser.add_argument("--seeds", default="0,1,2")
+  arguments = parser.parse_args()
+  folder = arguments.workdir.absolute()
+  try:
+    keep_compiled(folder / "compiled")
+    world, table = enumerable.make(folder)
+    lines = run(world, list(SWEPT), {"steps": arguments.steps, "log_every": 100},
+                seeds=[int(seed) for seed in arguments.seeds.split(",")])
+    with disk_errors(folder):
+      (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+      plot(lines, table, folder / "losses.png")
+  except (*train.USER_ERRORS, train.TrainingError) as error:
+    sys.exit(f"error: {error}")
+  show(lines, table)
+  print(f"\nwritten: {folder}/losses.jsonl and losses.png")
+
+
+if __name__ == "__main__":
+  main()
