@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import pathlib
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 import numpy as np
@@ -126,20 +126,22 @@ class Mesh:
 
   axis_name = None
 
-  def __init__(self, *, data: int = 0, fsdp: int = 1, tensor: int = 1):
-    """Makes the mesh; data = 0 takes the devices that fsdp and tensor leave.
+  def __init__(self, *, data: int = 0, fsdp: int = 1, tensor: int = 1,
+               devices: Sequence[jax.Device] | None = None):
+    """Makes the mesh of all devices, or of those given; data = 0 takes what fsdp and tensor leave.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    count = len(devices) if devices else jax.device_count()
     data = data or max(1, count // (fsdp * tensor))
     if data * fsdp * tensor != count:
       raise ValueError(
           f"parallel.data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor} "
           f"but there are {count} devices; change the axes to multiply to {count}")
     self.mesh = jax.make_mesh(
-        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3,
+        devices=devices)
     self.row_multiple = self.global_shards = data * fsdp
     self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
@@ -260,12 +262,19 @@ class Members(Mesh):
   rows only.
   """
 
-  def __init__(self):
-    super().__init__()
+  def __init__(self, count: int):
+    """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
+    devices = jax.devices()
+    each = -(-count // len(devices))
+    super().__init__(devices=devices[:-(-count // each)])
 
   def shardings(self, tree: Any) -> Any:
     """Returns the sharding of each leaf: by its leading axis."""
     return jax.tree.map(lambda _: self._rows, tree)
+
+  def share(self, tree: Any) -> Any:
+    """Returns what all runs read, whole on each of the devices."""
+    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
   def _context(self) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()

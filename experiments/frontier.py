@@ -89,6 +89,11 @@ def run(world: World, plan: Plan) -> list[Line]:
   return lines
 
 
+def read_lines(path: pathlib.Path) -> list[Line]:
+  """Returns the measurements of a frontier.jsonl."""
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def report(lines: Sequence[Line], best: Any = None) -> None:
   """Prints where each method ended, over seeds, and what DPO's points beat; `best` is of a KL."""
   ends = methods.final(lines)

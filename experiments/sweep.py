@@ -87,7 +87,7 @@ def run(
   workdir = train.open_workdir(workdir, config)
   _check_same_sweep(workdir, members, at_once)
   at_once = min(at_once or len(members), len(members))
-  sweep = _Sweep(config, members, data)
+  sweep = _Sweep(config, members, at_once, data)
   bar = tqdm.tqdm(total=len(members) * config.steps, unit="step", file=sys.stderr,
                   disable=not sys.stderr.isatty())
   for first in range(0, len(members), at_once):
@@ -141,9 +141,9 @@ def config_of(config: ml_collections.ConfigDict, member: Member) -> ml_collectio
 class _Sweep:
   """What members share: data, reference, and the compiled step."""
 
-  def __init__(self, config: ml_collections.ConfigDict, members: Sequence[Member], data):
+  def __init__(self, config: ml_collections.ConfigDict, members: Sequence[Member], at_once: int, data):
     self.config, self.axis = config, members[0].axis
-    self.devices, plain = parallel.Members(), parallel.Mesh()
+    self.devices = parallel.Members(at_once)
     seeds = list(dict.fromkeys(member.seed for member in members))
     of_seed = lambda seed: config_of(config, Member(0, seed, "", math.nan))
     data = data or (lambda seed: resolve.load_data(of_seed(seed)))
@@ -159,12 +159,14 @@ class _Sweep:
     self.about = {
         "model": setup.model.as_dict(), "data": [each.fingerprint for each in datasets.values()],
         "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
-    self.reference = None if setup.reference is None else plain.place(setup.reference, donated=False)
-    if setup.objective.needs_reference and config.reference.mode == "stored":
+    stored = setup.objective.needs_reference and config.reference.mode == "stored"
+    if stored:
+      plain = parallel.Mesh()
       resolve.use_stored_reference(
-          config, setup, self.reference, self.about["reference"],
+          config, setup, plain.place(setup.reference, donated=False), self.about["reference"],
           [*self.loaders.values(), self.held_out], plain)
-      self.reference = self.reference if config.lora.rank else None
+    unread = setup.reference is None or (stored and not config.lora.rank)
+    self.reference = None if unread else self.devices.share(setup.reference)
     self._train = self.devices.lift(jax.vmap(self._step, in_axes=(0, None, 0, 0)), donate_state=True)
     self._eval = self.devices.lift(
         jax.vmap(self._evaluate, in_axes=(0, None, 0, None)), donate_state=False)

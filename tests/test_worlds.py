@@ -13,8 +13,8 @@ from dpojax.data.examples import DataError
 from dpojax.metrics import read_metrics
 from experiments import (
     best_of_n, beta_ablation, enumerable, frontier, loss_ablation, measure, methods, sentiment,
-    win_rate)
-from tests import worlds
+    suite, training_curve, win_rate)
+from tests import conftest, worlds
 
 
 # The enumerable world.
@@ -84,7 +84,9 @@ def test_every_method_runs_and_none_is_above_the_optimum(small):
     frontier.run(world, plan._replace(betas=(0.5, 1.0)))
   frontier.report(lines, lambda kl: enumerable.best_reward(table, kl))
   frontier.plot(lines, world.folder / "frontier.png")
-  assert (world.folder / "frontier.png").stat().st_size > 10_000
+  training_curve.plot(lines, world.folder / "curve.png")
+  for name in ("frontier.png", "curve.png"):
+    assert (world.folder / name).stat().st_size > 10_000
 
 
 def test_shuffled_labels_earn_nothing(small):
@@ -98,6 +100,14 @@ def test_shuffled_labels_earn_nothing(small):
 def test_the_loss_ablation_knows_every_loss_between_two_responses():
   ranked_or_single = {"dpo_plackett_luce", "kto", "bco", "nll", "nll_mean"}
   assert set(loss_ablation.SWEPT) == set(preference.LOSSES) - ranked_or_single
+
+
+def test_every_command_of_the_suite_is_a_module_with_these_flags(tmp_path):
+  for name, *arguments in suite.commands(tmp_path, "sentences", "pairs"):
+    text = (conftest.ROOT / "experiments" / f"{name}.py").read_text()
+    assert "def main()" in text
+    for argument in arguments:
+      assert f'"{argument.partition("=")[0]}"' in text, (name, argument)
 
 
 def test_losses_are_compared_at_the_same_kl(small, capsys):
