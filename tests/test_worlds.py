@@ -68,8 +68,8 @@ def test_every_method_runs_and_none_is_above_the_optimum(small):
   plan = frontier.ENUMERABLE._replace(
       seeds=(0,), betas=(0.5, 2.0), alphas=(0.1,), ppo_values=(0.5,), ppo_seeds=(0,),
       ppo=frontier.ENUMERABLE.ppo.__class__(**vars(frontier.ENUMERABLE.ppo) | {
-          "steps": 8, "prompts_per_step": 16}),
-      unlikelihood={"steps": 10}, preferred_ft={"steps": 10}, ppo_measure_every=8)
+          "steps": 4, "prompts_per_step": 16}),
+      unlikelihood={"steps": 10}, preferred_ft={"steps": 10}, ppo_measure_every=4)
   lines = frontier.run(world, plan)
   ends = methods.final(lines)
   assert {line["method"] for line in ends} == {"DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-GT"}
@@ -78,7 +78,7 @@ def test_every_method_runs_and_none_is_above_the_optimum(small):
   of = {(line["method"], line["setting"]): line for line in ends}
   assert of["DPO", 0.5]["reward"] > of["DPO", 2.0]["reward"] > 0.2
   assert of["DPO", 0.5]["kl"] > of["DPO", 2.0]["kl"] > 0
-  assert of["PPO-GT", 0.5]["reward"] > 0.2
+  assert of["PPO-GT", 0.5]["reward"] > 0.1
   assert frontier.run(world, plan) == lines  # from its folder
   with pytest.raises(ConfigError, match="other settings"):
     frontier.run(world, plan._replace(betas=(0.5, 1.0)))
