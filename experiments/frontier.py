@@ -51,7 +51,7 @@ ENUMERABLE = Plan(
         steps=60, prompts_per_step=64, num_samples=16, epochs=2, minibatches=2,
         normalize_rewards=False, learning_rate=5e-3, critic_learning_rate=1e-2, schedule="linear",
         value_clip=1.0),
-    reward_model={"optimizer.learning_rate": 1e-2}, dpo={"optimizer.learning_rate": 1e-2},
+    reward_model={}, dpo={},
     unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
     preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60)
 
