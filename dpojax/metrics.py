@@ -63,7 +63,11 @@ class MetricsWriter:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
+  return read_lines(pathlib.Path(workdir) / "metrics.jsonl")
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+  """Returns the lines of a JSONL file, none if it is not there; one cut off by a kill is left out."""
   if not path.exists():
     return []
   return [json.loads(line) for line in path.read_text().splitlines(keepends=True)

@@ -8,7 +8,6 @@ learned reward along the KL that N stands for. Every N is computed from one draw
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from dpojax import train
 from dpojax.disk import disk_errors
 from dpojax.parallel import keep_compiled
-from experiments import figures, frontier, methods, sentiment
+from experiments import figures, frontier, methods, sentiment, sweep
 from experiments.methods import Line
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -82,8 +81,8 @@ def main():
     keep_compiled(folder / "compiled")
     made = sentiment.make(folder, arguments.sentences)
     lines = run(made, methods.reward_model(made.world, frontier.SENTIMENT.reward_model))
+    sweep.write_lines(folder / "best_of_n.jsonl", lines)
     with disk_errors(folder):
-      (folder / "best_of_n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
       plot(lines, folder / "best_of_n.png")
   except (*train.USER_ERRORS, train.TrainingError) as error:
     sys.exit(f"error: {error}")

@@ -9,6 +9,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments import measure
+
 SHADES = ("#0b3c5d", "#d9822b", "#3a8f5c", "#8e3b6f", "#555555", "#b03a2e", "#2e86c1", "#7d6608",
           "#117a65", "#a569bd")
 MARKERS = "osD^vP*X<>"
@@ -71,10 +73,9 @@ def last_lines(table: Sequence[dict], split: str) -> list[dict]:
 def over_seeds(lines: Sequence[dict], axis: str, metric: str) -> Spread:
   """Returns a metric by value of the axis, over seeds; the error of a single seed is nan."""
   values = sorted({line[axis] for line in lines})
-  of = [np.array([line[metric] for line in lines if line[axis] == value and metric in line])
+  of = [measure.mean_and_error([line[metric] for line in lines if line[axis] == value and metric in line])
         for value in values]
-  error = [each.std(ddof=1) / len(each)**0.5 if len(each) > 1 else np.nan for each in of]
-  return Spread(np.array(values), np.array([each.mean() for each in of]), np.array(error))
+  return Spread(np.array(values), *np.transpose(of))
 
 
 def against_axis(table: Sequence[dict], axis: str, path: pathlib.Path) -> None:

@@ -9,7 +9,6 @@ where every method ended, and how many points of the others some point of DPO be
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from dpojax import ppo, train
 from dpojax.disk import disk_errors
 from dpojax.parallel import keep_compiled
-from experiments import enumerable, figures, methods, sentiment
+from experiments import enumerable, figures, methods, sentiment, sweep
 from experiments.methods import Line, World
 
 DPO, PPO, PPO_GT = "DPO", "PPO", "PPO-GT"
@@ -89,11 +88,6 @@ def run(world: World, plan: Plan) -> list[Line]:
   return lines
 
 
-def read_lines(path: pathlib.Path) -> list[Line]:
-  """Returns the measurements of a frontier.jsonl."""
-  return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def report(lines: Sequence[Line], best: Any = None) -> None:
   """Prints where each method ended, over seeds, and what DPO's points beat; `best` is of a KL."""
   ends = methods.final(lines)
@@ -152,8 +146,8 @@ def main():
       made = sentiment.make(folder, arguments.sentences)
       print(f"held-out accuracy of the classifier, the true reward: {made.classifier.accuracy:.3f}")
       lines = run(made.world, SENTIMENT)
+    sweep.write_lines(folder / "frontier.jsonl", lines)
     with disk_errors(folder):
-      (folder / "frontier.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
       plot(lines, folder / "frontier.png", curve=curve)
   except (*train.USER_ERRORS, train.TrainingError, FloatingPointError) as error:
     sys.exit(f"error: {error}")

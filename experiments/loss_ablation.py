@@ -9,7 +9,6 @@ own points. Writes losses.jsonl and losses.png.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from dpojax import losses, train
 from dpojax.disk import disk_errors
 from dpojax.parallel import keep_compiled
-from experiments import enumerable, figures, methods
+from experiments import enumerable, figures, measure, methods, sweep
 from experiments.methods import Line, World
 
 BETAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -80,8 +79,8 @@ def show(lines: Sequence[Line], table: enumerable.Table) -> None:
     for kl in KLS:
       shares = [at_kl([line for line in ours if line["seed"] == seed], kl) / enumerable.best_reward(table, kl)
                 for seed in sorted({line["seed"] for line in ours})]
-      error = np.std(shares, ddof=1) / len(shares)**0.5 if len(shares) > 1 else np.nan
-      cells.append("not reached" if np.isnan(np.mean(shares)) else f"{np.mean(shares):.3f}" + (
+      mean, error = measure.mean_and_error(shares)
+      cells.append("not reached" if np.isnan(mean) else f"{mean:.3f}" + (
           "" if np.isnan(error) else f" +- {error:.3f}"))
     print(f"| `{name}` | {min(kls):.2f} to {max(kls):.2f} | " + " | ".join(cells) + " |")
 
@@ -117,8 +116,8 @@ def main():
     world, table = enumerable.make(folder)
     lines = run(world, list(SWEPT), {"steps": arguments.steps, "log_every": 100},
                 seeds=[int(seed) for seed in arguments.seeds.split(",")])
+    sweep.write_lines(folder / "losses.jsonl", lines)
     with disk_errors(folder):
-      (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
       plot(lines, table, folder / "losses.png")
   except (*train.USER_ERRORS, train.TrainingError) as error:
     sys.exit(f"error: {error}")

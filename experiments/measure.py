@@ -39,9 +39,10 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str], longest: int) -> tuple[np.n
   return rollouts.padded([ids for ids, _ in encoded], longest)
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-  """Returns the mean of independent values [n], and its standard error."""
-  return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+  """Returns the mean of independent values [n], and its standard error; of one value that is nan."""
+  error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+  return float(np.mean(values)), float(error)
 
 
 class Bench:

@@ -10,7 +10,6 @@ from its folder, never made again.
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 import shutil
 from typing import Any, Callable, NamedTuple, Sequence
@@ -24,7 +23,7 @@ from dpojax.data import tokenization
 from dpojax.disk import disk_errors
 from dpojax.metrics import read_metrics
 from dpojax.models import hf
-from experiments import sweep
+from experiments import measure, sweep
 
 Line = dict[str, Any]
 
@@ -307,6 +306,4 @@ def over_seeds(lines: Sequence[Line], name: str) -> dict[tuple[str, float], tupl
   groups = {}
   for line in lines:
     groups.setdefault((line["method"], line["setting"]), []).append(line[name])
-  return {group: (float(np.mean(values)),
-                  float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan)
-          for group, values in groups.items()}
+  return {group: measure.mean_and_error(values) for group, values in groups.items()}

@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 SMALL = Sizes(
     reviews=1500, prefixes=256, held_out=128, width=32, layers=1, sft_steps=150, dpo_steps=80,
     measure_every=40, betas=(0.5,))
-"""A smoke test: half a minute."""
+"""A smoke test."""
 
 
 class Measurement(NamedTuple):
@@ -295,7 +295,7 @@ def show(summary: dict) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
-  parser.add_argument("--small", action="store_true", help="half a minute, one beta")
+  parser.add_argument("--small", action="store_true", help="a smoke test, one beta")
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()
   try:

@@ -31,6 +31,7 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.config import ConfigError
 from dpojax.data import loader, packing
 from dpojax.disk import disk_errors
+from dpojax.metrics import read_lines
 from dpojax.parts import Parts
 from experiments import figures
 
@@ -312,25 +313,25 @@ class _Table:
 
 def read_table(folder: str | os.PathLike) -> list[dict]:
   """Returns the lines of a folder's table.jsonl; a last line cut off by a kill is left out."""
-  path = pathlib.Path(folder) / "table.jsonl"
-  if not path.exists():
-    return []
-  return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
-          if line.endswith("\n")]
+  return read_lines(pathlib.Path(folder) / "table.jsonl")
 
 
 def write_table(folder: str | os.PathLike, table: Sequence[dict]) -> None:
-  """Writes table.jsonl, whole or not at all.
+  """Writes table.jsonl; see `write_lines`."""
+  write_lines(pathlib.Path(folder) / "table.jsonl", table)
+
+
+def write_lines(path: pathlib.Path, lines: Sequence[dict]) -> None:
+  """Writes a JSONL file, whole or not at all.
 
   Raises:
     DiskError: the disk is full or cannot be written.
   """
-  folder = pathlib.Path(folder)
-  with disk_errors(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "table.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in table))
-    os.replace(temporary, folder / "table.jsonl")
+  with disk_errors(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(temporary, path)
 
 
 def _check_same_sweep(workdir: pathlib.Path, members: Sequence[Member], at_once: int) -> None:

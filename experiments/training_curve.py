@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Sequence
 
+from dpojax.metrics import read_lines
 from experiments import figures, frontier, methods
 from experiments.methods import Line
 
@@ -45,7 +46,7 @@ def main():
   path = folder / "frontier.jsonl"
   if not path.exists():
     sys.exit(f"error: {path} is not there; run python -m experiments.frontier --workdir={folder} first")
-  plot(frontier.read_lines(path), folder / "training_curve.png")
+  plot(read_lines(path), folder / "training_curve.png")
   print(f"written: {folder}/training_curve.png")
 
 

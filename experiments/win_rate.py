@@ -8,7 +8,6 @@ binomial, as in the paper. Writes win_rate.jsonl and win_rate.png.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 from dpojax import train
 from dpojax.disk import disk_errors
 from dpojax.parallel import keep_compiled
-from experiments import figures, frontier, methods, sentiment
+from experiments import figures, frontier, methods, sentiment, sweep
 from experiments.methods import Line
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -114,8 +113,8 @@ def main():
         (method, setting, methods.load_policy(made.world, method, setting, 0))
         for method, setting in settings]
     lines = run(made, policies, methods.reward_model(made.world, plan.reward_model))
+    sweep.write_lines(folder / "win_rate.jsonl", lines)
     with disk_errors(folder):
-      (folder / "win_rate.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
       plot(lines, folder / "win_rate.png")
   except (*train.USER_ERRORS, train.TrainingError) as error:
     sys.exit(f"error: {error}")
