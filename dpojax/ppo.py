@@ -51,6 +51,7 @@ from dpojax.config import ConfigError
 from dpojax.data import loader, tokenization
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
+from dpojax.parallel import keep_freed_memory
 from dpojax.parts import Parts
 from dpojax.ppo_step import Control, Experience, PPOState, Settings
 from dpojax.rollouts import Reward
@@ -425,6 +426,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]}")
   logging.set_verbosity(logging.WARNING)
+  keep_freed_memory()
   try:
     run(train_lib.CONFIG.value, train_lib.WORKDIR.value)
   except (*train_lib.USER_ERRORS, TrainingError) as error:

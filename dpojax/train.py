@@ -33,6 +33,7 @@ from dpojax.data import loader, packing
 from dpojax.data.examples import DataError
 from dpojax.disk import DiskError, disk_errors
 from dpojax.metrics import MetricsWriter
+from dpojax.parallel import keep_freed_memory
 from dpojax.parts import Parts
 from dpojax.resolve import is_main, say
 
@@ -383,6 +384,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]}")
   logging.set_verbosity(logging.WARNING)
+  keep_freed_memory()
   join_processes(CONFIG.value)
   try:
     run(CONFIG.value, WORKDIR.value)

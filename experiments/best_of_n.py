@@ -9,15 +9,12 @@ learned reward along the KL that N stands for. Every N is computed from one draw
 
 import argparse
 import pathlib
-import sys
 from typing import Sequence
 
 import numpy as np
 
-from dpojax import train
-from dpojax.disk import disk_errors
-from dpojax.parallel import keep_compiled
 from experiments import figures, frontier, methods, sentiment, sweep
+from experiments.command import command
 from experiments.methods import Line
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -77,15 +74,11 @@ def main():
   parser.add_argument("--sentences", required=True)
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
-  try:
-    keep_compiled(folder / "compiled")
+  with command(folder):
     made = sentiment.make(folder, arguments.sentences)
     lines = run(made, methods.reward_model(made.world, frontier.SENTIMENT.reward_model))
     sweep.write_lines(folder / "best_of_n.jsonl", lines)
-    with disk_errors(folder):
-      plot(lines, folder / "best_of_n.png")
-  except (*train.USER_ERRORS, train.TrainingError) as error:
-    sys.exit(f"error: {error}")
+    plot(lines, folder / "best_of_n.png")
   show(lines)
   print(f"\nwritten: {folder}/best_of_n.jsonl and best_of_n.png")
 

@@ -11,7 +11,6 @@ import argparse
 import gzip
 import json
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ from configs import dpo, sft
 from dpojax import resolve, rollouts, train, weights
 from dpojax.data import loader, tokenization
 from dpojax.data.examples import DataError
-from dpojax.parallel import keep_compiled
 from experiments import figures, measure, sentiment, sweep
+from experiments.command import command
 
 SHOWN = (
     ("eval", "rewards/accuracies", "held-out accuracy"), ("eval", "rewards/margins", "margin"),
@@ -132,13 +131,10 @@ def main():
   parser.add_argument("--seeds", default="0,1,2")
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()
-  try:
-    keep_compiled(workdir / "compiled")
+  with command(workdir):
     table = run(arguments.pairs, workdir, Sizes(), betas=[float(b) for b in arguments.betas.split(",")],
                 seeds=[int(s) for s in arguments.seeds.split(",")])
     figures.against_axis(table, "beta", workdir / "beta.png")
-  except (*train.USER_ERRORS, train.TrainingError) as error:
-    sys.exit(f"error: {error}")
   show(table)
   print(f"\nwritten: {workdir}/sweep/table.jsonl and {workdir}/beta.png")
 

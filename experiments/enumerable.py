@@ -1,6 +1,6 @@
 """A world small enough to sum over: exact reward, exact KL, and the exact optimum at every beta.
 
-Eight prompts, and responses of up to three ids of six, of which one ends a response: 156 of them. The
+Four prompts, and responses of up to three ids of six, of which one ends a response: 156 of them. The
 reference is a small Transformer with random weights; the true reward a random function of the ids,
 their order and the prompt, with mean 0 and deviation 1 under the reference. Comparisons are labelled by
 draws from Bradley-Terry (the paper's Eq. 1), their responses from the reference or uniformly, in
@@ -38,9 +38,9 @@ RESPONSES = [
 class Sizes(NamedTuple):
   """How large the world and its comparisons are."""
 
-  prompts: int = 8
+  prompts: int = 4
   width: int = 32
-  comparisons: int = 384_000
+  comparisons: int = 512_000
   held_out: int = 2000
   batch_size: int = 256
   seed: int = 0

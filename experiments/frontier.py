@@ -10,15 +10,13 @@ where every method ended, and how many points of the others some point of DPO be
 
 import argparse
 import pathlib
-import sys
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
-from dpojax import ppo, train
-from dpojax.disk import disk_errors
-from dpojax.parallel import keep_compiled
+from dpojax import ppo
 from experiments import enumerable, figures, methods, sentiment, sweep
+from experiments.command import command
 from experiments.methods import Line, World
 
 DPO, PPO, PPO_GT = "DPO", "PPO", "PPO-GT"
@@ -132,8 +130,7 @@ def main():
   parser.add_argument("--sentences", default="", help="file of sentences, for the sentiment world")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
-  try:
-    keep_compiled(folder / "compiled")
+  with command(folder):
     best = curve = None
     if arguments.world == "enumerable":
       world, table = enumerable.make(folder)
@@ -147,10 +144,7 @@ def main():
       print(f"held-out accuracy of the classifier, the true reward: {made.classifier.accuracy:.3f}")
       lines = run(made.world, SENTIMENT)
     sweep.write_lines(folder / "frontier.jsonl", lines)
-    with disk_errors(folder):
-      plot(lines, folder / "frontier.png", curve=curve)
-  except (*train.USER_ERRORS, train.TrainingError, FloatingPointError) as error:
-    sys.exit(f"error: {error}")
+    plot(lines, folder / "frontier.png", curve=curve)
   report(lines, best)
   print(f"\nwritten: {folder}/frontier.jsonl and frontier.png")
 

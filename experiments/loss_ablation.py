@@ -10,15 +10,13 @@ own points. Writes losses.jsonl and losses.png.
 
 import argparse
 import pathlib
-import sys
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
-from dpojax import losses, train
-from dpojax.disk import disk_errors
-from dpojax.parallel import keep_compiled
+from dpojax import losses
 from experiments import enumerable, figures, measure, methods, sweep
+from experiments.command import command
 from experiments.methods import Line, World
 
 BETAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -111,16 +109,12 @@ def main():
   parser.add_argument("--seeds", default="0,1,2")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
-  try:
-    keep_compiled(folder / "compiled")
+  with command(folder):
     world, table = enumerable.make(folder)
     lines = run(world, list(SWEPT), {"steps": arguments.steps, "log_every": 100},
                 seeds=[int(seed) for seed in arguments.seeds.split(",")])
     sweep.write_lines(folder / "losses.jsonl", lines)
-    with disk_errors(folder):
-      plot(lines, table, folder / "losses.png")
-  except (*train.USER_ERRORS, train.TrainingError) as error:
-    sys.exit(f"error: {error}")
+    plot(lines, table, folder / "losses.png")
   show(lines, table)
   print(f"\nwritten: {folder}/losses.jsonl and losses.png")
 

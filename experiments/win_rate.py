@@ -10,15 +10,12 @@ binomial, as in the paper. Writes win_rate.jsonl and win_rate.png.
 import argparse
 import math
 import pathlib
-import sys
 from typing import Any, Sequence
 
 import numpy as np
 
-from dpojax import train
-from dpojax.disk import disk_errors
-from dpojax.parallel import keep_compiled
 from experiments import figures, frontier, methods, sentiment, sweep
+from experiments.command import command
 from experiments.methods import Line
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -103,8 +100,7 @@ def main():
   parser.add_argument("--target_kl", type=float, default=6.0, help="of the PPO that is judged")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
-  try:
-    keep_compiled(folder / "compiled")
+  with command(folder):
     made = sentiment.make(folder, arguments.sentences)
     plan = frontier.SENTIMENT
     settings = ((frontier.DPO, arguments.beta), (frontier.PPO, arguments.target_kl),
@@ -114,10 +110,7 @@ def main():
         for method, setting in settings]
     lines = run(made, policies, methods.reward_model(made.world, plan.reward_model))
     sweep.write_lines(folder / "win_rate.jsonl", lines)
-    with disk_errors(folder):
-      plot(lines, folder / "win_rate.png")
-  except (*train.USER_ERRORS, train.TrainingError) as error:
-    sys.exit(f"error: {error}")
+    plot(lines, folder / "win_rate.png")
   show(lines)
   print(f"\nwritten: {folder}/win_rate.jsonl and win_rate.png")
 
