@@ -20,6 +20,7 @@ from experiments.command import command
 from experiments.methods import Line, World
 
 DPO, PPO, PPO_GT = "DPO", "PPO", "PPO-GT"
+UNLIKELIHOOD, PREFERRED_FT = "Unlikelihood", "Preferred-FT"
 
 
 class Plan(NamedTuple):
@@ -66,14 +67,11 @@ SENTIMENT = Plan(
 
 def run(world: World, plan: Plan) -> list[Line]:
   """Trains and measures every method; returns the measurements of all."""
-  preferred_ft = {"objective": "sft", "loss": "sequence_sum", "reference.mode": "inline"}
-  unlikelihood = {"loss": "unlikelihood", "reference.mode": "none", "loss_options.alpha": plan.alphas[0]}
   common = dict(seeds=plan.seeds, measure_every=plan.measure_every, at_once=plan.at_once)
   lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common)
-  lines += methods.trained(
-      world, "Unlikelihood", unlikelihood | plan.unlikelihood, axis="loss_options.alpha",
-      values=plan.alphas, **common)
-  lines += methods.trained(world, "Preferred-FT", preferred_ft | plan.preferred_ft, axis="", **common)
+  lines += methods.trained(world, UNLIKELIHOOD, unlikelihood_changes(plan), axis="loss_options.alpha",
+                           values=plan.alphas, **common)
+  lines += methods.trained(world, PREFERRED_FT, preferred_ft_changes(plan), axis="", **common)
   models = {seed: methods.reward_model(world, plan.reward_model, seed=seed) for seed in plan.ppo_seeds}
   runs = dict(seeds=plan.ppo_seeds, axis=plan.ppo_axis, values=plan.ppo_values,
               measure_every=plan.ppo_measure_every)
@@ -84,6 +82,17 @@ def run(world: World, plan: Plan) -> list[Line]:
   accuracies = ", ".join(f"{model.accuracy:.3f}" for model in models.values())
   print(f"held-out accuracy of the reward models: {accuracies}")
   return lines
+
+
+def unlikelihood_changes(plan: Plan) -> dict[str, Any]:
+  """Returns what unlikelihood changes in a world's config."""
+  return {"loss": "unlikelihood", "reference.mode": "none",
+          "loss_options.alpha": plan.alphas[0]} | plan.unlikelihood
+
+
+def preferred_ft_changes(plan: Plan) -> dict[str, Any]:
+  """Returns what Preferred-FT changes in a world's config: SFT on the chosen."""
+  return {"objective": "sft", "loss": "sequence_sum", "reference.mode": "inline"} | plan.preferred_ft
 
 
 def report(lines: Sequence[Line], best: Any = None) -> None:

@@ -176,9 +176,13 @@ def _without(line: Line, axis: str) -> Line:
   return {name: value for name, value in line.items() if name not in ("member", "split", axis)}
 
 
-def reward_model(world: World, changes: dict[str, Any], *, seed: int = 0) -> RewardModel:
-  """Trains the Bradley-Terry reward model and keeps the step with the best held-out accuracy."""
-  folder = world.folder / f"reward_model_{seed}"
+def reward_model(
+    world: World, changes: dict[str, Any], *, seed: int = 0, kind: str = "") -> RewardModel:
+  """Trains the Bradley-Terry reward model and keeps the step with the best held-out accuracy.
+
+  `kind` tells apart the folders of several settings with one seed.
+  """
+  folder = world.folder / "_".join(filter(None, ("reward_model", str(seed), kind)))
   config = config_of(world, {
       "objective": "reward", "loss": "bradley_terry", "seed": seed,
       "checkpoint_best": "rewards/accuracies"} | changes)

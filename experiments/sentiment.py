@@ -39,11 +39,12 @@ class Sizes(NamedTuple):
   width: int = 64
   layers: int = 2
   sft_steps: int = 1000
-  prefixes: int = 2400
+  prefixes: int = 8000
+  held_out_pairs: int = 1200
   held_out: int = 256
   samples: int = 4
   max_new_tokens: int = 32
-  dpo_steps: int = 400
+  dpo_steps: int = 600
   batch_size: int = 64
 
 
@@ -196,7 +197,7 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
       max_new_tokens=sizes.max_new_tokens,
       measure=lambda params, seed: bench.measure(
           params, reference, held_out, held_out_lengths, seed=seed),
-      data=lambda config: _data(config, prompts, lengths, answers, labels))
+      data=lambda config: _data(config, sizes, prompts, lengths, answers, labels))
   return Made(world, bench, held_out, held_out_lengths, others.texts[:sizes.held_out], classifier)
 
 
@@ -267,7 +268,7 @@ def _config(folder: pathlib.Path, sizes: Sizes):
   config.reference.mode = "stored"
   config.data.cache_dir = str(folder / "prepared")
   config.steps = sizes.dpo_steps
-  config.optimizer.learning_rate = 5e-4
+  config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup_steps = 20
   config.log_every = 20
   config.eval_every = config.checkpoint_every = 100
@@ -288,8 +289,8 @@ def _completions(
     return measure.Answers(**arrays)
 
 
-def _data(config, prompts, lengths, answers: measure.Answers, labels: str) -> resolve.Data:
-  """Returns every pair of completions of a prefix, a tenth of the prefixes held out.
+def _data(config, sizes: Sizes, prompts, lengths, answers: measure.Answers, labels: str) -> resolve.Data:
+  """Returns every pair of completions of a prefix; of a tenth of the prefixes they are held out.
 
   For SFT the chosen of each pair, so that the better a completion the more often it stands there.
   """
@@ -309,7 +310,8 @@ def _data(config, prompts, lengths, answers: measure.Answers, labels: str) -> re
       better, worse = (ids[a], ids[b]) if first else (ids[b], ids[a])
       (held_out if i % 10 == 9 else train).append((prompt[:length], better, worse))
   kept = 2 if config.objective == "sft" else 3
-  train, held_out = (loader.all_of(methods.in_ids(*list(zip(*part))[:kept])) for part in (train, held_out))
+  parts = train, held_out[:sizes.held_out_pairs]
+  train, held_out = (loader.all_of(methods.in_ids(*list(zip(*part))[:kept])) for part in parts)
   if config.data.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)
   return resolve.Data(train, held_out, train.data.fingerprint)

@@ -16,6 +16,8 @@ import sys
 import time
 from typing import Sequence
 
+from dpojax.disk import disk_errors
+
 
 def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[str]]]:
   """Returns the experiments, of each its arguments with its module first; those of a chain need the earlier."""
@@ -30,35 +32,54 @@ def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[
       [["beta_ablation", f"--workdir={workdir / 'beta_ablation'}", f"--pairs={pairs}"]]]
 
 
-def run_chain(chain: Sequence[Sequence[str]], workdir: pathlib.Path, cores: "Cores") -> list[str]:
-  """Runs the experiments of a chain; returns the one that failed, if one did."""
-  with cores.some():
-    for name, *arguments in chain:
-      label = "_".join([name, *(value for key, _, value in (a.partition("=") for a in arguments)
-                                if key == "--world")])
-      log, start = workdir / f"{label}.log", time.monotonic()
-      print(f"== {label} has started: {log}", flush=True)
-      with open(log, "w") as file:
-        failed = subprocess.run([sys.executable, "-m", f"experiments.{name}", *arguments],
-                                stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-      lines = log.read_text().splitlines()
-      shown = lines[-5:] if failed else [line for line in lines if line.startswith("|")]
-      print(f"== {label} {'failed after' if failed else 'took'} {(time.monotonic() - start) / 60:.1f} "
-            "minutes", *shown, sep="\n", flush=True)
-      if failed:
-        return [label]
-  return []
+def run_chain(chain: Sequence[Sequence[str]], workdir: pathlib.Path) -> str:
+  """Runs the experiments of a chain; returns the one that failed, or nothing."""
+  for name, *arguments in chain:
+    world = [value for key, _, value in (each.partition("=") for each in arguments) if key == "--world"]
+    label = "_".join([name, *world])
+    log, start = workdir / f"{label}.log", time.monotonic()
+    print(f"== {label} has started: {log}", flush=True)
+    with open(log, "w") as file:
+      failed = subprocess.run([sys.executable, "-m", f"experiments.{name}", *arguments],
+                              stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    lines = log.read_text().splitlines()
+    print(f"== {label} {'failed after' if failed else 'took'} {(time.monotonic() - start) / 60:.1f} minutes",
+          *(lines[-5:] if failed else [line for line in lines if line.startswith("|")]),
+          sep="\n", flush=True)
+    if failed:
+      return label
+  return ""
 
 
-class Cores:
-  """Cores shared out among jobs: a program of small arrays is faster on one of its own."""
-
-  def __init__(self, jobs: int):
-    every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    self._free = [every[i::jobs] for i in range(jobs)]
-
-  def some(self):
-    """Returns a context in which this thread, and what it starts, has a share of its own."""
-    return _Share(self._free)
+def take_share(shares: list[list[int]]) -> None:
+  """Keeps this thread, and what it starts, to a share of the cores: small arrays are fastest on one."""
+  if share := shares.pop():
+    os.sched_setaffinity(0, share)
 
 
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/suite"))
+  parser.add_argument("--sentences", required=True)
+  parser.add_argument("--pairs", required=True)
+  parser.add_argument("--jobs", type=int, default=0, help="chains at once; 0: one a core")
+  arguments = parser.parse_args()
+  for path in (arguments.sentences, arguments.pairs):
+    if not pathlib.Path(path).exists():
+      sys.exit(f"error: {path} is not there; give files of sentences and of pairs")
+  workdir = arguments.workdir.absolute()
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  jobs = arguments.jobs or len(cores) or os.cpu_count()
+  shares, start = [cores[i::jobs] for i in range(jobs)], time.monotonic()
+  with disk_errors(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+  with concurrent.futures.ThreadPoolExecutor(jobs, initializer=take_share, initargs=(shares,)) as pool:
+    failed = list(filter(None, pool.map(
+        lambda chain: run_chain(chain, workdir), chains(workdir, arguments.sentences, arguments.pairs))))
+  print(f"== all took {(time.monotonic() - start) / 60:.1f} minutes")
+  if failed:
+    sys.exit(f"error: {', '.join(failed)} failed; mend what the log says, and the same command continues")
+
+
+if __name__ == "__main__":
+  main()

@@ -104,7 +104,7 @@ def main():
     made = sentiment.make(folder, arguments.sentences)
     plan = frontier.SENTIMENT
     settings = ((frontier.DPO, arguments.beta), (frontier.PPO, arguments.target_kl),
-                (frontier.PPO_GT, arguments.target_kl), ("Preferred-FT", 0.0))
+                (frontier.PPO_GT, arguments.target_kl), (frontier.PREFERRED_FT, 0.0))
     policies = [("SFT", 0.0, made.world.model.params)] + [
         (method, setting, methods.load_policy(made.world, method, setting, 0))
         for method, setting in settings]

@@ -1,5 +1,6 @@
 """The experiments in small: both worlds, every method in them, and what figures are made from."""
 
+import itertools
 import json
 
 import jax
@@ -103,7 +104,7 @@ def test_the_loss_ablation_knows_every_loss_between_two_responses():
 
 
 def test_every_command_of_the_suite_is_a_module_with_these_flags(tmp_path):
-  for name, *arguments in suite.commands(tmp_path, "sentences", "pairs"):
+  for name, *arguments in itertools.chain(*suite.chains(tmp_path, "sentences", "pairs")):
     text = (conftest.ROOT / "experiments" / f"{name}.py").read_text()
     assert "def main()" in text
     for argument in arguments:
