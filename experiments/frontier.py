@@ -21,10 +21,14 @@ from experiments.methods import Line, World
 
 DPO, PPO, PPO_GT = "DPO", "PPO", "PPO-GT"
 UNLIKELIHOOD, PREFERRED_FT = "Unlikelihood", "Preferred-FT"
+SHUFFLED = "DPO, labels shuffled"
 
 
 class Plan(NamedTuple):
-  """The runs of each method. `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it."""
+  """The runs of each method.
+
+  `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it. The control has `shuffled_beta`.
+  """
 
   seeds: tuple[int, ...]
   betas: tuple[float, ...]
@@ -40,6 +44,7 @@ class Plan(NamedTuple):
   measure_every: int = 0
   ppo_measure_every: int = 10
   at_once: int = 0
+  shuffled_beta: float = 0.5
 
 
 ENUMERABLE = Plan(
@@ -51,24 +56,26 @@ ENUMERABLE = Plan(
         value_clip=1.0),
     reward_model={}, dpo={},
     unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
-    preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60)
+    preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60, at_once=5)
 
 SENTIMENT = Plan(
     seeds=(0, 1, 2), betas=(0.05, 0.1, 1.0, 5.0), alphas=(0.05, 0.1, 0.5, 1.0),
     ppo_axis="target_kl", ppo_values=(3.0, 6.0, 9.0, 12.0), ppo_seeds=(0,),
     ppo=ppo.Settings(
-        steps=60, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
+        steps=40, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
         learning_rate=1e-3, critic_learning_rate=1e-3, rows_at_once=32),
     reward_model={"steps": 300, "eval_every": 50, "checkpoint_every": 50,
                   "optimizer.learning_rate": 5e-4},
     dpo={}, unlikelihood={}, preferred_ft={"steps": 200, "optimizer.learning_rate": 5e-4},
-    measure_every=100, ppo_measure_every=10, at_once=4)
+    measure_every=100, ppo_measure_every=5, at_once=4, shuffled_beta=0.1)
 
 
 def run(world: World, plan: Plan) -> list[Line]:
   """Trains and measures every method; returns the measurements of all."""
   common = dict(seeds=plan.seeds, measure_every=plan.measure_every, at_once=plan.at_once)
   lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common)
+  lines += methods.trained(world, SHUFFLED, plan.dpo | {"data.shuffle_labels": True},
+                           values=(plan.shuffled_beta,), **common)
   lines += methods.trained(world, UNLIKELIHOOD, unlikelihood_changes(plan), axis="loss_options.alpha",
                            values=plan.alphas, **common)
   lines += methods.trained(world, PREFERRED_FT, preferred_ft_changes(plan), axis="", **common)
@@ -110,7 +117,7 @@ def report(lines: Sequence[Line], best: Any = None) -> None:
   ours = [line for line in lines if line["method"] == DPO]
   for method in dict.fromkeys(line["method"] for line in lines):
     theirs = [line for line in lines if line["method"] == method and line["step"]]
-    if method != DPO and theirs:
+    if method not in (DPO, SHUFFLED) and theirs:
       print(f"{method}: DPO beats {methods.dominated(theirs, ours)} of {len(theirs)} points on both "
             f"axes; {method} beats {methods.dominated(ours, theirs)} of DPO's {len(ours)}")
 

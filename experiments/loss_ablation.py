@@ -19,7 +19,7 @@ from experiments import enumerable, figures, measure, methods, sweep
 from experiments.command import command
 from experiments.methods import Line, World
 
-BETAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+BETAS = (0.1, 0.3, 1.0, 3.0)
 KLS = (0.1, 0.3, 1.0)
 
 
@@ -52,7 +52,7 @@ def run(world: World, names: Sequence[str], changes: dict[str, Any], *, seeds: S
     swept = SWEPT[name]
     lines += methods.trained(
         world, name, {"loss": name} | swept.changes | changes, seeds=seeds, axis=swept.axis,
-        values=swept.values, kind=f"loss_{name}")
+        values=swept.values, at_once=len(swept.values), kind=f"loss_{name}")
   return methods.final(lines)
 
 
@@ -105,8 +105,8 @@ def plot(lines: Sequence[Line], table: enumerable.Table, path: pathlib.Path) -> 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_ablation"))
-  parser.add_argument("--steps", type=int, default=400)
-  parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--seeds", default="0,1")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
   with command(folder):

@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
   held_out: int = 256
   samples: int = 4
   max_new_tokens: int = 32
-  dpo_steps: int = 600
+  dpo_steps: int = 400
   batch_size: int = 64
 
 

@@ -6,8 +6,8 @@ python -m experiments.tuning --world=enumerable --workdir=runs/enumerable
 Every method is trained at each candidate, in the middle of its own axis and with a seed that no other
 experiment uses, and measured along training. The best has the highest true reward at a KL that all are
 allowed, read off the straight lines between measurements; a run that never goes so far counts with its
-end. The reward model's best has the highest held-out accuracy. What was chosen stands in
-`experiments.frontier`. Writes tuning.jsonl and prints the table.
+end. The reward model's best has the highest held-out accuracy; PPO with a learned reward is given what
+is best with the true one. What was chosen stands in `experiments.frontier`. Writes tuning.jsonl and prints the table.
 """
 
 import argparse
@@ -50,21 +50,17 @@ def run(world: World, plan: frontier.Plan, search: Search) -> list[Line]:
         world, method, {name: value for name, value in changes.items() if name != RATE}, seeds=(SEED,),
         axis=RATE, values=search.rates, measure_every=search.measure_every, kind=f"tuning {method}")
 
-  def by_ppo(method, reward):
-    settings = dataclasses.replace(plan.ppo, **{plan.ppo_axis: search.ppo_value})
-    return methods.ppo_runs(
-        world, method, lambda seed: reward, settings, seeds=(SEED,), axis="learning_rate",
-        values=search.ppo_rates, measure_every=search.ppo_measure_every, kind=f"tuning {method}")
-
   curves = on_comparisons(frontier.DPO, plan.dpo | {"beta": search.beta})
   curves += on_comparisons(frontier.UNLIKELIHOOD, frontier.unlikelihood_changes(plan) | {
       "loss_options.alpha": search.alpha})
   curves += on_comparisons(frontier.PREFERRED_FT, frontier.preferred_ft_changes(plan))
-  curves += by_ppo(frontier.PPO_GT, world.reward)
+  curves += methods.ppo_runs(
+      world, frontier.PPO_GT, lambda seed: world.reward,
+      dataclasses.replace(plan.ppo, **{plan.ppo_axis: search.ppo_value}), seeds=(SEED,),
+      axis="learning_rate", values=search.ppo_rates, measure_every=search.ppo_measure_every,
+      kind=f"tuning {frontier.PPO_GT}")
   models = {rate: methods.reward_model(world, plan.reward_model | {RATE: rate}, seed=SEED, kind=f"{rate:g}")
             for rate in search.rates}
-  best = max(models.values(), key=lambda model: model.accuracy)
-  curves += by_ppo(frontier.PPO, methods.learned(world, best, num_samples=plan.ppo.num_samples))
 
   runs = {}
   for line in curves:
