@@ -28,7 +28,7 @@ def run(made: sentiment.Made, model: methods.RewardModel, *, sizes: Sequence[int
   for temperature in temperatures:
     for chosen_by in (model, None):
       lines += methods.best_of_n_lines(
-          made.world, made.held_out, made.held_out_lengths, chosen_by, sizes=sizes,
+          made.world, made.held_out.prompts, made.held_out.lengths, chosen_by, sizes=sizes,
           temperature=temperature)
   return lines
 

@@ -106,7 +106,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_ablation"))
   parser.add_argument("--steps", type=int, default=300)
-  parser.add_argument("--seeds", default="0,1")
+  parser.add_argument("--seeds", default="0")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
   with command(folder):

@@ -9,32 +9,29 @@ training. Writes summary.json, frontier.png and every run's metrics.jsonl. No do
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-import jax
-import matplotlib
 import numpy as np
 import tokenizers
 import tqdm
 import transformers
 
 from configs import dpo, sft
-from dpojax import checkpoint, objectives, sampling, train
-from dpojax.data import packing, tokenization
-from dpojax.disk import DiskError, disk_errors
-from dpojax.models import transformer
+from dpojax import checkpoint, train
+from dpojax.data import tokenization
+from dpojax.disk import disk_errors
+from dpojax.parallel import keep_freed_memory
+from experiments import figures, measure
 from experiments import quickstart_world as world
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+LONGEST_PREFIX = 8
 
 
 class Sizes(NamedTuple):
@@ -57,16 +54,6 @@ SMALL = Sizes(
     reviews=1500, prefixes=256, held_out=128, width=32, layers=1, sft_steps=150, dpo_steps=80,
     measure_every=40, betas=(0.5,))
 """A smoke test."""
-
-
-class Measurement(NamedTuple):
-  """Means over samples on held-out prefixes, with their standard errors."""
-
-  step: int
-  reward: float
-  reward_error: float
-  kl: float
-  kl_error: float
 
 
 def save_tokenizer(folder: pathlib.Path) -> None:
@@ -123,55 +110,10 @@ def dpo_config(beta: float, sizes: Sizes, workdir: pathlib.Path):
   return config
 
 
-class Bench:
-  """Samples from params, and scores the samples under them and under others; compiled once."""
-
-  def __init__(self, config, tokenizer, sizes: Sizes):
-    self.tokenizer, self.sizes = tokenizer, sizes
-    self._sample = jax.jit(sampling.make_sampler(
-        config, max_new_tokens=sizes.max_new_tokens, num_samples=sizes.samples,
-        stop_id=tokenizer.eos_token_id))
-    score = functools.partial(objectives.response_log_probs, num_responses=sizes.samples)
-    apply = transformer.make_apply(config)
-    self._score = jax.jit(lambda params, rows: score(apply(params, rows), rows).sums[:, 0])
-
-  def sample(self, params: Any, prefixes: list[str], key: jax.Array) -> list[list[np.ndarray]]:
-    """Returns the ids of `sizes.samples` completions of each prefix, with the EOS that ends them."""
-    prompts = [self.tokenizer(text)["input_ids"] for text in prefixes]
-    lengths = np.array([len(ids) for ids in prompts], np.int32)
-    padded = np.array([ids + [0] * (8 - len(ids)) for ids in prompts], np.int32)
-    drawn = jax.device_get(self._sample(params, padded, lengths, key))
-    return [[ids[:n] for ids, n in zip(*each)] for each in zip(drawn.tokens, drawn.lengths)]
-
-  def text(self, ids: np.ndarray) -> str:
-    return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-  def rewards(self, prefixes: list[str], samples: list[list[np.ndarray]]) -> np.ndarray:
-    """Returns the true reward of each completed review, [prefixes, samples]."""
-    return np.array([[world.true_reward(f"{start} {self.text(ids)}") for ids in each]
-                     for start, each in zip(prefixes, samples)])
-
-  def log_probs(self, params: Any, prefixes, samples) -> np.ndarray:
-    """Returns the log-prob of each completion, [prefixes, samples], by the training primitive.
-
-    A row holds one prefix; its completions are the branches.
-    """
-    most = self.sizes.samples * self.sizes.max_new_tokens
-    rows = packing.fill(
-        [(np.array(self.tokenizer(text)["input_ids"]), each)
-         for text, each in zip(prefixes, samples)],
-        np.arange(len(prefixes)), len(prefixes), packing.RowShape(8 + most, most, 1),
-        num_responses=self.sizes.samples, example=range(len(prefixes)))
-    return np.asarray(self._score(params, rows), np.float64)
-
-  def measure(self, step: int, params, reference, prefixes, key) -> Measurement:
-    """Measures true reward and sampled KL(pi || pi_ref), the mean of log pi - log pi_ref."""
-    samples = self.sample(params, prefixes, key)
-    rewards = self.rewards(prefixes, samples).mean(axis=1)
-    ratios = self.log_probs(params, prefixes, samples) - self.log_probs(reference, prefixes, samples)
-    error = lambda values: float(values.std(ddof=1) / len(values) ** 0.5)
-    ratios = ratios.mean(axis=1)
-    return Measurement(step, float(rewards.mean()), error(rewards), float(ratios.mean()), error(ratios))
+def texts_of(tokenizer, answers: measure.Answers) -> list[list[str]]:
+  """Returns the samples to each prompt as text."""
+  return [[tokenizer.decode(ids[:count], skip_special_tokens=True) for ids, count in zip(*each)]
+          for each in zip(answers.tokens, answers.lengths)]
 
 
 def preferences(prefixes, texts, rewards) -> list[dict]:
@@ -212,21 +154,22 @@ def run(workdir: pathlib.Path, sizes: Sizes) -> dict:
   stage("supervised fine-tuning")
   train.run(sft_config(sizes, workdir), workdir / "sft")
   reference = checkpoint.load_policy(workdir / "sft")
-  bench = Bench(reference.config, tokenization.load_tokenizer(str(workdir / "tokenizer")), sizes)
+  tokenizer = tokenization.load_tokenizer(str(workdir / "tokenizer"))
+  bench = measure.Bench(
+      reference.config, measure.reward_of_text(tokenizer, lambda texts: list(map(world.true_reward, texts))),
+      stop_id=tokenizer.eos_token_id, num_samples=sizes.samples, max_new_tokens=sizes.max_new_tokens,
+      prompts_at_once=len(held_out))
   bar.update()
 
   stage("sampling and labelling preferences")
-  samples = []
-  for i in range(0, len(prefixes), len(held_out)):
-    part = (prefixes[i:] + prefixes)[:len(held_out)]  # every call has one shape
-    samples += bench.sample(reference.params, part, jax.random.key(i + 1))
-  samples = samples[:len(prefixes)]
-  records = preferences(prefixes, [[bench.text(ids) for ids in each] for each in samples],
-                        bench.rewards(prefixes, samples))
+  asked = measure.prompt_ids(tokenizer, prefixes, LONGEST_PREFIX)
+  answers = bench.answers(reference.params, *asked, seed=1)
+  records = preferences(prefixes, texts_of(tokenizer, answers), answers.rewards)
   with disk_errors(workdir):
     write_jsonl(workdir / "preferences.jsonl", records)
-  key = jax.random.key(0)
-  start = bench.measure(0, reference.params, reference.params, held_out, key)
+  asked = measure.prompt_ids(tokenizer, held_out, LONGEST_PREFIX)
+  measured = lambda step, params: {"step": step} | bench.measure(params, reference.params, *asked, seed=0)
+  start = measured(0, reference.params)
   bar.update()
 
   curves = {}
@@ -237,44 +180,39 @@ def run(workdir: pathlib.Path, sizes: Sizes) -> dict:
     bar.update()
     steps = range(sizes.measure_every, sizes.dpo_steps + 1, sizes.measure_every)
     policies = [checkpoint.load_policy(folder, step) for step in steps]
-    curves[beta] = [start] + [
-        bench.measure(policy.step, policy.params, reference.params, held_out, key)
-        for policy in policies]
+    curves[beta] = [start] + [measured(policy.step, policy.params) for policy in policies]
     if beta == sizes.betas[0]:
       after = policies[-1].params
     bar.update()
   bar.close()
 
-  before, then = (bench.sample(params, held_out, key) for params in (reference.params, after))
+  before, then = (texts_of(tokenizer, bench.answers(params, *asked, seed=0))
+                  for params in (reference.params, after))
   summary = {
-      "pairs": len(records), "reference": start._asdict(),
-      "betas": {str(beta): [point._asdict() for point in curve] for beta, curve in curves.items()},
-      "samples": [{"prefix": held_out[i], "reference": bench.text(before[i][0]),
-                   f"dpo_beta_{sizes.betas[0]}": bench.text(then[i][0])} for i in range(3)]}
+      "pairs": len(records), "reference": start,
+      "betas": {str(beta): curve for beta, curve in curves.items()},
+      "samples": [{"prefix": held_out[i], "reference": before[i][0],
+                   f"dpo_beta_{sizes.betas[0]}": then[i][0]} for i in range(3)]}
   with disk_errors(workdir):
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(curves, workdir / "frontier.png")
   return summary
 
 
-def plot(curves: dict[float, list[Measurement]], path: pathlib.Path) -> None:
+def plot(curves: dict[float, list[dict]], path: pathlib.Path) -> None:
   """Draws true reward against KL, one curve a beta, the reference marked."""
-  figure, axes = plt.subplots(figsize=(5.2, 3.6), dpi=150)
-  for (beta, curve), marker, shade in zip(
-      curves.items(), "osD^v", ("#0b3c5d", "#d9822b", "#3a8f5c", "#8e3b6f", "#555555")):
-    _, reward, reward_error, kl, kl_error = np.array(curve).T
-    axes.errorbar(kl, reward, yerr=reward_error, xerr=kl_error, marker=marker, color=shade,
-                  markersize=4, capsize=2, linewidth=1.3, label=rf"DPO, $\beta$ = {beta:g}")
+  figure, (panel,) = figures.panels(1, size=(5.2, 3.6))
+  for number, (beta, curve) in enumerate(curves.items()):
+    of = lambda name: [point[name] for point in curve]
+    panel.errorbar(of("kl"), of("reward"), yerr=of("reward_error"), xerr=of("kl_error"), markersize=4,
+                   capsize=2, linewidth=1.3, label=rf"DPO, $\beta$ = {beta:g}", **figures.style(number))
   origin = next(iter(curves.values()))[0]
-  axes.plot(origin.kl, origin.reward, marker="*", markersize=13, color="black", linestyle="none",
-            label="reference (SFT)", zorder=5)
-  axes.set_xlabel(r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$) of a completion, nats")
-  axes.set_ylabel("true reward, p(positive)")
-  axes.grid(alpha=0.3)
-  axes.legend(frameon=False, loc="lower right")
-  figure.tight_layout()
-  figure.savefig(path)
-  plt.close(figure)
+  panel.plot(origin["kl"], origin["reward"], marker="*", markersize=13, color="black", linestyle="none",
+             label="reference (SFT)", zorder=5)
+  panel.set_xlabel(r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$) of a completion, nats")
+  panel.set_ylabel("true reward, p(positive)")
+  panel.legend(frameon=False, loc="lower right")
+  figures.save(figure, path)
 
 
 def show(summary: dict) -> None:
@@ -298,9 +236,10 @@ def main():
   parser.add_argument("--small", action="store_true", help="a smoke test, one beta")
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()
+  keep_freed_memory()
   try:
     summary = run(workdir, SMALL if arguments.small else Sizes())
-  except (*train.USER_ERRORS, DiskError, train.TrainingError) as error:
+  except (*train.USER_ERRORS, train.TrainingError) as error:
     sys.exit(f"error: {error}")
   show(summary)
   print(f"\nwritten: {workdir}/summary.json, frontier.png and the runs' metrics.jsonl")

@@ -69,14 +69,20 @@ class Classifier(NamedTuple):
     return 1 / (1 + np.exp(-np.array(logits, np.float64)))
 
 
+class Asked(NamedTuple):
+  """Texts, and their prefixes as ids [n, W] padded on the right, of [n] tokens."""
+
+  texts: list[str]
+  prompts: np.ndarray
+  lengths: np.ndarray
+
+
 class Made(NamedTuple):
-  """The world, and what figures need besides: the bench, held-out prefixes and sentences, and the classifier."""
+  """The world, and what figures need besides: the bench, held-out sentences, and the classifier."""
 
   world: methods.World
   bench: measure.Bench
-  held_out: np.ndarray
-  held_out_lengths: np.ndarray
-  held_out_texts: list[str]
+  held_out: Asked
   classifier: Classifier
 
 
@@ -181,14 +187,13 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
   tokenizer = tokenization.load_tokenizer(str(folder / "tokenizer"))
   rng = np.random.default_rng(1)
   starts, rests = zip(*(split(tokenizer, text, rng) for text in learnt.texts))
-  held_out_starts = [split(tokenizer, text, rng)[0] for text in others.texts[:sizes.held_out]]
+  held_out = asked(tokenizer, others.texts[:sizes.held_out], rng)
   model = _language_model(folder, sizes, starts, rests)
 
   bench = measure.Bench(
       model.config, measure.reward_of_text(tokenizer, classifier), stop_id=tokenizer.eos_token_id,
       num_samples=sizes.samples, max_new_tokens=sizes.max_new_tokens, prompts_at_once=sizes.held_out)
   prompts, lengths = measure.prompt_ids(tokenizer, starts[:sizes.prefixes], LONGEST_PREFIX)
-  held_out, held_out_lengths = measure.prompt_ids(tokenizer, held_out_starts, LONGEST_PREFIX)
   answers = _completions(folder, bench, model, prompts, lengths)
   reference = jax.device_put(model.params)
   world = methods.World(
@@ -196,9 +201,15 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
       prompt_lengths=lengths, reward=bench.reward, stop_id=tokenizer.eos_token_id,
       max_new_tokens=sizes.max_new_tokens,
       measure=lambda params, seed: bench.measure(
-          params, reference, held_out, held_out_lengths, seed=seed),
+          params, reference, held_out.prompts, held_out.lengths, seed=seed),
       data=lambda config: _data(config, sizes, prompts, lengths, answers, labels))
-  return Made(world, bench, held_out, held_out_lengths, others.texts[:sizes.held_out], classifier)
+  return Made(world, bench, held_out, classifier)
+
+
+def asked(tokenizer, texts: Sequence[str], rng: np.random.Generator) -> Asked:
+  """Returns texts and a prefix of each, see `split`."""
+  starts = [split(tokenizer, text, rng)[0] for text in texts]
+  return Asked(list(texts), *measure.prompt_ids(tokenizer, starts, LONGEST_PREFIX))
 
 
 def save_tokenizer(folder: pathlib.Path, texts: Sequence[str], vocabulary: int) -> None:

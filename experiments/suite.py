@@ -26,7 +26,7 @@ def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[
       [["frontier", "--world=sentiment", *text],
        ["training_curve", f"--workdir={workdir / 'sentiment'}"],
        ["best_of_n", *text],
-       ["win_rate", *text]],
+       ["win_rate", *text, f"--pairs={pairs}"]],
       [["frontier", "--world=enumerable", f"--workdir={workdir / 'enumerable'}"]],
       [["loss_ablation", f"--workdir={workdir / 'loss_ablation'}"]],
       [["beta_ablation", f"--workdir={workdir / 'beta_ablation'}", f"--pairs={pairs}"]]]

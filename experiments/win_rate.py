@@ -1,10 +1,11 @@
 """Win rate against sampling temperature (the paper's Figures 2 right and 3 left), judged by the true reward.
 
-python -m experiments.win_rate --workdir=runs/sentiment --sentences=FILE
+python -m experiments.win_rate --workdir=runs/sentiment --sentences=FILE [--pairs=FILE]
 
 Reads the policies that `experiments.frontier` left in the workdir. A policy wins at a held-out prefix
 where its sample has a higher true reward than the sentence's own end; ties are half a win. Errors are
-binomial, as in the paper. Writes win_rate.jsonl and win_rate.png.
+binomial, as in the paper. With --pairs, Anthropic HH, the same policies are asked what they were never
+trained on, questions of people (the paper's Table 1). Writes win_rate.jsonl and win_rate.png.
 """
 
 import argparse
@@ -14,12 +15,15 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from experiments import figures, frontier, methods, sentiment, sweep
+from dpojax.data import tokenization
+from experiments import beta_ablation, figures, frontier, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BEST_OF = 128
+ELSEWHERE = (0.0, 0.25)
+"""The temperatures of Table 1."""
 
 
 def wins(rewards: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -35,32 +39,40 @@ def line(method: str, setting: float, temperature: float, won: np.ndarray) -> Li
 
 
 def run(
-    made: sentiment.Made, policies: Sequence[tuple[str, float, Any]],
+    made: sentiment.Made, asked: sentiment.Asked, policies: Sequence[tuple[str, float, Any]],
     model: methods.RewardModel | None, *, temperatures: Sequence[float] = TEMPERATURES,
     best_of: int = BEST_OF) -> list[Line]:
-  """Judges every policy at every temperature against the sentences themselves.
+  """Judges every policy at every temperature against the texts themselves.
 
   Args:
     made: the world.
+    asked: the texts.
     policies: (method, setting, params).
     model: the reward model that the best of N is chosen by; None leaves best-of-N out.
     temperatures: to sample at.
     best_of: N.
   """
-  theirs = made.classifier(made.held_out_texts)
+  theirs, prompts = made.classifier(asked.texts), (asked.prompts, asked.lengths)
   lines = []
   for temperature in temperatures:
     for method, setting, params in policies:
-      answers = made.bench.answers(
-          params, made.held_out, made.held_out_lengths, seed=0, temperature=temperature)
+      answers = made.bench.answers(params, *prompts, seed=0, temperature=temperature)
       lines.append(line(method, setting, temperature, wins(answers.rewards[:, 0], theirs)))
     if model:
-      drawn = methods.draw(made.world, made.held_out, made.held_out_lengths, num_samples=best_of,
-                           temperature=temperature)
-      chosen = methods.scores_of(made.world, model, made.held_out, made.held_out_lengths, drawn)
+      drawn = methods.draw(made.world, *prompts, num_samples=best_of, temperature=temperature)
+      chosen = methods.scores_of(made.world, model, *prompts, drawn)
       best = np.take_along_axis(drawn.scores, chosen.argmax(axis=1)[:, None], axis=1)[:, 0]
       lines.append(line(f"Best of {best_of}", best_of, temperature, wins(best, theirs)))
   return lines
+
+
+def questions(folder: pathlib.Path, pairs: str, count: int) -> sentiment.Asked:
+  """Returns what people ask first in dialogues of HH: no two alike, and of at least eight words."""
+  asked = (text.split("\n\nAssistant:")[0].replace("\n\nHuman:", "", 1)
+           for text in beta_ablation.chosen_texts(pairs))
+  texts = [" ".join(words) for words in map(str.split, dict.fromkeys(asked)) if len(words) >= 8]
+  tokenizer = tokenization.load_tokenizer(str(folder / "tokenizer"))
+  return sentiment.asked(tokenizer, texts[:count], np.random.default_rng(2))
 
 
 def show(lines: Sequence[Line]) -> None:
@@ -96,6 +108,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--sentences", required=True)
+  parser.add_argument("--pairs", default="", help="Anthropic HH, for texts of another kind")
   parser.add_argument("--beta", type=float, default=0.1, help="of the DPO that is judged")
   parser.add_argument("--target_kl", type=float, default=6.0, help="of the PPO that is judged")
   arguments = parser.parse_args()
@@ -108,10 +121,18 @@ def main():
     policies = [("SFT", 0.0, made.world.model.params)] + [
         (method, setting, methods.load_policy(made.world, method, setting, 0))
         for method, setting in settings]
-    lines = run(made, policies, methods.reward_model(made.world, plan.reward_model))
-    sweep.write_lines(folder / "win_rate.jsonl", lines)
+    lines = run(made, made.held_out, policies, methods.reward_model(made.world, plan.reward_model))
+    elsewhere = []
+    if arguments.pairs:
+      asked = questions(folder, arguments.pairs, len(made.held_out.texts))
+      elsewhere = run(made, asked, policies, None, temperatures=ELSEWHERE)
+    sweep.write_lines(folder / "win_rate.jsonl", lines + [
+        each | {"texts": "questions"} for each in elsewhere])
     plot(lines, folder / "win_rate.png")
   show(lines)
+  if elsewhere:
+    print("\nasked what people ask, which they were not trained on:")
+    show(elsewhere)
   print(f"\nwritten: {folder}/win_rate.jsonl and win_rate.png")
 
 

@@ -249,7 +249,7 @@ def test_win_rates_of_kept_policies_and_the_best_of_n(made, model, capsys):
   assert dpo
   kept = methods.load_policy(made.world, "DPO", 0.2, 0)
   lines = win_rate.run(
-      made, [("SFT", 0.0, made.world.model.params), ("DPO", 0.2, kept)], model,
+      made, made.held_out, [("SFT", 0.0, made.world.model.params), ("DPO", 0.2, kept)], model,
       temperatures=(0.0, 1.0), best_of=4)
   of = {(line["method"], line["temperature"]): line["win_rate"] for line in lines}
   assert of["DPO", 1.0] > of["SFT", 1.0] and of["Best of 4", 1.0] > of["SFT", 1.0]
@@ -257,6 +257,17 @@ def test_win_rates_of_kept_policies_and_the_best_of_n(made, model, capsys):
   assert "| DPO | 0.2 |" in capsys.readouterr().out
   win_rate.plot(lines, made.world.folder / "win_rate.png")
   assert (made.world.folder / "win_rate.png").stat().st_size > 10_000
+
+
+def test_texts_of_another_kind_are_first_questions_and_their_ends_are_what_is_beaten(made, tmp_path):
+  text = "\n\nHuman: {} of this film is wonderful and so is all the rest\n\nAssistant: yes\n\nHuman: and?\n\nAssistant: no"
+  path = worlds.write_jsonl(tmp_path / "pairs.jsonl", [
+      {"chosen": text.format(noun), "rejected": ""} for noun in ("plot", "cast", "plot")])
+  asked = win_rate.questions(made.world.folder, path, 32)
+  assert asked.texts == [f"{noun} of this film is wonderful and so is all the rest" for noun in ("plot", "cast")]
+  (line,) = win_rate.run(
+      made, asked, [("SFT", 0.0, made.world.model.params)], None, temperatures=(0.0,))
+  assert line["n"] == 2 and 0 <= line["win_rate"] <= 1
 
 
 def test_sentences_that_cannot_be_read_are_refused_by_name(tmp_path):
