@@ -3,8 +3,9 @@
 python -m experiments.best_of_n --workdir=runs/sentiment --sentences=FILE
 
 N samples of the reference to each held-out prefix; the best is chosen by the reward model, and by the
-true reward beside it. Writes best_of_n.jsonl and best_of_n.png: true reward against N, and true and
-learned reward along the KL that N stands for. Every N is computed from one draw of the largest.
+true reward beside it. Writes best_of_n.jsonl and best_of_n.png: true reward against N; true and learned
+reward along the KL that N stands for; and the same along PPO on the learned reward, from the runs that
+`experiments.frontier` left in the workdir. Every N is computed from one draw of the largest.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Sequence
 
 import numpy as np
 
+from dpojax.metrics import read_lines
 from experiments import figures, frontier, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line
@@ -42,9 +44,18 @@ def show(lines: Sequence[Line]) -> None:
           f"{line['reward_error']:.3f} | {line['score']:.3f} | {line['kl']:.2f} |")
 
 
-def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
+def of_ppo(lines: Sequence[Line]) -> list[Line]:
+  """Returns the measurements of PPO on the learned reward at the largest target, first seed, in order of KL."""
+  ours = [line for line in lines if line["method"] == frontier.PPO and line["step"]]
+  farthest = max((line["setting"] for line in ours), default=0.0)
+  first = min((line["seed"] for line in ours), default=0)
+  return sorted((line for line in ours if (line["setting"], line["seed"]) == (farthest, first)),
+                key=lambda line: line["kl"])
+
+
+def plot(lines: Sequence[Line], path: pathlib.Path, ppo: Sequence[Line] = ()) -> None:
   """Draws true reward against N, and along KL what the learned reward thinks beside what is true."""
-  figure, (left, right) = figures.panels(2, columns=2, size=(4.4, 3.4))
+  figure, (left, right, along) = figures.panels(3, columns=3, size=(4.2, 3.4))
   curves = list(dict.fromkeys((line["method"], line["temperature"]) for line in lines))
   for number, (method, temperature) in enumerate(curves):
     points = [line for line in lines if (line["method"], line["temperature"]) == (method, temperature)]
@@ -65,6 +76,14 @@ def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
   right.set_xlabel("KL of the best of N, nats")
   right.set_ylabel("gain, in units of N = 2's")
   right.legend(frameon=False, fontsize=8)
+  beside = along.twinx()
+  for number, (panel, name, label) in enumerate((
+      (along, "reward", "true reward"), (beside, "train/objective/scores", "learned reward"))):
+    panel.plot([line["kl"] for line in ppo], [line[name] for line in ppo], label=label, markersize=4,
+               **figures.style(number))
+    panel.set_ylabel(label)
+    panel.legend(frameon=False, fontsize=8, loc=("upper left", "lower right")[number])
+  along.set_xlabel("KL of PPO on the learned reward, nats")
   figures.save(figure, path)
 
 
@@ -78,7 +97,7 @@ def main():
     made = sentiment.make(folder, arguments.sentences)
     lines = run(made, methods.reward_model(made.world, frontier.SENTIMENT.reward_model))
     sweep.write_lines(folder / "best_of_n.jsonl", lines)
-    plot(lines, folder / "best_of_n.png")
+    plot(lines, folder / "best_of_n.png", of_ppo(read_lines(folder / "frontier.jsonl")))
   show(lines)
   print(f"\nwritten: {folder}/best_of_n.jsonl and best_of_n.png")
 
