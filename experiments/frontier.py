@@ -25,7 +25,10 @@ DPO, PPO, PPO_GT = "DPO", "PPO", "PPO-GT"
 
 
 class Plan(NamedTuple):
-  """The runs of each method. `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it."""
+  """The runs of each method. `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it.
+
+  `preferred_ft_seeds` are those of the others where there are none.
+  """
 
   seeds: tuple[int, ...]
   betas: tuple[float, ...]
@@ -41,6 +44,7 @@ class Plan(NamedTuple):
   measure_every: int = 0
   ppo_measure_every: int = 10
   at_once: int = 0
+  preferred_ft_seeds: tuple[int, ...] = ()
 
 
 ENUMERABLE = Plan(
@@ -75,7 +79,9 @@ def run(world: World, plan: Plan) -> list[Line]:
   lines += methods.trained(
       world, "Unlikelihood", unlikelihood | plan.unlikelihood, axis="loss_options.alpha",
       values=plan.alphas, **common)
-  lines += methods.trained(world, "Preferred-FT", preferred_ft | plan.preferred_ft, axis="", **common)
+  lines += methods.trained(
+      world, "Preferred-FT", preferred_ft | plan.preferred_ft, axis="",
+      **common | {"seeds": plan.preferred_ft_seeds or plan.seeds})
   models = {seed: methods.reward_model(world, plan.reward_model, seed=seed) for seed in plan.ppo_seeds}
   runs = dict(seeds=plan.ppo_seeds, axis=plan.ppo_axis, values=plan.ppo_values,
               measure_every=plan.ppo_measure_every)
@@ -106,6 +112,7 @@ def report(lines: Sequence[Line], best: Any = None) -> None:
     if method != DPO and theirs:
       print(f"{method}: DPO beats {methods.dominated(theirs, ours)} of {len(theirs)} points on both "
             f"axes; {method} beats {methods.dominated(ours, theirs)} of DPO's {len(ours)}")
+  methods.show_configurations(lines)
 
 
 def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Any = None) -> None:

@@ -307,3 +307,11 @@ def over_seeds(lines: Sequence[Line], name: str) -> dict[tuple[str, float], tupl
   for line in lines:
     groups.setdefault((line["method"], line["setting"]), []).append(line[name])
   return {group: measure.mean_and_error(values) for group, values in groups.items()}
+
+
+def show_configurations(lines: Sequence[Line]) -> None:
+  """Prints how many settings each method was given; seeds, steps and temperatures are none."""
+  settings = {}
+  for line in lines:
+    settings.setdefault(line["method"], set()).add(line["setting"])
+  print("configurations tried: " + ", ".join(f"{method} {len(of)}" for method, of in settings.items()))
