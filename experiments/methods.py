@@ -14,6 +14,7 @@ import pathlib
 import shutil
 from typing import Any, Callable, NamedTuple, Sequence
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -235,7 +236,7 @@ def _ppo_run(world, method, folder, reward, settings, value, measure_every) -> l
   def look(step, params, metrics):
     if step % measure_every == 0 or step == settings.steps:
       lines.append({"method": method, "setting": value, "seed": settings.seed, "step": step}
-                   | world.measure(params, settings.seed)
+                   | world.measure(jax.device_get(params), settings.seed)
                    | {f"train/{name}": number for name, number in metrics.items()})
 
   params, _ = ppo.train(

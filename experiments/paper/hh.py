@@ -103,9 +103,9 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line]
       lambda: of_one_turn(given, files.test, "test"), plan.prompts)
   sft = stages.trained(given, "preferred_ft", "hh_pythia:sft", data | given.of("sft"))
   start = data | {"model.checkpoint": sft}
-  dpo = stages.trained(given, "dpo", "hh_pythia:dpo", start | {
+  dpo = stages.trained(given, "dpo", "hh_pythia:dpo", start | given.of("dpo") | {
       "beta": plan.beta, "steps": plan.dpo_steps, "checkpoint_every": plan.every,
-      "checkpoint_keep": 0} | given.of("dpo"))
+      "checkpoint_keep": 0})
   reward_model = stages.trained(given, "reward_model", "hh_pythia:reward", start | given.of("reward"))
 
   def samples_of(policy: Policy, temperature: float, prompts: str = prompts, count: int = 1) -> str:

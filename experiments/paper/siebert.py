@@ -15,6 +15,9 @@ import transformers
 
 from dpojax.config import ConfigError
 
+Classify = Callable[[list[str]], list[list[dict[str, Any]]]]
+"""Texts -> of each every label with its score."""
+
 MODEL = "siebert/sentiment-roberta-large-english"
 LONGEST = 512
 
@@ -24,21 +27,21 @@ def p_positive(prompt: str, response: str) -> float:
   return positive(classifier(os.environ.get("DPOJAX_SENTIMENT", MODEL)), prompt + response)
 
 
-def positive(classify: Callable[[str], list[dict[str, Any]]], text: str) -> float:
+def positive(classify: Classify, text: str) -> float:
   """Returns the score that a classifier gives to the label POSITIVE.
 
   Raises:
     ConfigError: it has no such label.
   """
-  scores = {each["label"].upper(): float(each["score"]) for each in classify(text)}
+  scores = {each["label"].upper(): float(each["score"]) for each in classify([text])[0]}
   if "POSITIVE" not in scores:
     raise ConfigError(f"the classifier has the labels {', '.join(scores)}, not POSITIVE; name one of sentiment")
   return scores["POSITIVE"]
 
 
 @functools.cache
-def classifier(name: str) -> Callable[[str], list[dict[str, Any]]]:
-  """Returns text -> a score of each label; on the accelerator that PyTorch finds, else on the CPU.
+def classifier(name: str) -> Classify:
+  """Returns the classifier of a hub name or folder; on the accelerator that PyTorch finds, else on the CPU.
 
   Raises:
     ConfigError: there is no PyTorch, or no such classifier.

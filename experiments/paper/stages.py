@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterable, NamedTuple, Sequence
 import ml_collections
 import numpy as np
 
-from dpojax import evaluate, judging, ppo, sample, scorers, train
+from dpojax import evaluate, judging, ppo, resolve, sample, scorers, train
 from dpojax import config as config_lib
 from dpojax.config import ConfigError
 from dpojax.data import examples
@@ -178,9 +178,9 @@ def best_of(
 
 
 def judged(given: Given, name: str, about: Line, ours: str, theirs: str, question: str) -> list[Line]:
-  """Asks the judge which of two files' responses are better; returns one line, `about` in it.
+  """Asks the judge which of two files' responses are better; returns one line, with `about` in it.
 
-  The error is binomial. What the judge refused, or said in another form, is left out and counted. Each
+  `about` says what ours are, at least their `method` and `temperature`. The error is binomial. What the judge refused, or said in another form, is left out and counted. Each
   judge has its own folders, and answers that are kept once for all of them.
   """
   judge = given.judge
@@ -193,7 +193,7 @@ def judged(given: Given, name: str, about: Line, ours: str, theirs: str, questio
     won = np.array([WORTH[outcome] for outcome in result["outcomes"] if outcome in WORTH])
     if not len(won):
       raise judging.JudgeError(f"the judge of {ours} gave no verdict; see {answers}")
-    return [win_rate.line(about["method"], 0.0, about.get("temperature", 0.0), won) | about | {
+    return [win_rate.line(about["method"], 0.0, about["temperature"], won) | {
         "left_out": result["pairs"] - len(won), "said_a": result["said_a"].value}]
 
   flags = " ".join(f"--{key}={value}" for key, value in judge.items() if value)
@@ -201,7 +201,7 @@ def judged(given: Given, name: str, about: Line, ours: str, theirs: str, questio
           f"--answers={answers} --out={given.workdir / name}/result.json")
   settings = {"ours": ours, "theirs": theirs, "question": question} | {
       key: value for key, value in judge.items() if key not in ("api_key_env", "workers")}
-  return stage(given, name, what, settings, make)
+  return [line | about for line in stage(given, name, what, settings, make)]
 
 
 def example_of(record: Any) -> Example:
@@ -294,6 +294,9 @@ def main(
   try:
     given = Given(options.workdir.absolute(), changes_of(rest, ("config", *kinds)),
                   {name: getattr(options, name) for name in judges}, options.dry_run)
+    common = config_lib.defaults()
+    common.update_from_flattened_dict(given.of("config"))
+    resolve.use_compile_cache(common)  # for what runs before and between trainings too
     run(plan._replace(**{name: getattr(options, name) for name in plan._fields}), given, options)
   except USER_ERRORS as error:
     sys.exit(f"error: {error}")

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 def policies_of(plan: Plan, given: Given, also: str) -> list[Policy]:
   """Trains what is trained, and returns whose summaries are judged."""
   start = {"model.checkpoint": plan.sft}
-  dpo = stages.trained(given, "dpo", "tldr:dpo", start | {"beta": plan.beta} | given.of("dpo"))
+  dpo = stages.trained(given, "dpo", "tldr:dpo", start | given.of("dpo") | {"beta": plan.beta})
   preferred_ft = stages.trained(
       given, "preferred_ft", "tldr:preferred_ft", start | given.of("preferred_ft"))
   policies = [Policy("DPO", dpo), Policy("SFT", plan.sft), Policy("Preferred-FT", preferred_ft),
