@@ -186,12 +186,20 @@ def reward_model(world: World, changes: dict[str, Any], *, seed: int = 0) -> Rew
 
   def make():
     train.run(config, folder / "run", data=world.data(config))
-    return [line for line in read_metrics(folder / "run") if line["split"] == "eval" and line["step"]]
+    return read_metrics(folder / "run")
 
-  evaluations = stage(folder, changes, make)
-  best = max(evaluations, key=lambda line: line["rewards/accuracies"])
+  best = best_evaluation(stage(folder, changes, make))
   model = weights.load(str(folder / "run"), best["step"])
   return RewardModel(model, best["rewards/accuracies"], best["step"])
+
+
+def best_evaluation(metrics: Sequence[Line]) -> Line:
+  """Returns the line of a reward model's checkpoint with the best held-out accuracy.
+
+  Of several it is the last, as that is the one that `checkpoint_best` keeps.
+  """
+  evaluations = [line for line in metrics if line["split"] == "eval" and line["step"]]
+  return max(evaluations, key=lambda line: (line["rewards/accuracies"], line["step"]))
 
 
 def learned(world: World, model: RewardModel, *, num_samples: int) -> rollouts.Reward:

@@ -12,9 +12,11 @@ import transformers
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import judging
+from dpojax.checkpoint import Checkpoints
 from dpojax.config import ConfigError
 from dpojax.data.examples import DataError, Example
 from dpojax.metrics import read_lines
+from experiments import methods
 from experiments.paper import hh, imdb, siebert, stages, tldr
 from tests import test_evaluate, worlds
 
@@ -36,7 +38,7 @@ def flags_of(changes, kind="config"):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-  """A folder where each program is compiled once, whichever experiment it is of; their data are alike for that."""
+  """A folder of programs, each compiled once whichever experiment it is of: their data are alike for that."""
   before = {name: jax.config._read(name) for name in KEPT}
   for name, value in KEPT.items():
     jax.config.update(name, value)
@@ -50,8 +52,8 @@ def compiled(tmp_path_factory):
 @pytest.fixture
 def small(words, compiled, tmp_path):
   """Arguments that make an experiment small."""
-  return [f"--workdir={tmp_path / 'run'}", *flags_of(SIZES | {
-      "tokenizer": words, "data.cache_dir": tmp_path / "cache", "compile_cache": compiled}), *flags_of(REWARD, "reward")]
+  folders = {"tokenizer": words, "data.cache_dir": tmp_path / "cache", "compile_cache": compiled}
+  return [f"--workdir={tmp_path / 'run'}", *flags_of(SIZES | folders), *flags_of(REWARD, "reward")]
 
 
 def kinder(request, headers):
@@ -105,7 +107,8 @@ def test_the_plan_of_hh_is_the_papers(capsys):
   text = told(hh, capsys)
   assert f"3300 steps of {PAPER} 0.1" in text and "256 of test dialogues of one turn" in text
   for temperature in (0.25, 0.7, 1):
-    for policy in ("dpo_step_2400", "preferred_ft", "pythia_2_shots", *(f"best_of_{n}" for n in (1, 4, 16, 64, 128))):
+    best = [f"best_of_{n}" for n in (1, 4, 16, 64, 128)]
+    for policy in ("dpo_step_2400", "preferred_ft", "pythia_2_shots", *best):
       assert f"/dialogues_{policy}_temperature_{temperature:g}:" in text
   for step in range(300, 3301, 300):
     for temperature in (0.7, 1):
@@ -163,7 +166,7 @@ def test_tldr_runs_from_comparisons_to_both_tables(runs, small, serve, tmp_path,
   server = serve(kinder)
   pairs = worlds.write_jsonl(tmp_path / "pairs.jsonl", comparisons(rng, 40, EARLIER))
   posts = worlds.write_jsonl(tmp_path / "posts.jsonl", [
-      {"prompt": f"the {noun} is", "label": "warm" if i % 2 else "cold"} for i, noun in enumerate(worlds.NOUNS)])
+      {"prompt": f"the {noun} is", "label": ("warm", "cold")[i % 2]} for i, noun in enumerate(worlds.NOUNS)])
   news = worlds.write_jsonl(tmp_path / "news.jsonl", [
       {"article": " ".join(worlds.NOUNS * 3), "highlights": "the plot is warm"} for _ in range(9)])
   arguments = [
@@ -241,6 +244,18 @@ def test_pairs_are_all_of_a_prompts_samples_but_those_of_equal_reward():
   assert len(pairs) == 6 + 3
   assert ["".join((each["chosen"], each["rejected"])) for each in pairs] == [
       "ba", "ca", "da", "bc", "bd", "cd", "da", "db", "dc"]
+
+
+def test_the_best_evaluation_is_that_of_the_checkpoint_that_is_kept(tmp_path):
+  accuracies = [0.5, 0.9, 0.9, 0.1]
+  checkpoints = Checkpoints(tmp_path, keep=1, best="rewards/accuracies")
+  lines = [{"split": "eval", "step": 0, "rewards/accuracies": 1.0}]
+  for step, accuracy in enumerate(accuracies, 1):
+    lines.append({"split": "eval", "step": step, "rewards/accuracies": accuracy})
+    checkpoints.save(step, {"x": np.zeros(1)}, {}, {"rewards/accuracies": accuracy})
+  checkpoints.wait()
+  assert checkpoints.steps() == [methods.best_evaluation(lines)["step"], 4] == [3, 4]
+  checkpoints.close()
 
 
 def test_an_answer_to_shots_ends_where_the_next_turn_begins(tmp_path):

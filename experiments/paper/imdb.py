@@ -9,14 +9,14 @@ Writes frontier.jsonl and frontier.png, and prints where every method ended.
 
 The true reward is `experiments.paper.siebert`, which needs PyTorch; --reward=module:function of a prompt
 and a response is another. --reviews and --test_reviews are files of IMDb, {"text"} a line or Parquet;
-without them they are downloaded. Kinds of runs whose configs can be changed: sft, all that start from it
-(dpo), then unlikelihood, preferred_ft, reward by themselves; and ppo, by the fields of `ppo.Settings`.
+without them they are downloaded. Kinds of runs whose configs can be changed: sft; dpo, which is all that
+start from it; of these unlikelihood, preferred_ft, reward by themselves; and ppo, by `ppo.Settings`.
 
 What the paper leaves open and is chosen here: reviews are taken in a shuffled order, each once before any
-twice, and cut where the tokens of the text so far are the same again; samples are drawn at temperature 1, at
-most 60 tokens; pairs of equal reward are left out; 256 test prefixes, four samples each; one epoch of
-pairs for every method; reward model: AdamW at 1e-5; PPO: 120 rollouts of 1024 samples, 128 prefixes
-with 8 each, measured every 6 of them, which are 96 updates.
+twice, and cut where the tokenizer finds the same tokens again; samples are drawn at temperature 1, at most 60
+tokens; pairs of equal reward are left out; 256 test prefixes, four samples each; one epoch of pairs for
+every method; reward model: AdamW at 1e-5; PPO: 120 rollouts of 1024 samples, 128 prefixes with 8 each,
+measured every 6 of them, which are 96 updates.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def methods_of(plan: Plan, given: Given) -> frontier.Plan:
   base = stages.config_of("imdb:dpo", {"data.path": "pairs.jsonl"} | given.of("dpo"))
   reward = {
       "steps": plan.reward_epochs * plan.pairs // base.batch_size, "eval_every": 500,
-      "checkpoint_every": 500, "data.eval_size": 1500, "optimizer.name": "adamw", "optimizer.learning_rate": 1e-5,
-      "optimizer.max_grad_norm": 1.0}
+      "checkpoint_every": 500, "data.eval_size": 1500, "optimizer.name": "adamw",
+      "optimizer.learning_rate": 1e-5, "optimizer.max_grad_norm": 1.0}
   settings = ppo.Settings(
       steps=120, prompts_per_step=128, num_samples=8, epochs=4, minibatches=4, learning_rate=1e-5,
       critic_learning_rate=1e-5, rows_at_once=8)
@@ -198,7 +198,8 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> list[Line]:
   runs = methods_of(plan, given)
   if given.dry_run:
     config = stages.config_of("imdb:dpo", {"data.path": str(pairs)} | given.of("dpo"))
-    print("methods:", f"    of pairs, if not said otherwise: {stages.described(config)}", *(f"    {name} {value}" for name, value in runs._asdict().items()), sep="\n")
+    print("methods:", f"    of pairs, if not said otherwise: {stages.described(config)}",
+          *(f"    {name} {value}" for name, value in runs._asdict().items()), sep="\n")
     return []
   lines = frontier.run(world_of(plan, given, sft, str(pairs), str(prefixes), str(test)), runs)
   sweep.write_lines(given.workdir / "frontier.jsonl", lines)

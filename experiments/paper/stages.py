@@ -160,8 +160,7 @@ def best_of(
 
   def make():
     records = [record for _, record in sample.read_lines(samples)]
-    step = max((line for line in read_metrics(reward_model) if line["split"] == "eval" and line["step"]),
-               key=lambda line: line["rewards/accuracies"])["step"]
+    step = methods.best_evaluation(read_metrics(reward_model))["step"]
     score = scorers.make_scorer(reward_model, sample.make_mesh(fsdp, 1), step)
     scores = score([each["prompt"] for each in records], [each["response"] for each in records])
     for n, path in files.items():
@@ -180,12 +179,14 @@ def best_of(
 def judged(given: Given, name: str, about: Line, ours: str, theirs: str, question: str) -> list[Line]:
   """Asks the judge which of two files' responses are better; returns one line, with `about` in it.
 
-  `about` says what ours are, at least their `method` and `temperature`. The error is binomial. What the judge refused, or said in another form, is left out and counted. Each
-  judge has its own folders, and answers that are kept once for all of them.
+  `about` says what ours are, at least their `method` and `temperature`. The error is binomial. What the
+  judge refused, or said in another form, is left out and counted. Each judge and question has folders of
+  its own; a judge's answers are kept together, so that nothing is asked twice.
   """
   judge = given.judge
   who = re.sub(r"\W+", "_", judge.get("judge_model") or judge["judge"]).strip("_")
-  name, answers = f"judged/{who}/{name}", str(given.workdir / "judged" / who / "answers.jsonl")
+  answers = str(given.workdir / "judged" / who / "answers.jsonl")
+  name = f"judged/{who}/{question}/{name}"
 
   def make():
     result = evaluate.compare_files(ours, theirs, question=question, answers=answers, **judge)
@@ -194,7 +195,7 @@ def judged(given: Given, name: str, about: Line, ours: str, theirs: str, questio
     if not len(won):
       raise judging.JudgeError(f"the judge of {ours} gave no verdict; see {answers}")
     return [win_rate.line(about["method"], 0.0, about["temperature"], won) | {
-        "left_out": result["pairs"] - len(won), "said_a": result["said_a"].value}]
+        "left_out": result["pairs"] - len(won)}]
 
   flags = " ".join(f"--{key}={value}" for key, value in judge.items() if value)
   what = (f"python -m dpojax.evaluate --ours={ours} --theirs={theirs} --question={question} {flags} "

@@ -10,8 +10,8 @@ win_rate.jsonl and .png, news.jsonl and .png, and prints both tables.
 
 FILE of --test has {"prompt", "label"} a line, or Parquet, as the test split of
 CarperAI/openai_summarize_tldr; that of --news {"article", "highlights"}, as the test split of
-CNN/DailyMail. Comparisons are downloaded; --config.data.path names files of them. --also names policies that were trained elsewhere. Kinds of runs whose configs can be
-changed: dpo, preferred_ft, reward.
+CNN/DailyMail. Comparisons are downloaded; --config.data.path names files of them. --also names policies that
+were trained elsewhere. Kinds of runs whose configs can be changed: dpo, preferred_ft, reward.
 
 What the paper leaves open and is chosen here: summaries have at most 128 tokens; of equal temperatures the
 seeds are equal; a news article stands whole before "TL;DR:", or its first tokens as far as
