@@ -72,10 +72,10 @@ def show(lines: Sequence[Line], axis: str = "temperature") -> None:
   print("\n| method | setting | " + " | ".join(f"{axis} {place:g}" for place in places) + " |")
   print("|---|---|" + "---|" * len(places))
   of = {(each["method"], each["setting"], each[axis]): each for each in lines}
-  cell = lambda each: f"{each['win_rate']:.3f} +- {each['error']:.3f}" if each else ""
   for method, setting in dict.fromkeys((each["method"], each["setting"]) for each in lines):
-    cells = [cell(of.get((method, setting, place))) for place in places]
-    print(f"| {method} | {setting:g} | {' | '.join(cells)} |")
+    cells = [of[method, setting, place] for place in places]
+    print(f"| {method} | {setting:g} | " + " | ".join(
+        f"{cell['win_rate']:.3f} +- {cell['error']:.3f}" for cell in cells) + " |")
 
 
 def plot(
