@@ -1,10 +1,13 @@
 """The paper's controlled sentiment (Section 6.1): GPT-2 large on IMDb, SFT and DPO.
 
+python -m experiments.paper.imdb --workdir=runs/paper/imdb
 python -m dpojax.train --config=configs/imdb.py:sft --workdir=runs/imdb/sft
 python -m dpojax.sample --workdir=runs/imdb/sft --prompts=PREFIXES.jsonl --out=SAMPLES.jsonl \
     --num_samples=4 --max_new_tokens=60
 python -m dpojax.train --config=configs/imdb.py:dpo --workdir=runs/imdb/dpo_0.1 \
     --config.model.checkpoint=runs/imdb/sft --config.data.path=PAIRS.jsonl --config.beta=0.1
+
+The first is the whole experiment, with every method of the paper; the others are parts of it.
 
 From the paper: gpt2-large, prefixes of 2 to 8 tokens of reviews, 4 samples of each of 25,000
 prefixes, all 6 pairs of the 4 labelled by the true reward (siebert/sentiment-roberta-large-english),

@@ -66,7 +66,11 @@ helpful. SECOND, on a new line, state only "A" or "B" to indicate which response
 Your response should use the format:
 Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">"""}
-"""The prompts of Rafailov et al. 2023, App. C.2: GPT-4 (S), GPT-4 (C), and that for dialogue."""
+QUESTIONS |= {
+    name.replace("summary", "news_summary"): QUESTIONS[name].replace("forum post", "news article")
+    for name in ("summary", "concise_summary")}
+"""The prompts of Rafailov et al. 2023, App. C.2: GPT-4 (S), GPT-4 (C), that for dialogue, and (S) and (C)
+about news articles, for the paper's Table 1."""
 
 VERDICTS = ("A", "B", "tie", "refused", "unparseable")
 

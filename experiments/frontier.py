@@ -27,7 +27,8 @@ SHUFFLED = "DPO, labels shuffled"
 class Plan(NamedTuple):
   """The runs of each method.
 
-  `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it. The control has `shuffled_beta`.
+  `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it. The control has `shuffled_beta`,
+  where that is not 0; `preferred_ft_seeds` are those of the others where there are none.
   """
 
   seeds: tuple[int, ...]
@@ -44,7 +45,8 @@ class Plan(NamedTuple):
   measure_every: int = 0
   ppo_measure_every: int = 10
   at_once: int = 0
-  shuffled_beta: float = 0.5
+  shuffled_beta: float = 0.0
+  preferred_ft_seeds: tuple[int, ...] = ()
 
 
 ENUMERABLE = Plan(
@@ -56,7 +58,8 @@ ENUMERABLE = Plan(
         value_clip=1.0),
     reward_model={}, dpo={},
     unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
-    preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60, at_once=5)
+    preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60, at_once=5,
+    shuffled_beta=0.5)
 
 SENTIMENT = Plan(
     seeds=(0, 1), betas=(0.05, 0.1, 1.0, 5.0), alphas=(0.05, 0.1, 0.5, 1.0),
@@ -74,11 +77,13 @@ def run(world: World, plan: Plan) -> list[Line]:
   """Trains and measures every method; returns the measurements of all."""
   common = dict(seeds=plan.seeds, measure_every=plan.measure_every, at_once=plan.at_once)
   lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common)
-  lines += methods.trained(world, SHUFFLED, plan.dpo | {"data.shuffle_labels": True},
-                           values=(plan.shuffled_beta,), **common)
+  if plan.shuffled_beta:
+    lines += methods.trained(world, SHUFFLED, plan.dpo | {"data.shuffle_labels": True},
+                             values=(plan.shuffled_beta,), **common)
   lines += methods.trained(world, UNLIKELIHOOD, unlikelihood_changes(plan), axis="loss_options.alpha",
                            values=plan.alphas, **common)
-  lines += methods.trained(world, PREFERRED_FT, preferred_ft_changes(plan), axis="", **common)
+  lines += methods.trained(world, PREFERRED_FT, preferred_ft_changes(plan), axis="",
+                           **common | {"seeds": plan.preferred_ft_seeds or plan.seeds})
   models = {seed: methods.reward_model(world, plan.reward_model, seed=seed) for seed in plan.ppo_seeds}
   runs = dict(seeds=plan.ppo_seeds, axis=plan.ppo_axis, values=plan.ppo_values,
               measure_every=plan.ppo_measure_every)
@@ -120,6 +125,7 @@ def report(lines: Sequence[Line], best: Any = None) -> None:
     if method not in (DPO, SHUFFLED) and theirs:
       print(f"{method}: DPO beats {methods.dominated(theirs, ours)} of {len(theirs)} points on both "
             f"axes; {method} beats {methods.dominated(ours, theirs)} of DPO's {len(ours)}")
+  methods.show_configurations(lines)
 
 
 def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Any = None) -> None:

@@ -14,6 +14,7 @@ import pathlib
 import shutil
 from typing import Any, Callable, NamedTuple, Sequence
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -189,12 +190,20 @@ def reward_model(
 
   def make():
     train.run(config, folder / "run", data=world.data(config))
-    return [line for line in read_metrics(folder / "run") if line["split"] == "eval" and line["step"]]
+    return read_metrics(folder / "run")
 
-  evaluations = stage(folder, changes, make)
-  best = max(evaluations, key=lambda line: line["rewards/accuracies"])
+  best = best_evaluation(stage(folder, changes, make))
   model = weights.load(str(folder / "run"), best["step"])
   return RewardModel(model, best["rewards/accuracies"], best["step"])
+
+
+def best_evaluation(metrics: Sequence[Line]) -> Line:
+  """Returns the line of a reward model's checkpoint with the best held-out accuracy.
+
+  Of several it is the last, as that is the one that `checkpoint_best` keeps.
+  """
+  evaluations = [line for line in metrics if line["split"] == "eval" and line["step"]]
+  return max(evaluations, key=lambda line: (line["rewards/accuracies"], line["step"]))
 
 
 def learned(world: World, model: RewardModel, *, num_samples: int) -> rollouts.Reward:
@@ -239,7 +248,7 @@ def _ppo_run(world, method, folder, reward, settings, value, measure_every) -> l
   def look(step, params, metrics):
     if step % measure_every == 0 or step == settings.steps:
       lines.append({"method": method, "setting": value, "seed": settings.seed, "step": step}
-                   | world.measure(params, settings.seed)
+                   | world.measure(jax.device_get(params), settings.seed)
                    | {f"train/{name}": number for name, number in metrics.items()})
 
   params, _ = ppo.train(
@@ -311,3 +320,11 @@ def over_seeds(lines: Sequence[Line], name: str) -> dict[tuple[str, float], tupl
   for line in lines:
     groups.setdefault((line["method"], line["setting"]), []).append(line[name])
   return {group: measure.mean_and_error(values) for group, values in groups.items()}
+
+
+def show_configurations(lines: Sequence[Line]) -> None:
+  """Prints how many settings each method was given; seeds, steps and temperatures are none."""
+  settings = {}
+  for line in lines:
+    settings.setdefault(line["method"], set()).add(line["setting"])
+  print("configurations tried: " + ", ".join(f"{method} {len(of)}" for method, of in settings.items()))

@@ -75,31 +75,35 @@ def questions(folder: pathlib.Path, pairs: str, count: int) -> sentiment.Asked:
   return sentiment.asked(tokenizer, texts[:count], np.random.default_rng(2))
 
 
-def show(lines: Sequence[Line]) -> None:
-  """Prints a row a policy, a column a temperature."""
-  temperatures = sorted({each["temperature"] for each in lines})
-  print("\n| method | setting | " + " | ".join(f"T = {t:g}" for t in temperatures) + " |")
-  print("|---|---|" + "---|" * len(temperatures))
-  of = {(each["method"], each["setting"], each["temperature"]): each for each in lines}
+def show(lines: Sequence[Line], axis: str = "temperature") -> None:
+  """Prints a row a policy, a column a temperature or whatever the axis is."""
+  places = sorted({each[axis] for each in lines})
+  print("\n| method | setting | " + " | ".join(f"{axis} {place:g}" for place in places) + " |")
+  print("|---|---|" + "---|" * len(places))
+  of = {(each["method"], each["setting"], each[axis]): each for each in lines}
   for method, setting in dict.fromkeys((each["method"], each["setting"]) for each in lines):
-    cells = [of[method, setting, t] for t in temperatures]
+    cells = [of[method, setting, place] for place in places]
     print(f"| {method} | {setting:g} | " + " | ".join(
         f"{cell['win_rate']:.3f} +- {cell['error']:.3f}" for cell in cells) + " |")
 
 
-def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
-  """Draws win rate against temperature, a curve a policy."""
+def plot(
+    lines: Sequence[Line], path: pathlib.Path, *, axis: str = "temperature",
+    label: str = "sampling temperature", against: str = "the sentence's own end",
+    scale: str = "linear") -> None:
+  """Draws win rate against temperature, or another number of the lines, a curve a policy."""
   figure, (panel,) = figures.panels(1, size=(5.6, 4.0))
   for number, (method, setting) in enumerate(
       dict.fromkeys((each["method"], each["setting"]) for each in lines)):
     points = [each for each in lines if (each["method"], each["setting"]) == (method, setting)]
     panel.errorbar(
-        [each["temperature"] for each in points], [each["win_rate"] for each in points],
+        [each[axis] for each in points], [each["win_rate"] for each in points],
         yerr=[each["error"] for each in points], capsize=2, markersize=4, linewidth=1.2,
         label=method, **figures.style(number))
   panel.axhline(0.5, color="black", linewidth=0.6)
-  panel.set_xlabel("sampling temperature")
-  panel.set_ylabel("win rate against the sentence's own end")
+  panel.set_xscale(scale)
+  panel.set_xlabel(label)
+  panel.set_ylabel(f"win rate against {against}")
   panel.legend(frameon=False, fontsize=8)
   figures.save(figure, path)
 
@@ -133,6 +137,7 @@ def main():
   if elsewhere:
     print("\nasked what people ask, which they were not trained on:")
     show(elsewhere)
+  methods.show_configurations(lines)
   print(f"\nwritten: {folder}/win_rate.jsonl and win_rate.png")
 
 

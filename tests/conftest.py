@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import threading
 from typing import NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from dpojax import train
-from tests import worlds
+from tests import servers, worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
@@ -77,3 +78,19 @@ def runs(words, tmp_path_factory) -> Runs:
         kind, **given, steps=12, **small | {"model.checkpoint": runs.sft, "checkpoint_best": ""})
     train.run(config, workdir)
   return runs
+
+
+@pytest.fixture
+def serve():
+  """Starts a server that answers as a function says."""
+  started = []
+
+  def start(answer):
+    started.append(servers.Server(answer))
+    threading.Thread(target=started[-1].serve_forever, args=(0.02,), daemon=True).start()
+    return started[-1]
+
+  yield start
+  for server in started:
+    server.shutdown()
+    server.server_close()

@@ -19,7 +19,8 @@ SAME_MODEL = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}
 """Published weights of an architecture published under another name."""
 
 CONFIGS = {  # config and argument -> devices of 80 GB its docstring says it is for
-    "imdb:sft": 1, "imdb:dpo": 1, "hh_pythia:sft": 4, "hh_pythia:dpo": 4, "tldr:dpo": 8,
+    "imdb:sft": 1, "imdb:dpo": 1, "hh_pythia:sft": 4, "hh_pythia:dpo": 4, "hh_pythia:reward": 4, "tldr:dpo": 8,
+    "tldr:preferred_ft": 8, "tldr:reward": 8,
     "llama3:full": 8, "llama3:lora": 1, "qwen3:full": 8, "qwen3:lora": 1}
 
 
@@ -42,9 +43,11 @@ def test_a_config_builds_the_published_model_and_its_step_and_fits_its_devices(n
   assert config.optimizer.name != "rmsprop" or config.optimizer.warmup_steps == 150
   published = PUBLISHED[SAME_MODEL.get(config.model.checkpoint, config.model.checkpoint)]
   model = dataclasses.replace(
-      families.read_config(published["config"]), dtype=config.model.dtype, remat=config.model.remat)
+      families.read_config(published["config"]), dtype=config.model.dtype, remat=config.model.remat,
+      reward_head=config.objective == "reward")
   base = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
-  assert sum(leaf.size for leaf in jax.tree.leaves(base)) == published["parameters"]
+  head = model.width if model.reward_head else 0
+  assert sum(leaf.size for leaf in jax.tree.leaves(base)) == published["parameters"] + head
   assert model.longest is None or config.data.max_length <= model.longest
 
   objective = None

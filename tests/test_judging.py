@@ -1,7 +1,6 @@
 """Judges: what they are asked, how answers are read, kept and counted, and a server that fails."""
 
 import collections
-import http.server
 import json
 import threading
 import time
@@ -11,58 +10,6 @@ import pytest
 
 from dpojax import judging
 from dpojax.judging import Answers, Endpoint, JudgeError, Pair
-
-
-class Server(http.server.ThreadingHTTPServer):
-  """Answers chat completions on 127.0.0.1 as `answer(request, headers)` says.
-
-  It returns text, or (status, headers, body). `asked` counts requests by their text.
-  """
-
-  def __init__(self, answer):
-    super().__init__(("127.0.0.1", 0), Handler)
-    self.answer, self.asked = answer, collections.Counter()
-    self.lock = threading.Lock()
-
-  @property
-  def url(self):
-    return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-  def do_POST(self):
-    request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-    with self.server.lock:
-      self.server.asked[request["messages"][0]["content"]] += 1
-    answer = self.server.answer(request, self.headers)
-    if isinstance(answer, str):
-      answer = 200, {}, {"choices": [{"message": {"content": answer}, "finish_reason": "stop"}]}
-    status, headers, body = answer
-    data = json.dumps(body).encode()
-    self.send_response(status)
-    for name, value in {"Content-Length": len(data), **headers}.items():
-      self.send_header(name, str(value))
-    self.end_headers()
-    self.wfile.write(data)
-
-  def log_message(self, *_):
-    pass
-
-
-@pytest.fixture
-def serve():
-  """Starts a server that answers as a function says."""
-  servers = []
-
-  def start(answer):
-    servers.append(Server(answer))
-    threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
-    return servers[-1]
-
-  yield start
-  for server in servers:
-    server.shutdown()
-    server.server_close()
 
 
 def longer(request, headers):
