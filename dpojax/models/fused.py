@@ -1,0 +1,280 @@
+"""Attention as kernels for GPUs and TPUs: the numbers of `attention.attention`, in Pallas.
+
+FlashAttention-2 (Dao 2023) over packed rows. A program holds one block of queries (for keys and their
+gradients: one of keys), and walks over those blocks of the other side that `blockwise.visible_blocks`
+says may meet it, row by row, so that a packed row costs what its comparisons cost. One body serves
+Triton on GPUs and Mosaic on TPUs. cuDNN's kernel (`jax.nn.dot_product_attention`) cannot stand in: the
+rule would be two calls of it merged by their log-sum-exp, through which it passes no gradient, and it
+knows no soft cap.
+"""
+
+import math
+from functools import partial
+from typing import Callable, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
+
+from dpojax.models.attention import TokenIds, kept, visible
+from dpojax.models.blockwise import NEVER, visible_blocks, visits
+
+PLATFORMS = ("gpu", "tpu")
+
+
+class Form(NamedTuple):
+  """The static choices: see `fused_attention`."""
+
+  scale: float
+  window: int
+  soft_cap: float
+  block: int
+  platform: str
+  interpret: bool
+
+
+def fused_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, scale: float = 0.0,
+    window: int = 0, soft_cap: float = 0.0, block: int = 0, platform: str = "",
+    interpret: bool = False,
+) -> jax.Array:
+  """Returns `attention.attention` of tokens among themselves; 0 for padding.
+
+  Where a mesh is set, each device computes the rows and heads it holds.
+
+  Args:
+    q: [R, L, N, H] queries.
+    k: [R, L, M, H] keys of M key heads, M a divisor of N.
+    v: [R, L, M, H] values.
+    ids: ids of the tokens, [R, L].
+    scale, window, soft_cap: see `attention.attention`.
+    block: tokens a block, of queries and of keys; 0 is what suits the platform.
+    platform: of `PLATFORMS`, whose kernel it is; '' is that of JAX's default backend.
+    interpret: runs the kernel as plain JAX, on any backend.
+
+  Returns:
+    [R, L, N, H] in the dtype of q.
+  """
+  platform = platform or jax.default_backend()
+  block = block or _block(platform, q.shape[-1] * q.dtype.itemsize)
+  form = Form(scale or q.shape[-1]**-0.5, window, soft_cap, block, platform, interpret)
+  return _over_devices(partial(_whole_blocks, form=form), q.shape[0], k.shape[2])(q, k, v, ids)
+
+
+def _block(platform: str, head_bytes: int) -> int:
+  """Tokens a block: as wide as a TPU's registers; on GPUs what leaves the gradients' tiles on chip."""
+  if platform == "tpu":
+    return 128
+  return 64 if head_bytes <= 256 else 32
+
+
+def _over_devices(function: Callable, rows: int, key_heads: int) -> Callable:
+  """Returns the function over q, k, v and ids, cut over the mesh that the caller has set."""
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def cut(size, *names):
+    names = tuple(name for name in names if name in mesh.shape)
+    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+  at_rows, at_heads = cut(rows, "data", "fsdp"), cut(key_heads, "tensor")
+  if not (at_rows or at_heads):
+    return function
+  tokens, heads = PartitionSpec(at_rows), PartitionSpec(at_rows, None, at_heads)
+  return jax.shard_map(
+      function, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
+
+
+def _whole_blocks(q, k, v, ids, form):
+  """Attention of rows padded to whole blocks and heads to whole tiles, heads before tokens."""
+  rows, length, heads, head_size = q.shape
+  key_heads, padding = k.shape[2], -length % form.block
+  tile = pl.next_power_of_2(head_size) if form.platform == "gpu" else head_size
+
+  def first(x):  # [R, L, -, H] -> [R, -, L, H]
+    x = jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, tile - head_size)])
+    return jnp.swapaxes(x, 1, 2)
+
+  q = first(q).reshape(rows, key_heads, heads // key_heads, length + padding, tile)
+  ids = jnp.pad(jnp.stack(ids, axis=1), [(0, 0), (0, 0), (0, padding)])
+  out = _attend(q, first(k), first(v), ids, form).reshape(rows, heads, length + padding, tile)
+  return jnp.swapaxes(out, 1, 2)[:, :length, :, :head_size]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, ids, form):
+  """Attention of q [R, M, G, L, H], k, v [R, M, L, H] and ids [R, 3, L]; the output is like q."""
+  return _forward(q, k, v, ids, form)[0]
+
+
+def _forward(q, k, v, ids, form):
+  at = _Specs(q.shape, form)
+  normaliser = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), _wide(q.dtype))
+  out, normaliser = at.call(
+      _forward_kernel, q.shape[2:3],
+      [*at.visits, at.ids, at.row_ids, at.queries, at.row_keys, at.row_keys],
+      [at.queries, at.numbers], [q, normaliser],
+  )(*_visits(ids, form), ids, ids, q, k, v)
+  out, normaliser = kept(out, normaliser)
+  return out, (q, k, v, ids, out, normaliser)
+
+
+def _backward(form, residuals, cotangent):
+  q, k, v, ids, out, normaliser = residuals
+  wide = _wide(q.dtype)
+  inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
+  at = _Specs(q.shape, form)
+  q_grad, = at.call(
+      _query_kernel, q.shape[2:3],
+      [*at.visits, at.ids, at.row_ids, at.queries, at.row_keys, at.row_keys,
+       at.queries, at.numbers, at.numbers],
+      [at.queries], [q],
+  )(*_visits(ids, form), ids, ids, q, k, v, cotangent, normaliser, inner)
+  k_grad, v_grad = at.call(
+      _key_kernel, (),
+      [*at.visits, at.row_ids, at.ids, at.row_queries, at.keys, at.keys,
+       at.row_queries, at.row_numbers, at.row_numbers],
+      [at.keys, at.keys], [k, v],
+  )(*_visits(ids, form, by_keys=True), ids, ids, q, k, v, cotangent, normaliser, inner)
+  return q_grad, k_grad, v_grad, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+class _Specs:
+  """Which part of each array a program sees, at (row, key head[, head of its group], block)."""
+
+  def __init__(self, shape: Sequence[int], form: Form):
+    rows, key_heads, group, length, head_size = shape
+    block, blocks = form.block, length // form.block
+    self._form, self._grid = form, (rows, key_heads, blocks)
+    scalars = dict(memory_space=mosaic.SMEM) if form.platform == "tpu" else {}
+    self.visits = [
+        pl.BlockSpec((None, None, 1, size), lambda r, *at: (r, at[-1], 0, 0), **scalars)
+        for size in (1, blocks)]
+    self.ids = pl.BlockSpec((None, 3, block), lambda r, *at: (r, 0, at[-1]))
+    self.row_ids = pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0))
+    self.queries = pl.BlockSpec(
+        (None, None, None, block, head_size), lambda r, m, g, i: (r, m, g, i, 0))
+    self.numbers = pl.BlockSpec((None, None, None, 1, block), lambda r, m, g, i: (r, m, g, 0, i))
+    self.keys = pl.BlockSpec((None, None, block, head_size), lambda r, m, i: (r, m, i, 0))
+    self.row_queries = pl.BlockSpec(
+        (None, None, group, length, head_size), lambda r, m, i: (r, m, 0, 0, 0))
+    self.row_numbers = pl.BlockSpec((None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0))
+    self.row_keys = pl.BlockSpec((None, None, length, head_size), lambda r, m, *_: (r, m, 0, 0))
+
+  def call(self, kernel, heads, in_specs, out_specs, outputs) -> Callable:
+    """Returns the kernel over all rows, key heads, `heads` and blocks."""
+    form, (rows, key_heads, blocks) = self._form, self._grid
+    grid = (rows, key_heads, *heads, blocks)
+    params = dict(
+        gpu=triton.CompilerParams(num_warps=4, num_stages=2),
+        tpu=mosaic.CompilerParams(dimension_semantics=("parallel",) * len(grid)))[form.platform]
+    return pl.pallas_call(
+        partial(kernel, form=form), grid=grid, in_specs=in_specs, out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        compiler_params=params, interpret=form.interpret)
+
+
+def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.Array, jax.Array]:
+  """Returns how many blocks each block visits, [R, B, 1, 1], and those first, [R, B, 1, B]."""
+  seen = visible_blocks(TokenIds(*jnp.moveaxis(ids, 1, 0)), block=form.block, window=form.window)
+  order, count = visits(jnp.swapaxes(seen, 1, 2) if by_keys else seen)
+  return count[..., None, None].astype(jnp.int32), order[..., None, :].astype(jnp.int32)
+
+
+def _wide(dtype) -> jnp.dtype:
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+  """The product of two matrices over an axis of each, summed in float32 at least."""
+  return jax.lax.dot_general(
+      a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=_wide(a.dtype))
+
+
+def _tokens(block: jax.Array, form: Form) -> pl.Slice:
+  return pl.ds(pl.multiple_of(block * form.block, form.block), form.block)
+
+
+def _ids(ref, at=slice(None)) -> TokenIds:
+  return TokenIds(*(ref[i, at] for i in range(3)))
+
+
+def _scores(q, k, q_ids, k_ids, form):
+  """Returns the scores [Q, T] of queries [Q, H] and keys [T, H], and which of them count."""
+  scores = form.scale * _dot(q, k, 1, 1)
+  if form.soft_cap:
+    scores = form.soft_cap * jnp.tanh(scores / form.soft_cap)
+  seen = visible(q_ids, k_ids, window=form.window) & (q_ids.comparison > 0)[:, None]
+  return scores, seen
+
+
+def _gradients(q, k, v, q_ids, k_ids, cotangent, normaliser, inner, form):
+  """Returns the weights [Q, T] and the gradient of the products q k^T."""
+  scores, seen = _scores(q, k, q_ids, k_ids, form)
+  weights = jnp.where(seen, jnp.exp(scores - normaliser[:, None]), 0.0)
+  grad = weights * (_dot(cotangent, v, 1, 1) - inner[:, None]) * form.scale
+  if form.soft_cap:
+    grad *= 1 - jnp.square(scores / form.soft_cap)
+  return weights, grad
+
+
+def _forward_kernel(
+    count, order, q_ids, k_ids, q, k, v, out, normaliser, *, form):
+  queries, query_ids = q[...], _ids(q_ids)
+  wide = _wide(q.dtype)
+
+  def visit(j, carry):
+    most, total, mixed = carry
+    at = _tokens(order[0, j], form)
+    scores, seen = _scores(queries, k[at, :], query_ids, _ids(k_ids, at), form)
+    new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, NEVER), axis=1))
+    weights = jnp.where(seen, jnp.exp(scores - new[:, None]), 0.0)
+    old = jnp.exp(most - new)
+    mixed = mixed * old[:, None] + _dot(weights.astype(v.dtype), v[at, :], 1, 0)
+    return new, total * old + jnp.sum(weights, axis=1), mixed
+
+  most, total, mixed = jax.lax.fori_loop(0, count[0, 0], visit, (
+      jnp.full(form.block, NEVER, wide), jnp.zeros(form.block, wide), jnp.zeros(q.shape, wide)))
+  total = jnp.where(total > 0, total, 1.0)
+  out[...] = (mixed / total[:, None]).astype(out.dtype)
+  normaliser[0, :] = most + jnp.log(total)
+
+
+def _query_kernel(
+    count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, q_grad, *, form):
+  fixed = q[...], _ids(q_ids), cotangent[...], normaliser[0, :], inner[0, :]
+
+  def visit(j, total):
+    at = _tokens(order[0, j], form)
+    queries, query_ids, *rest = fixed
+    keys = k[at, :]
+    _, grad = _gradients(queries, keys, v[at, :], query_ids, _ids(k_ids, at), *rest, form)
+    return total + _dot(grad.astype(keys.dtype), keys, 1, 0)
+
+  total = jnp.zeros(q.shape, _wide(q.dtype))
+  q_grad[...] = jax.lax.fori_loop(0, count[0, 0], visit, total).astype(q_grad.dtype)
+
+
+def _key_kernel(
+    count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, k_grad, v_grad, *, form):
+  keys, values, key_ids, blocks = k[...], v[...], _ids(k_ids), count[0, 0]
+
+  def visit(j, carry):
+    k_total, v_total = carry
+    head, at = jax.lax.div(j, blocks), _tokens(order[0, jax.lax.rem(j, blocks)], form)
+    queries, cotangents = q[head, at, :], cotangent[head, at, :]
+    weights, grad = _gradients(
+        queries, keys, values, _ids(q_ids, at), key_ids, cotangents, normaliser[head, 0, at],
+        inner[head, 0, at], form)
+    k_total += _dot(grad.astype(queries.dtype), queries, 0, 0)
+    v_total += _dot(weights.astype(queries.dtype), cotangents, 0, 0)
+    return k_total, v_total
+
+  zero = jnp.zeros(k.shape, _wide(k.dtype))
+  k_total, v_total = jax.lax.fori_loop(0, q.shape[0] * blocks, visit, (zero, zero))
+  k_grad[...], v_grad[...] = k_total.astype(k_grad.dtype), v_total.astype(v_grad.dtype)
