@@ -59,16 +59,33 @@ def fused_attention(
     [R, L, N, H] in the dtype of q.
   """
   platform = platform or jax.default_backend()
-  block = block or _block(platform, q.shape[-1] * q.dtype.itemsize)
+  block = block or _block(platform, q.shape[-1], q.dtype.itemsize)
   form = Form(scale or q.shape[-1]**-0.5, window, soft_cap, block, platform, interpret)
   return _over_devices(partial(_whole_blocks, form=form), q.shape[0], k.shape[2])(q, k, v, ids)
 
 
-def _block(platform: str, head_bytes: int) -> int:
-  """Tokens a block: as wide as a TPU's registers; on GPUs what leaves the gradients' tiles on chip."""
+def fits(length: int, group: int, head_size: int, itemsize: int, room: int) -> bool:
+  """Returns whether a TPU's program finds room for the rows that it walks over.
+
+  Args:
+    length: tokens of a row.
+    group: query heads of a key head.
+    head_size, itemsize: `H`, and bytes of a number.
+    room: bytes of the chip's vector memory.
+  """
+  return _row_bytes(length, group, head_size, itemsize) + 4 * 2**20 <= room
+
+
+def _row_bytes(length: int, group: int, head_size: int, itemsize: int) -> int:
+  """Bytes of the queries of a key head, their cotangents and two numbers each, in lanes of 128."""
+  return group * length * (2 * (head_size + -head_size % 128) * itemsize + 8)
+
+
+def _block(platform: str, head_size: int, itemsize: int) -> int:
+  """Tokens a block: as wide as a TPU's registers; on GPUs what does not spill from theirs."""
   if platform == "tpu":
     return 128
-  return 64 if head_bytes <= 256 else 32
+  return min(64, max(16, 2**15 // (pl.next_power_of_2(head_size) * itemsize**2)))
 
 
 def _over_devices(function: Callable, rows: int, key_heads: int) -> Callable:
@@ -110,7 +127,7 @@ def _attend(q, k, v, ids, form):
 
 
 def _forward(q, k, v, ids, form):
-  at = _Specs(q.shape, form)
+  at = _Specs(q.shape, q.dtype.itemsize, form)
   normaliser = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), _wide(q.dtype))
   out, normaliser = at.call(
       _forward_kernel, q.shape[2:3],
@@ -125,7 +142,7 @@ def _backward(form, residuals, cotangent):
   q, k, v, ids, out, normaliser = residuals
   wide = _wide(q.dtype)
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
-  at = _Specs(q.shape, form)
+  at = _Specs(q.shape, q.dtype.itemsize, form)
   q_grad, = at.call(
       _query_kernel, q.shape[2:3],
       [*at.visits, at.ids, at.row_ids, at.queries, at.row_keys, at.row_keys,
@@ -147,32 +164,40 @@ _attend.defvjp(_forward, _backward)
 class _Specs:
   """Which part of each array a program sees, at (row, key head[, head of its group], block)."""
 
-  def __init__(self, shape: Sequence[int], form: Form):
+  def __init__(self, shape: Sequence[int], itemsize: int, form: Form):
     rows, key_heads, group, length, head_size = shape
     block, blocks = form.block, length // form.block
     self._form, self._grid = form, (rows, key_heads, blocks)
-    scalars = dict(memory_space=mosaic.SMEM) if form.platform == "tpu" else {}
+    self._row_bytes = _row_bytes(length, group, head_size, itemsize)
+    scalars, once = {}, {}
+    if form.platform == "tpu":  # numbers that steer are apart; whole rows would fill memory twice
+      scalars, once = dict(memory_space=mosaic.SMEM), dict(pipeline_mode=pl.Buffered(1))
     self.visits = [
         pl.BlockSpec((None, None, 1, size), lambda r, *at: (r, at[-1], 0, 0), **scalars)
         for size in (1, blocks)]
     self.ids = pl.BlockSpec((None, 3, block), lambda r, *at: (r, 0, at[-1]))
-    self.row_ids = pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0))
+    self.row_ids = pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0), **once)
     self.queries = pl.BlockSpec(
         (None, None, None, block, head_size), lambda r, m, g, i: (r, m, g, i, 0))
     self.numbers = pl.BlockSpec((None, None, None, 1, block), lambda r, m, g, i: (r, m, g, 0, i))
     self.keys = pl.BlockSpec((None, None, block, head_size), lambda r, m, i: (r, m, i, 0))
     self.row_queries = pl.BlockSpec(
-        (None, None, group, length, head_size), lambda r, m, i: (r, m, 0, 0, 0))
-    self.row_numbers = pl.BlockSpec((None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0))
-    self.row_keys = pl.BlockSpec((None, None, length, head_size), lambda r, m, *_: (r, m, 0, 0))
+        (None, None, group, length, head_size), lambda r, m, i: (r, m, 0, 0, 0), **once)
+    self.row_numbers = pl.BlockSpec(
+        (None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0), **once)
+    self.row_keys = pl.BlockSpec(
+        (None, None, length, head_size), lambda r, m, *at: (r, m, 0, 0), **once)
 
   def call(self, kernel, heads, in_specs, out_specs, outputs) -> Callable:
     """Returns the kernel over all rows, key heads, `heads` and blocks."""
     form, (rows, key_heads, blocks) = self._form, self._grid
     grid = (rows, key_heads, *heads, blocks)
-    params = dict(
-        gpu=triton.CompilerParams(num_warps=4, num_stages=2),
-        tpu=mosaic.CompilerParams(dimension_semantics=("parallel",) * len(grid)))[form.platform]
+    if form.platform == "tpu":
+      params = mosaic.CompilerParams(
+          dimension_semantics=("parallel",) * len(grid),
+          vmem_limit_bytes=16 * 2**20 + self._row_bytes)
+    else:
+      params = triton.CompilerParams(num_warps=4, num_stages=2)
     return pl.pallas_call(
         partial(kernel, form=form), grid=grid, in_specs=in_specs, out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
@@ -209,7 +234,7 @@ def _scores(q, k, q_ids, k_ids, form):
   scores = form.scale * _dot(q, k, 1, 1)
   if form.soft_cap:
     scores = form.soft_cap * jnp.tanh(scores / form.soft_cap)
-  seen = visible(q_ids, k_ids, window=form.window) & (q_ids.comparison > 0)[:, None]
+  seen = visible(q_ids, k_ids, window=form.window) & (q_ids.comparison[:, None] > 0)
   return scores, seen
 
 
@@ -232,17 +257,18 @@ def _forward_kernel(
     most, total, mixed = carry
     at = _tokens(order[0, j], form)
     scores, seen = _scores(queries, k[at, :], query_ids, _ids(k_ids, at), form)
-    new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, NEVER), axis=1))
-    weights = jnp.where(seen, jnp.exp(scores - new[:, None]), 0.0)
+    new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, NEVER), axis=1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
     old = jnp.exp(most - new)
-    mixed = mixed * old[:, None] + _dot(weights.astype(v.dtype), v[at, :], 1, 0)
-    return new, total * old + jnp.sum(weights, axis=1), mixed
+    mixed = mixed * old + _dot(weights.astype(v.dtype), v[at, :], 1, 0)
+    return new, total * old + jnp.sum(weights, axis=1, keepdims=True), mixed
 
-  most, total, mixed = jax.lax.fori_loop(0, count[0, 0], visit, (
-      jnp.full(form.block, NEVER, wide), jnp.zeros(form.block, wide), jnp.zeros(q.shape, wide)))
+  zero = jnp.zeros((form.block, 1), wide)
+  most, total, mixed = jax.lax.fori_loop(
+      0, count[0, 0], visit, (zero + NEVER, zero, jnp.zeros(q.shape, wide)))
   total = jnp.where(total > 0, total, 1.0)
-  out[...] = (mixed / total[:, None]).astype(out.dtype)
-  normaliser[0, :] = most + jnp.log(total)
+  out[...] = (mixed / total).astype(out.dtype)
+  normaliser[...] = (most + jnp.log(total)).T
 
 
 def _query_kernel(
