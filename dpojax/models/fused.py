@@ -64,16 +64,13 @@ def fused_attention(
   return _over_devices(partial(_whole_blocks, form=form), q.shape[0], k.shape[2])(q, k, v, ids)
 
 
-def fits(length: int, group: int, head_size: int, itemsize: int, room: int) -> bool:
-  """Returns whether a TPU's program finds room for the rows that it walks over.
-
-  Args:
-    length: tokens of a row.
-    group: query heads of a key head.
-    head_size, itemsize: `H`, and bytes of a number.
-    room: bytes of the chip's vector memory.
-  """
-  return _row_bytes(length, group, head_size, itemsize) + 4 * 2**20 <= room
+def fits(q: jax.Array, k: jax.Array, platform: str) -> bool:
+  """Returns whether the memory of a processor here holds what a program needs of q and k at once."""
+  _, length, heads, head_size = q.shape
+  if platform != "tpu":
+    return True
+  need = _row_bytes(length, heads // k.shape[2], head_size, q.dtype.itemsize)
+  return need + 4 * 2**20 <= mosaic.get_tpu_info().vmem_capacity_bytes
 
 
 def _row_bytes(length: int, group: int, head_size: int, itemsize: int) -> int:
