@@ -10,7 +10,7 @@ knows no soft cap.
 
 import math
 from functools import partial
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +69,14 @@ def fits(q: jax.Array, k: jax.Array, platform: str) -> bool:
   _, length, heads, head_size = q.shape
   if platform != "tpu":
     return True
-  need = _row_bytes(length, heads // k.shape[2], head_size, q.dtype.itemsize)
-  return need + 4 * 2**20 <= mosaic.get_tpu_info().vmem_capacity_bytes
+  rows = _row_bytes(heads // k.shape[2], length, head_size, q.dtype)
+  return rows + 4 * 2**20 <= mosaic.get_tpu_info().vmem_capacity_bytes
 
 
-def _row_bytes(length: int, group: int, head_size: int, itemsize: int) -> int:
+def _row_bytes(group: int, length: int, head_size: int, dtype: jnp.dtype) -> int:
   """Bytes of the queries of a key head, their cotangents and two numbers each, in lanes of 128."""
-  return group * length * (2 * (head_size + -head_size % 128) * itemsize + 8)
+  lanes = head_size + -head_size % 128
+  return group * length * (2 * lanes * jnp.dtype(dtype).itemsize + 8)
 
 
 def _block(platform: str, head_size: int, itemsize: int) -> int:
@@ -124,13 +125,13 @@ def _attend(q, k, v, ids, form):
 
 
 def _forward(q, k, v, ids, form):
-  at = _Specs(q.shape, q.dtype.itemsize, form)
-  normaliser = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), _wide(q.dtype))
-  out, normaliser = at.call(
-      _forward_kernel, q.shape[2:3],
-      [*at.visits, at.ids, at.row_ids, at.queries, at.row_keys, at.row_keys],
-      [at.queries, at.numbers], [q, normaliser],
-  )(*_visits(ids, form), ids, ids, q, k, v)
+  numbers = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), _wide(q.dtype))
+  part = _parts(q.shape, form)
+  out, normaliser = _call(
+      _forward_kernel, (*q.shape[:3], q.shape[3] // form.block),
+      (*part.visits, part.ids, part.row_ids, part.queries, part.row_keys, part.row_keys),
+      (*_visits(ids, form), ids, ids, q, k, v),
+      (part.queries, part.numbers), (q, numbers), form)
   out, normaliser = kept(out, normaliser)
   return out, (q, k, v, ids, out, normaliser)
 
@@ -139,66 +140,84 @@ def _backward(form, residuals, cotangent):
   q, k, v, ids, out, normaliser = residuals
   wide = _wide(q.dtype)
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
-  at = _Specs(q.shape, q.dtype.itemsize, form)
-  q_grad, = at.call(
-      _query_kernel, q.shape[2:3],
-      [*at.visits, at.ids, at.row_ids, at.queries, at.row_keys, at.row_keys,
-       at.queries, at.numbers, at.numbers],
-      [at.queries], [q],
-  )(*_visits(ids, form), ids, ids, q, k, v, cotangent, normaliser, inner)
-  k_grad, v_grad = at.call(
-      _key_kernel, (),
-      [*at.visits, at.row_ids, at.ids, at.row_queries, at.keys, at.keys,
-       at.row_queries, at.row_numbers, at.row_numbers],
-      [at.keys, at.keys], [k, v],
-  )(*_visits(ids, form, by_keys=True), ids, ids, q, k, v, cotangent, normaliser, inner)
+  rows, key_heads, group, length, _ = q.shape
+  part = _parts(q.shape, form)
+  q_grad, = _call(
+      _query_kernel, (rows, key_heads, group, length // form.block),
+      (*part.visits, part.ids, part.row_ids, part.queries, part.row_keys, part.row_keys,
+       part.queries, part.numbers, part.numbers),
+      (*_visits(ids, form), ids, ids, q, k, v, cotangent, normaliser, inner),
+      (part.queries,), (q,), form)
+  k_grad, v_grad = _call(
+      _key_kernel, (rows, key_heads, length // form.block),
+      (*part.visits, part.row_ids, part.ids, part.row_queries, part.keys, part.keys,
+       part.row_queries, part.row_numbers, part.row_numbers),
+      (*_visits(ids, form, by_keys=True), ids, ids, q, k, v, cotangent, normaliser, inner),
+      (part.keys, part.keys), (k, v), form)
   return q_grad, k_grad, v_grad, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-class _Specs:
-  """Which part of each array a program sees, at (row, key head[, head of its group], block)."""
+class _Parts(NamedTuple):
+  """What a program sees of each array: its own block, or all of its row.
 
-  def __init__(self, shape: Sequence[int], itemsize: int, form: Form):
-    rows, key_heads, group, length, head_size = shape
-    block, blocks = form.block, length // form.block
-    self._form, self._grid = form, (rows, key_heads, blocks)
-    self._row_bytes = _row_bytes(length, group, head_size, itemsize)
-    scalars, once = {}, {}
-    if form.platform == "tpu":  # numbers that steer are apart; whole rows would fill memory twice
-      scalars, once = dict(memory_space=mosaic.SMEM), dict(pipeline_mode=pl.Buffered(1))
-    self.visits = [
-        pl.BlockSpec((None, None, 1, size), lambda r, *at: (r, at[-1], 0, 0), **scalars)
-        for size in (1, blocks)]
-    self.ids = pl.BlockSpec((None, 3, block), lambda r, *at: (r, 0, at[-1]))
-    self.row_ids = pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0), **once)
-    self.queries = pl.BlockSpec(
-        (None, None, None, block, head_size), lambda r, m, g, i: (r, m, g, i, 0))
-    self.numbers = pl.BlockSpec((None, None, None, 1, block), lambda r, m, g, i: (r, m, g, 0, i))
-    self.keys = pl.BlockSpec((None, None, block, head_size), lambda r, m, i: (r, m, i, 0))
-    self.row_queries = pl.BlockSpec(
-        (None, None, group, length, head_size), lambda r, m, i: (r, m, 0, 0, 0), **once)
-    self.row_numbers = pl.BlockSpec(
-        (None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0), **once)
-    self.row_keys = pl.BlockSpec(
-        (None, None, length, head_size), lambda r, m, *at: (r, m, 0, 0), **once)
+  Programs stand at (row, key head, query head of its group, block of queries), or at (row, key head,
+  block of keys).
+  """
 
-  def call(self, kernel, heads, in_specs, out_specs, outputs) -> Callable:
-    """Returns the kernel over all rows, key heads, `heads` and blocks."""
-    form, (rows, key_heads, blocks) = self._form, self._grid
-    grid = (rows, key_heads, *heads, blocks)
-    if form.platform == "tpu":
-      params = mosaic.CompilerParams(
-          dimension_semantics=("parallel",) * len(grid),
-          vmem_limit_bytes=16 * 2**20 + self._row_bytes)
-    else:
-      params = triton.CompilerParams(num_warps=4, num_stages=2)
-    return pl.pallas_call(
-        partial(kernel, form=form), grid=grid, in_specs=in_specs, out_specs=out_specs,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        compiler_params=params, interpret=form.interpret)
+  visits: tuple[pl.BlockSpec, pl.BlockSpec]
+  ids: pl.BlockSpec
+  row_ids: pl.BlockSpec
+  queries: pl.BlockSpec
+  row_queries: pl.BlockSpec
+  numbers: pl.BlockSpec
+  row_numbers: pl.BlockSpec
+  keys: pl.BlockSpec
+  row_keys: pl.BlockSpec
+
+
+def _parts(shape: Sequence[int], form: Form) -> _Parts:
+  """Returns the parts for queries [R, M, G, L, H]."""
+  _, _, group, length, size = shape
+  block = form.block
+  steering, whole = {}, {}
+  if form.platform == "tpu":
+    # Scalars have a memory of their own. A whole row is not worth a second buffer for the next one.
+    steering, whole = dict(memory_space=mosaic.SMEM), dict(pipeline_mode=pl.Buffered(1))
+  return _Parts(
+      visits=tuple(
+          pl.BlockSpec((None, None, 1, count), lambda r, *at: (r, at[-1], 0, 0), **steering)
+          for count in (1, length // block)),
+      ids=pl.BlockSpec((None, 3, block), lambda r, *at: (r, 0, at[-1])),
+      row_ids=pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0), **whole),
+      queries=pl.BlockSpec((None, None, None, block, size), lambda r, m, g, i: (r, m, g, i, 0)),
+      row_queries=pl.BlockSpec(
+          (None, None, group, length, size), lambda r, m, i: (r, m, 0, 0, 0), **whole),
+      numbers=pl.BlockSpec((None, None, None, 1, block), lambda r, m, g, i: (r, m, g, 0, i)),
+      row_numbers=pl.BlockSpec(
+          (None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0), **whole),
+      keys=pl.BlockSpec((None, None, block, size), lambda r, m, i: (r, m, i, 0)),
+      row_keys=pl.BlockSpec((None, None, length, size), lambda r, m, *at: (r, m, 0, 0), **whole))
+
+
+def _call(
+    kernel: Callable, grid: Sequence[int], parts: Sequence[pl.BlockSpec], arrays: Sequence[jax.Array],
+    out_parts: Sequence[pl.BlockSpec], like: Sequence[Any], form: Form,
+) -> Sequence[jax.Array]:
+  """Returns arrays like some others, whose parts a kernel fills from the parts of arrays."""
+  if form.platform == "tpu":
+    q = arrays[4]
+    params = mosaic.CompilerParams(
+        dimension_semantics=("parallel",) * len(grid),
+        vmem_limit_bytes=16 * 2**20 + _row_bytes(*q.shape[2:], q.dtype))
+  else:
+    params = triton.CompilerParams(num_warps=4, num_stages=2)
+  return pl.pallas_call(
+      partial(kernel, form=form), grid=grid, in_specs=parts, out_specs=out_parts,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
+      compiler_params=params, interpret=form.interpret)(*arrays)
 
 
 def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.Array, jax.Array]:
