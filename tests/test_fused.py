@@ -11,6 +11,7 @@ from dpojax import config as config_lib
 from dpojax import resolve
 from dpojax.models import forms, fused, transformer
 from dpojax.models.attention import TokenIds, attention
+from dpojax.models.blockwise import blockwise_attention
 from tests import worlds
 
 BLOCK, HEADS, KEY_HEADS = 32, 4, 2
@@ -151,6 +152,17 @@ def test_forward_and_gradients_lower_for_their_platform(platform, target, call, 
     return jnp.sum(fused.fused_attention(q, k, v, ids, platform=platform, **form).astype(jnp.float32))
   traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, ids)
   assert traced.lower(lowering_platforms=(target,)).as_text().count(f"@{call}") == 3
+
+
+@pytest.mark.parametrize("form", [interpreted, blockwise_attention])
+def test_what_is_kept_by_name_gives_the_same_gradients(form, rng):
+  ids = packed_ids(rng, length=96)
+  q, k, v = inputs(rng, ids)
+  run = lambda q, k, v: form(jnp.sin(q), k, v, ids)
+  want = values_and_gradients(run, q, k, v, jnp.ones(q.shape))
+  kept = jax.checkpoint(run, policy=transformer.REMAT_POLICIES["attention"])
+  for ours, theirs in zip(values_and_gradients(kept, q, k, v, jnp.ones(q.shape)), want):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def kernels_of(jaxpr):
