@@ -126,12 +126,12 @@ def _attend(q, k, v, ids, form):
 
 def _forward(q, k, v, ids, form):
   numbers = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), _wide(q.dtype))
-  part = _parts(q.shape, form)
+  part = _parts(q, form)
   out, normaliser = _call(
-      _forward_kernel, (*q.shape[:3], q.shape[3] // form.block),
-      (*part.visits, part.ids, part.row_ids, part.queries, part.row_keys, part.row_keys),
-      (*_visits(ids, form), ids, ids, q, k, v),
-      (part.queries, part.numbers), (q, numbers), form)
+      _forward_kernel, (*q.shape[:3], q.shape[3] // form.block), _visits(ids, form),
+      [(ids, part.ids), (ids, part.row_ids), (q, part.queries), (k, part.row_keys),
+       (v, part.row_keys)],
+      [(q, part.queries), (numbers, part.numbers)], part, form)
   out, normaliser = kept(out, normaliser)
   return out, (q, k, v, ids, out, normaliser)
 
@@ -141,19 +141,19 @@ def _backward(form, residuals, cotangent):
   wide = _wide(q.dtype)
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
   rows, key_heads, group, length, _ = q.shape
-  part = _parts(q.shape, form)
+  part = _parts(q, form)
   q_grad, = _call(
-      _query_kernel, (rows, key_heads, group, length // form.block),
-      (*part.visits, part.ids, part.row_ids, part.queries, part.row_keys, part.row_keys,
-       part.queries, part.numbers, part.numbers),
-      (*_visits(ids, form), ids, ids, q, k, v, cotangent, normaliser, inner),
-      (part.queries,), (q,), form)
+      _query_kernel, (rows, key_heads, group, length // form.block), _visits(ids, form),
+      [(ids, part.ids), (ids, part.row_ids), (q, part.queries), (k, part.row_keys),
+       (v, part.row_keys), (cotangent, part.queries), (normaliser, part.numbers),
+       (inner, part.numbers)],
+      [(q, part.queries)], part, form)
   k_grad, v_grad = _call(
-      _key_kernel, (rows, key_heads, length // form.block),
-      (*part.visits, part.row_ids, part.ids, part.row_queries, part.keys, part.keys,
-       part.row_queries, part.row_numbers, part.row_numbers),
-      (*_visits(ids, form, by_keys=True), ids, ids, q, k, v, cotangent, normaliser, inner),
-      (part.keys, part.keys), (k, v), form)
+      _key_kernel, (rows, key_heads, length // form.block), _visits(ids, form, by_keys=True),
+      [(ids, part.row_ids), (ids, part.ids), (q, part.row_queries), (k, part.keys),
+       (v, part.keys), (cotangent, part.row_queries), (normaliser, part.row_numbers),
+       (inner, part.row_numbers)],
+      [(k, part.keys), (v, part.keys)], part, form)
   return q_grad, k_grad, v_grad, None
 
 
@@ -161,12 +161,13 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Parts(NamedTuple):
-  """What a program sees of each array: its own block, or all of its row.
+  """What a program sees of each kind of array: its own block, or all of its row.
 
   Programs stand at (row, key head, query head of its group, block of queries), or at (row, key head,
-  block of keys).
+  block of keys). `room` is what they may take of a TPU's vector memory, in bytes.
   """
 
+  room: int
   visits: tuple[pl.BlockSpec, pl.BlockSpec]
   ids: pl.BlockSpec
   row_ids: pl.BlockSpec
@@ -178,15 +179,16 @@ class _Parts(NamedTuple):
   row_keys: pl.BlockSpec
 
 
-def _parts(shape: Sequence[int], form: Form) -> _Parts:
+def _parts(q: jax.Array, form: Form) -> _Parts:
   """Returns the parts for queries [R, M, G, L, H]."""
-  _, _, group, length, size = shape
+  _, _, group, length, size = q.shape
   block = form.block
   steering, whole = {}, {}
   if form.platform == "tpu":
     # Scalars have a memory of their own. A whole row is not worth a second buffer for the next one.
     steering, whole = dict(memory_space=mosaic.SMEM), dict(pipeline_mode=pl.Buffered(1))
   return _Parts(
+      room=16 * 2**20 + _row_bytes(group, length, size, q.dtype),
       visits=tuple(
           pl.BlockSpec((None, None, 1, count), lambda r, *at: (r, at[-1], 0, 0), **steering)
           for count in (1, length // block)),
@@ -203,21 +205,21 @@ def _parts(shape: Sequence[int], form: Form) -> _Parts:
 
 
 def _call(
-    kernel: Callable, grid: Sequence[int], parts: Sequence[pl.BlockSpec], arrays: Sequence[jax.Array],
-    out_parts: Sequence[pl.BlockSpec], like: Sequence[Any], form: Form,
+    kernel: Callable, grid: Sequence[int], steering: tuple[jax.Array, jax.Array], inputs: Sequence[Any],
+    outputs: Sequence[Any], part: _Parts, form: Form,
 ) -> Sequence[jax.Array]:
-  """Returns arrays like some others, whose parts a kernel fills from the parts of arrays."""
+  """Returns the outputs that a kernel makes of its inputs, each an array, or its like, and its part."""
   if form.platform == "tpu":
-    q = arrays[4]
     params = mosaic.CompilerParams(
-        dimension_semantics=("parallel",) * len(grid),
-        vmem_limit_bytes=16 * 2**20 + _row_bytes(*q.shape[2:], q.dtype))
+        dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=part.room)
   else:
     params = triton.CompilerParams(num_warps=4, num_stages=2)
+  arrays, parts = zip(*inputs)
   return pl.pallas_call(
-      partial(kernel, form=form), grid=grid, in_specs=parts, out_specs=out_parts,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-      compiler_params=params, interpret=form.interpret)(*arrays)
+      partial(kernel, form=form), grid=grid, in_specs=(*part.visits, *parts),
+      out_specs=[part for _, part in outputs],
+      out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs],
+      compiler_params=params, interpret=form.interpret)(*steering, *arrays)
 
 
 def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -254,18 +256,28 @@ def _scores(q, k, q_ids, k_ids, form):
   return scores, seen
 
 
-def _gradients(q, k, v, q_ids, k_ids, cotangent, normaliser, inner, form):
+class _Queries(NamedTuple):
+  """A block of queries and what their gradients need: [Q, H] or [Q], see `_backward`."""
+
+  q: jax.Array
+  ids: TokenIds
+  cotangent: jax.Array
+  normaliser: jax.Array
+  inner: jax.Array
+
+
+def _gradients(queries: _Queries, k, v, k_ids, form):
   """Returns the weights [Q, T] and the gradient of the products q k^T."""
-  scores, seen = _scores(q, k, q_ids, k_ids, form)
-  weights = jnp.where(seen, jnp.exp(scores - normaliser[:, None]), 0.0)
-  grad = weights * (_dot(cotangent, v, 1, 1) - inner[:, None]) * form.scale
+  scores, seen = _scores(queries.q, k, queries.ids, k_ids, form)
+  weights = jnp.where(seen, jnp.exp(scores - queries.normaliser[:, None]), 0.0)
+  grad = weights * (_dot(queries.cotangent, v, 1, 1) - queries.inner[:, None]) * form.scale
   if form.soft_cap:
     grad *= 1 - jnp.square(scores / form.soft_cap)
   return weights, grad
 
 
-def _forward_kernel(
-    count, order, q_ids, k_ids, q, k, v, out, normaliser, *, form):
+def _forward_kernel(count, order, q_ids, k_ids, q, k, v, out, normaliser, *, form):
+  """Mixes values for a block of queries, visiting blocks of keys: the online softmax."""
   queries, query_ids = q[...], _ids(q_ids)
   wide = _wide(q.dtype)
 
@@ -289,13 +301,13 @@ def _forward_kernel(
 
 def _query_kernel(
     count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, q_grad, *, form):
-  fixed = q[...], _ids(q_ids), cotangent[...], normaliser[0, :], inner[0, :]
+  """Sums the gradient of a block of queries, visiting blocks of keys."""
+  queries = _Queries(q[...], _ids(q_ids), cotangent[...], normaliser[0, :], inner[0, :])
 
   def visit(j, total):
     at = _tokens(order[0, j], form)
-    queries, query_ids, *rest = fixed
     keys = k[at, :]
-    _, grad = _gradients(queries, keys, v[at, :], query_ids, _ids(k_ids, at), *rest, form)
+    _, grad = _gradients(queries, keys, v[at, :], _ids(k_ids, at), form)
     return total + _dot(grad.astype(keys.dtype), keys, 1, 0)
 
   total = jnp.zeros(q.shape, _wide(q.dtype))
@@ -304,17 +316,18 @@ def _query_kernel(
 
 def _key_kernel(
     count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, k_grad, v_grad, *, form):
+  """Sums the gradients of a block of keys, visiting blocks of queries in each head of the group."""
   keys, values, key_ids, blocks = k[...], v[...], _ids(k_ids), count[0, 0]
 
   def visit(j, carry):
     k_total, v_total = carry
     head, at = jax.lax.div(j, blocks), _tokens(order[0, jax.lax.rem(j, blocks)], form)
-    queries, cotangents = q[head, at, :], cotangent[head, at, :]
-    weights, grad = _gradients(
-        queries, keys, values, _ids(q_ids, at), key_ids, cotangents, normaliser[head, 0, at],
-        inner[head, 0, at], form)
-    k_total += _dot(grad.astype(queries.dtype), queries, 0, 0)
-    v_total += _dot(weights.astype(queries.dtype), cotangents, 0, 0)
+    queries = _Queries(
+        q[head, at, :], _ids(q_ids, at), cotangent[head, at, :], normaliser[head, 0, at],
+        inner[head, 0, at])
+    weights, grad = _gradients(queries, keys, values, key_ids, form)
+    k_total += _dot(grad.astype(keys.dtype), queries.q, 0, 0)
+    v_total += _dot(weights.astype(keys.dtype), queries.cotangent, 0, 0)
     return k_total, v_total
 
   zero = jnp.zeros(k.shape, _wide(k.dtype))
