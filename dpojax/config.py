@@ -36,8 +36,8 @@ _KNOBS = {
 
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
-    "parallel", "wandb_project", "data.cache_dir", "check_memory", "compile_cache")
-"""Keys that may differ when a run is continued: they leave every number as it is."""
+    "parallel", "model.attention", "wandb_project", "data.cache_dir", "check_memory", "compile_cache")
+"""Keys that may differ when a run is continued: they leave every number as it is, to rounding."""
 
 
 class ConfigError(ValueError):
@@ -76,7 +76,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.model.tie_embeddings = True
   config.model.dtype = "float32"  # of what is computed: float32, bfloat16
   config.model.param_dtype = "float32"  # of params; bfloat16 under an adapter only
-  config.model.remat = "none"
+  config.model.remat = "none"  # what the backward pass recomputes: none, full, attention, dots
+  config.model.attention = "auto"  # blockwise; fused, on GPUs and TPUs; auto: by the machine
   config.model.scan_layers = True
 
   config.lora = ml_collections.ConfigDict()
@@ -170,6 +171,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "model.dtype", model_config.DTYPES)
   _one_of(config, "model.param_dtype", model_config.DTYPES)
   _one_of(config, "model.remat", model_config.REMATS)
+  _one_of(config, "model.attention", model_config.ATTENTIONS)
   _one_of(config, "reference.mode", ("inline", "stored", "none"))
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))

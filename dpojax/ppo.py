@@ -339,7 +339,8 @@ def _restored(saved: dict[str, Any]) -> PPOState:
 def _set_up(config: ml_collections.ConfigDict, settings: Settings):
   """Returns the trainer, prompts to train on and held-out ones, and what checkpoints belong to."""
   model = weights.load(config.model.checkpoint, dtype=config.model.dtype)
-  policy = dataclasses.replace(model.config, remat=config.model.remat)
+  policy = dataclasses.replace(
+      model.config, remat=config.model.remat, attention=config.model.attention)
   width, room = config.data.max_prompt_length, config.ppo.max_new_tokens
   if policy.longest is not None and width + room > policy.longest:
     raise ConfigError(
@@ -366,7 +367,8 @@ def _set_up(config: ml_collections.ConfigDict, settings: Settings):
   return trainer, train_prompts, held_out, about
 
 
-_SAME = dict(dtype="float32", remat="none", published="", reward_head=True, max_positions=1)
+_SAME = dict(
+    dtype="float32", remat="none", attention="auto", published="", reward_head=True, max_positions=1)
 """What may differ between a policy and its critic."""
 
 

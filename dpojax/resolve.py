@@ -17,7 +17,7 @@ from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
 from dpojax.disk import disk_errors
 from dpojax.models import config as model_config
-from dpojax.models import hf, lora, transformer
+from dpojax.models import forms, hf, lora, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.parallel import Mesh, Replicas, keep_compiled, make_parallel
 from dpojax.parts import Parts
@@ -106,10 +106,11 @@ def make_devices(config: ml_collections.ConfigDict) -> Replicas | Mesh:
   """Returns the lift over all devices that the config names.
 
   Raises:
-    ConfigError: its axes do not fit the devices.
+    ConfigError: its axes do not fit the devices, or its form of attention does not run on them.
   """
   settings = config.parallel
   try:
+    forms.attention_form(config.model.attention, platform=jax.default_backend())
     return make_parallel(
         settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
   except ValueError as error:
@@ -201,9 +202,7 @@ def make_setup(
   """
   if config.model.checkpoint:
     policy = weights.read(config, "model.checkpoint", place=place)
-    changes = dict(dtype=config.model.dtype, remat=config.model.remat,
-                   reward_head=config.objective == "reward")
-    model = ModelConfig(**{**vars(policy.config), **changes})
+    model = dataclasses.replace(policy.config, **_left_open(config))
     params = policy.params
     if model.reward_head and "reward_head" not in params:
       params = params | {"reward_head": np.zeros(model.width, np.float32)}
@@ -231,9 +230,8 @@ def make_setup_of_shapes(
   if not config.model.checkpoint:
     model = _model_of(config)
   else:
-    changes = dict(dtype=config.model.dtype, remat=config.model.remat,
-                   reward_head=config.objective == "reward")
-    model = dataclasses.replace(weights.read_model_config(config, "model.checkpoint"), **changes)
+    model = dataclasses.replace(
+        weights.read_model_config(config, "model.checkpoint"), **_left_open(config))
   whole = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
   setups = []
 
@@ -312,16 +310,22 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
+def _left_open(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What weights leave open in a model's config."""
+  settings = config.model
+  return dict(dtype=settings.dtype, remat=settings.remat, attention=settings.attention,
+              reward_head=config.objective == "reward")
+
+
 def _model_of(config: ml_collections.ConfigDict) -> ModelConfig:
   settings = config.model
   make = {"llama": model_config.llama_style, "gpt2": model_config.gpt2_style}[settings.family]
   return make(
       vocab_size=settings.vocab_size or len(tokenization.load_tokenizer(config.tokenizer)),
       width=settings.width, layers=settings.layers, heads=settings.heads,
-      kv_heads=settings.kv_heads or None, dtype=settings.dtype, remat=settings.remat,
+      kv_heads=settings.kv_heads or None, **_left_open(config),
       max_positions=settings.max_positions or config.data.max_length,
-      tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers,
-      reward_head=config.objective == "reward")
+      tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers)
 
 
 def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:

@@ -11,7 +11,7 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
-    "losses", "ppo_losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.rotary",
+    "losses", "ppo_losses", "log_probs", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "rollouts", "ppo_step", "config", "checkpoint", "weights",

@@ -33,7 +33,7 @@ def rows(rng):
   return worlds.packed(worlds.comparisons(rng, 6, 2), 64)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_recomputing_changes_nothing(remat, rows):
   params = worlds.params_of(worlds.llama())
   want, want_grads = value_and_grads(worlds.llama(), params, rows)
@@ -147,7 +147,7 @@ def test_a_config_is_itself_after_json(config):
     ({"rotary_size": 5}, "model.rotary_size is 5; it must be even and at most model.head_size, 8"),
     ({"layer_windows": ()}, r"model.layer_windows is \(\); it must hold a window a layer"),
     ({"rope_scaling": {"name": "ntk", "factor": 2.0}}, "model.rope_scaling.name is 'ntk'; it must be"),
-    ({"remat": "some"}, "model.remat is 'some'; it must be one of none, full, dots"),
+    ({"remat": "some"}, "model.remat is 'some'; it must be one of none, full, attention, dots"),
 ])
 def test_impossible_dimensions_are_named(changes, message):
   with pytest.raises(ValueError, match=message):

@@ -11,6 +11,10 @@ from typing import NamedTuple, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "attention"
+"""The name of what forms of attention that are computed in blocks leave for their gradients."""
 
 
 class TokenIds(NamedTuple):
@@ -22,12 +26,12 @@ class TokenIds(NamedTuple):
 
 
 def visible(query: TokenIds, key: TokenIds, *, window: int = 0) -> jax.Array:
-  """Returns [R, Q, T] bool: whether each of Q queries sees each of T keys.
+  """Returns [..., Q, T] bool: whether each of Q queries sees each of T keys, from ids [..., Q], [..., T].
 
   A window further keeps a query from keys `window` or more positions before it; 0 is none.
   """
-  q = jax.tree.map(lambda x: x[:, :, None], query)
-  k = jax.tree.map(lambda x: x[:, None, :], key)
+  q = jax.tree.map(lambda x: x[..., :, None], query)
+  k = jax.tree.map(lambda x: x[..., None, :], key)
   seen = ((q.comparison == k.comparison) & (k.position <= q.position)
           & ((k.branch == 0) | (k.branch == q.branch)))
   return seen & (q.position - k.position < window) if window else seen
@@ -66,6 +70,11 @@ def attention(
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   mixed = jnp.einsum("rmgqt,rtmh->rqmgh", weights, v)
   return mixed.reshape(rows, length, heads, head_size)
+
+
+def kept(out: jax.Array, normaliser: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns both under a name, by which rematerialisation keeps them: all a backward pass reuses."""
+  return checkpoint_name(out, KEPT), checkpoint_name(normaliser, KEPT)
 
 
 class Keys(NamedTuple):

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpojax.models.attention import TokenIds, visible
+from dpojax.models.attention import TokenIds, kept, visible
 
 BLOCK = 64
 """Tokens of a block. Half a comparison of HH: smaller blocks skip more, larger ones multiply better."""
 
-_NEVER = -1e30
+NEVER = -1e30
+"""A score below all others, still finite so that two of them have a difference."""
 
 
 class Form(NamedTuple):
@@ -92,6 +93,11 @@ def visible_blocks(ids: TokenIds, *, block: int, window: int = 0) -> jax.Array:
   return seen
 
 
+def visits(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns for each block those it may see, first of all blocks, and how many: [..., B, B], [..., B]."""
+  return jnp.argsort(~seen, axis=-1, stable=True), jnp.sum(seen, axis=-1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, ids, form):
   return _forward(q, k, v, ids, form)[0]
@@ -113,12 +119,6 @@ def _parts(ids: TokenIds, i: jax.Array, form: Form) -> TokenIds:
   return jax.tree.map(lambda x: _part(x, i, form), ids)
 
 
-def _visits(ids: TokenIds, form: Form) -> tuple[jax.Array, jax.Array]:
-  """Returns for each block of queries the key blocks, those to be visited first, and their number."""
-  seen = jnp.any(visible_blocks(ids, block=form.block, window=form.window), axis=0)
-  return jnp.argsort(~seen, axis=-1, stable=True), jnp.sum(seen, axis=-1)
-
-
 def _scores(q, k, query_ids, key_ids, form):
   """Returns the scores [R, M, G, Q, T] and which of them count."""
   scores = form.scale * _einsum("rqmgh,rtmh->rmgqt", q, k)
@@ -131,7 +131,8 @@ def _scores(q, k, query_ids, key_ids, form):
 
 def _forward(q, k, v, ids, form):
   rows, length, key_heads, group, head_size = q.shape
-  order, count = _visits(ids, form)
+  seen = jnp.any(visible_blocks(ids, block=form.block, window=form.window), axis=0)
+  order, count = visits(seen)
   wide = _wide(q.dtype)
 
   def of_queries(i):
@@ -141,7 +142,7 @@ def _forward(q, k, v, ids, form):
       j, most, total, mixed = carry
       at = order[i, j]
       scores, seen = _scores(q_part, _part(k, at, form), q_ids, _parts(ids, at, form), form)
-      new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, _NEVER), axis=-1))
+      new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, NEVER), axis=-1))
       weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0)
       old = jnp.exp(most - new)
       mixed = mixed * old[..., None] + _einsum(
@@ -151,13 +152,13 @@ def _forward(q, k, v, ids, form):
     shape = (rows, key_heads, group, form.block)
     _, most, total, mixed = jax.lax.while_loop(
         lambda carry: carry[0] < count[i], visit,
-        (0, jnp.full(shape, _NEVER, wide), jnp.zeros(shape, wide),
+        (0, jnp.full(shape, NEVER, wide), jnp.zeros(shape, wide),
          jnp.zeros((*shape, head_size), wide)))
     total = jnp.where(total > 0, total, 1)
     return (mixed / total[..., None]).astype(q.dtype), most + jnp.log(total)
 
   out, normaliser = jax.lax.map(of_queries, jnp.arange(length // form.block))
-  out = out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape)
+  out, normaliser = kept(out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape), normaliser)
   return out, (q, k, v, ids, out, normaliser, order, count)
 
 

@@ -10,7 +10,8 @@ RESIDUALS = ("sequential", "parallel", "shared")
 MLPS = ("swiglu", "geglu", "geglu_exact", "gelu", "gelu_exact")
 BIASES = ("none", "qkv", "attention", "mlp", "all")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full", "dots")
+REMATS = ("none", "full", "attention", "dots")
+ATTENTIONS = ("auto", "blockwise", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,12 @@ class ModelConfig:
     head_bias: whether logits have a bias.
     logit_soft_cap: logits become cap * tanh(logit / cap); 0 leaves them.
     dtype: compute dtype, 'float32' or 'bfloat16'; parameters are float32.
-    remat: what the backward pass recomputes: 'none', 'full' (each block) or 'dots' (all but
-      matrix products).
+    remat: what the backward pass recomputes: 'none', 'full' (each block), 'attention' (all but
+      what attention has mixed, the part that grows with the square of a sequence) or 'dots' (all but
+      matrix products and attention). Rows so short that attention is dense recompute it in either.
+    attention: the form of attention: 'blockwise' (plain XLA), 'fused' (a kernel, GPUs and TPUs) or
+      'auto' (on each machine the faster one, see `models.forms`). It belongs to the machine, not to
+      the model: `as_dict` leaves it out.
     scan_layers: one compiled block for all layers, or one a window of the pattern, instead of a
       copy a layer.
     reward_head: adds a scalar head on hidden states, for reward models.
@@ -118,6 +123,7 @@ class ModelConfig:
   logit_soft_cap: float = 0.0
   dtype: str = "float32"
   remat: str = "none"
+  attention: str = "auto"
   scan_layers: bool = True
   reward_head: bool = False
   published: str = ""
@@ -152,7 +158,7 @@ class ModelConfig:
           "pattern, 0 for none")
     for name, allowed in (
         ("positions", POSITIONS), ("norm", NORMS), ("residual", RESIDUALS), ("mlp", MLPS),
-        ("biases", BIASES), ("dtype", DTYPES), ("remat", REMATS)):
+        ("biases", BIASES), ("dtype", DTYPES), ("remat", REMATS), ("attention", ATTENTIONS)):
       if getattr(self, name) not in allowed:
         raise ValueError(
             f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -176,8 +182,13 @@ class ModelConfig:
     return periods * period if self.scan_layers and (periods > 1 or period == 1) else 0
 
   def as_dict(self) -> dict:
-    """Returns the config as JSON holds it; `ModelConfig(**config.as_dict())` is the config."""
-    return json.loads(json.dumps(dataclasses.asdict(self)))
+    """Returns the config as JSON holds it; `ModelConfig(**config.as_dict())` is the model's config.
+
+    Without `attention`: a checkpoint may be read on another machine.
+    """
+    settings = dataclasses.asdict(self)
+    del settings["attention"]
+    return json.loads(json.dumps(settings))
 
 
 def llama_style(

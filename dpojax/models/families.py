@@ -492,5 +492,5 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def _without_how(config: ModelConfig) -> dict[str, Any]:
   """The config without what says how it is computed."""
-  how = ("dtype", "remat", "scan_layers", "reward_head", "published")
+  how = ("dtype", "remat", "attention", "scan_layers", "reward_head", "published")
   return {name: value for name, value in vars(config).items() if name not in how}

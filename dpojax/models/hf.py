@@ -127,7 +127,7 @@ def load(
     place: where a parameter is kept, and so which parts of it are read; by default whole, as NumPy
       arrays. `parallel.Mesh.place_part` reads for each device its own part.
     dtype: of the parameters, 'float32' or 'bfloat16'.
-    **changes: what the weights leave open in the config: dtype, remat, scan_layers.
+    **changes: what the weights leave open in the config: dtype, remat, attention, scan_layers.
 
   Raises:
     HuggingFaceError: the folder is not there or not supported, or its tensors are not those of

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.log_probs import Head
-from dpojax.models import blockwise, rotary
-from dpojax.models.attention import Keys, TokenIds, attention, cached_attention
+from dpojax.models import rotary
+from dpojax.models.attention import KEPT, Keys, TokenIds, cached_attention
 from dpojax.models.config import ModelConfig
+from dpojax.models.forms import attend
 
 
 SEEN = "seen"
@@ -117,6 +118,16 @@ ACTIVATIONS = {
     "gelu_exact": partial(nn.gelu, approximate=False)}
 
 
+_keeps_attention = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+REMAT_POLICIES = {
+    "full": None,
+    "attention": _keeps_attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keeps_attention)}
+"""What is kept of a block for its backward pass, by `ModelConfig.remat`."""
+
+
 class Block(nn.Module):
   """Attention and MLP, each behind a norm and added to the residual stream.
 
@@ -164,10 +175,7 @@ class Block(nn.Module):
       y = cached_attention(q, ids, (*seen, written), **form)
     else:
       self.sow(SEEN, "keys_and_values", (k, v), init_fn=lambda: None, reduce_fn=lambda _, new: new)
-      if y.shape[1] > 2 * blockwise.BLOCK:
-        y = blockwise.blockwise_attention(q, k, v, ids, **form)
-      else:
-        y = attention(q, k, v, ids, ids, **form)
+      y = attend(q, k, v, ids, asked=config.attention, **form)
     out = Linear(heads, width, config.biases in ("attention", "all"), self._residual_scale(),
                  name="attention_out")
     return out(y), cache
@@ -278,9 +286,7 @@ class Transformer(nn.Module):
     def rematerialised(prevent_cse):
       if config.remat == "none":
         return Block
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      return nn.remat(
-          Block, prevent_cse=prevent_cse, policy=policy if config.remat == "dots" else None)
+      return nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[config.remat])
 
     written = []
     if scanned:
