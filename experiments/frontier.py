@@ -54,9 +54,9 @@ ENUMERABLE = Plan(
     ppo_axis="beta", ppo_values=(0.25, 0.5, 1.0, 2.0), ppo_seeds=(0, 1, 2, 3, 4),
     ppo=ppo.Settings(
         steps=60, prompts_per_step=64, num_samples=16, epochs=2, minibatches=2,
-        normalize_rewards=False, learning_rate=5e-3, critic_learning_rate=1e-2, schedule="linear",
+        normalize_rewards=False, learning_rate=2e-3, critic_learning_rate=1e-2, schedule="linear",
         value_clip=1.0),
-    reward_model={}, dpo={},
+    reward_model={"optimizer.learning_rate": 1e-3}, dpo={},
     unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
     preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60, at_once=5,
     shuffled_beta=0.5)
@@ -69,7 +69,8 @@ SENTIMENT = Plan(
         learning_rate=1e-3, critic_learning_rate=1e-3, rows_at_once=32),
     reward_model={"steps": 300, "eval_every": 50, "checkpoint_every": 50,
                   "optimizer.learning_rate": 5e-4},
-    dpo={}, unlikelihood={}, preferred_ft={"steps": 200, "optimizer.learning_rate": 5e-4},
+    dpo={}, unlikelihood={"optimizer.learning_rate": 1e-3},
+    preferred_ft={"steps": 200, "optimizer.learning_rate": 1e-3},
     measure_every=100, ppo_measure_every=5, at_once=4, shuffled_beta=0.1)
 
 
