@@ -3,8 +3,8 @@
 python -m experiments.attention_compile [--chips v4 v5e v5p v6e h100]
 
 Needs libtpu (`pip install libtpu`) for TPUs, and for the H100 `pip install jax-cuda12-plugin
-jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`, each of jax's version. A kernel that takes more memory than a
-chip has next to its processors does not compile.
+jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`, each of jax's version. A kernel that takes more vector memory
+than a TPU has does not compile.
 """
 
 import argparse
