@@ -16,6 +16,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from dpojax.data import tokenization
+from dpojax.data.examples import ASSISTANT, HUMAN
 from experiments import beta_ablation, figures, frontier, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line
@@ -68,7 +69,7 @@ def run(
 
 def questions(folder: pathlib.Path, pairs: str, count: int) -> sentiment.Asked:
   """Returns what people ask first in dialogues of HH: no two alike, and of at least eight words."""
-  asked = (text.split("\n\nAssistant:")[0].replace("\n\nHuman:", "", 1)
+  asked = (text.partition(ASSISTANT)[0].removeprefix(HUMAN.rstrip())
            for text in beta_ablation.chosen_texts(pairs))
   texts = [" ".join(words) for words in map(str.split, dict.fromkeys(asked)) if len(words) >= 8]
   tokenizer = tokenization.load_tokenizer(str(folder / "tokenizer"))

@@ -1,7 +1,6 @@
 """The experiments at the paper's scale: their plans hold its numbers, and every line runs in small."""
 
 import importlib.util
-import json
 import re
 
 import jax

@@ -103,12 +103,13 @@ def _attend(q, k, v, ids, form):
   return _forward(q, k, v, ids, form)[0]
 
 
-def _wide(dtype) -> jnp.dtype:
+def wide_of(dtype) -> jnp.dtype:
+  """Returns what products of a dtype are summed in: float32 at least."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(equation, a, b, preferred_element_type=_wide(a.dtype))
+  return jnp.einsum(equation, a, b, preferred_element_type=wide_of(a.dtype))
 
 
 def _part(x: jax.Array, i: jax.Array, form: Form, axis: int = 1) -> jax.Array:
@@ -133,7 +134,7 @@ def _forward(q, k, v, ids, form):
   rows, length, key_heads, group, head_size = q.shape
   seen = jnp.any(visible_blocks(ids, block=form.block, window=form.window), axis=0)
   order, count = visits(seen)
-  wide = _wide(q.dtype)
+  wide = wide_of(q.dtype)
 
   def of_queries(i):
     q_part, q_ids = _part(q, i, form), _parts(ids, i, form)
@@ -165,7 +166,7 @@ def _forward(q, k, v, ids, form):
 def _backward(form, residuals, cotangent):
   q, k, v, ids, out, normaliser, order, count = residuals
   inner = _einsum("rlmgh,rlmgh->rmgl", cotangent, out)
-  wide = _wide(q.dtype)
+  wide = wide_of(q.dtype)
 
   def of_queries(grads, i):
     q_part, q_ids, cotangent_part = _part(q, i, form), _parts(ids, i, form), _part(cotangent, i, form)

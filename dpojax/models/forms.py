@@ -42,7 +42,7 @@ def attend(
   """Returns `attention.attention` of tokens among themselves, in the form that suits; padding is any.
 
   Args:
-    q, k, v, ids: see `fused.fused_attention`.
+    q, k, v, ids: see `blockwise.blockwise_attention`.
     asked: `ModelConfig.attention`.
     **choices: scale, window and soft_cap.
   """

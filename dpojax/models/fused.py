@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
 from dpojax.models.attention import TokenIds, kept, visible
-from dpojax.models.blockwise import NEVER, visible_blocks, visits
+from dpojax.models.blockwise import NEVER, visible_blocks, visits, wide_of
 
 PLATFORMS = ("gpu", "tpu")
 
@@ -46,11 +46,7 @@ def fused_attention(
   Where a mesh is set, each device computes the rows and heads it holds.
 
   Args:
-    q: [R, L, N, H] queries.
-    k: [R, L, M, H] keys of M key heads, M a divisor of N.
-    v: [R, L, M, H] values.
-    ids: ids of the tokens, [R, L].
-    scale, window, soft_cap: see `attention.attention`.
+    q, k, v, ids, scale, window, soft_cap: see `blockwise.blockwise_attention`.
     block: tokens a block, of queries and of keys; 0 is what suits the platform.
     platform: of `PLATFORMS`, whose kernel it is; '' is that of JAX's default backend.
     interpret: runs the kernel as plain JAX, on any backend.
@@ -125,7 +121,7 @@ def _attend(q, k, v, ids, form):
 
 
 def _forward(q, k, v, ids, form):
-  numbers = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), _wide(q.dtype))
+  numbers = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), wide_of(q.dtype))
   part = _parts(q, form)
   out, normaliser = _call(
       _forward_kernel, (*q.shape[:3], q.shape[3] // form.block), _visits(ids, form),
@@ -138,7 +134,7 @@ def _forward(q, k, v, ids, form):
 
 def _backward(form, residuals, cotangent):
   q, k, v, ids, out, normaliser = residuals
-  wide = _wide(q.dtype)
+  wide = wide_of(q.dtype)
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
   rows, key_heads, group, length, _ = q.shape
   part = _parts(q, form)
@@ -229,14 +225,10 @@ def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.A
   return count[..., None, None].astype(jnp.int32), order[..., None, :].astype(jnp.int32)
 
 
-def _wide(dtype) -> jnp.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
-
-
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
   """The product of two matrices over an axis of each, summed in float32 at least."""
   return jax.lax.dot_general(
-      a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=_wide(a.dtype))
+      a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=wide_of(a.dtype))
 
 
 def _tokens(block: jax.Array, form: Form) -> pl.Slice:
@@ -279,7 +271,7 @@ def _gradients(queries: _Queries, k, v, k_ids, form):
 def _forward_kernel(count, order, q_ids, k_ids, q, k, v, out, normaliser, *, form):
   """Mixes values for a block of queries, visiting blocks of keys: the online softmax."""
   queries, query_ids = q[...], _ids(q_ids)
-  wide = _wide(q.dtype)
+  wide = wide_of(q.dtype)
 
   def visit(j, carry):
     most, total, mixed = carry
@@ -310,7 +302,7 @@ def _query_kernel(
     _, grad = _gradients(queries, keys, v[at, :], _ids(k_ids, at), form)
     return total + _dot(grad.astype(keys.dtype), keys, 1, 0)
 
-  total = jnp.zeros(q.shape, _wide(q.dtype))
+  total = jnp.zeros(q.shape, wide_of(q.dtype))
   q_grad[...] = jax.lax.fori_loop(0, count[0, 0], visit, total).astype(q_grad.dtype)
 
 
@@ -330,6 +322,6 @@ def _key_kernel(
     v_total += _dot(weights.astype(keys.dtype), queries.cotangent, 0, 0)
     return k_total, v_total
 
-  zero = jnp.zeros(k.shape, _wide(k.dtype))
+  zero = jnp.zeros(k.shape, wide_of(k.dtype))
   k_total, v_total = jax.lax.fori_loop(0, q.shape[0] * blocks, visit, (zero, zero))
   k_grad[...], v_grad[...] = k_total.astype(k_grad.dtype), v_total.astype(v_grad.dtype)

@@ -28,7 +28,7 @@ from typing import Any, Iterable, NamedTuple, Sequence
 import jax
 import numpy as np
 
-from dpojax import ppo, resolve, rollouts, sample, scorers, weights
+from dpojax import ppo, resolve, sample, scorers, weights
 from dpojax.data import builders, tokenization
 from dpojax.data.examples import DataError
 from experiments import frontier, measure, methods, sweep

@@ -15,7 +15,6 @@ import argparse
 import ast
 import dataclasses
 import importlib
-import json
 import pathlib
 import re
 import sys
