@@ -75,12 +75,13 @@ def make_sampler(
     decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
     decoder = transformer.Transformer(decoder_config)
     head = transformer.make_head(config, params)
-    starts, keys = repeat(lengths), _keys_of_samples(key, batch, num_samples)
+    starts = repeat(lengths)
+    uniform = _uniform_of_samples(key, batch, num_samples, max_new_tokens)
 
     def extend(carry):
-      step, done, logits, cache, tokens, counts, log_probs = carry
-      keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-      token = draw(logits, keys_now, temperature, top_p, top_k)
+      step, done, hidden, cache, tokens, counts, log_probs = carry
+      logits = logits_of(hidden, head)
+      token = draw(logits, uniform[step], temperature, top_p, top_k)
       chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
       log_probs += jnp.where(done, 0.0, chosen - jax.nn.logsumexp(logits, axis=-1))
       token = jnp.where(done, 0, token)
@@ -90,20 +91,20 @@ def make_sampler(
       one = jnp.ones((rows, 1), jnp.int32)
       hidden, cache = decoder.apply(
           {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache)
-      return step + 1, done, logits_of(hidden[:, 0], head), cache, tokens, counts, log_probs
+      return step + 1, done, hidden[:, 0], cache, tokens, counts, log_probs
 
     seen = [part]
     carry = (
-        0, jnp.zeros(rows, bool), repeat(logits_of(last, head)), None,
+        0, jnp.zeros(rows, bool), repeat(last), None,
         jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.float32))
     for start, end in _stages(max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
-      step, done, logits, cache, *drawn = jax.lax.while_loop(
+      step, done, hidden, cache, *drawn = jax.lax.while_loop(
           lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend,
           (*carry[:3], cache, *carry[4:]))
       seen = [*seen, cache.written]
-      carry = step, done, logits, None, *drawn
+      carry = step, done, hidden, None, *drawn
     return Samples(*(
         x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
 
@@ -130,20 +131,19 @@ def _stages(max_new_tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def draw(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array
+    logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_p: jax.Array,
+    top_k: jax.Array,
 ) -> jax.Array:
-  """Returns one id a row, [R] int32, from logits [R, V] and a key a row; knobs as in the sampler."""
+  """Returns one id a row, [R] int32, from logits [R, V]; knobs as in the sampler.
+
+  `uniform` [R] in [0, 1) are the random numbers: the same one takes the same id.
+  """
   def random():
     scaled = logits / temperature
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    return _pick(likeliest(weights, top_p, top_k), jax.vmap(jax.random.uniform)(keys))
+    return _pick(likeliest(weights, top_p, top_k), uniform)
 
-  def first_of_largest():  # argmax, in two passes that compilers turn into vectors
-    is_largest = logits == jnp.broadcast_to(jnp.max(logits, axis=-1, keepdims=True), logits.shape)
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.min(jnp.where(is_largest, ids, logits.shape[-1] - 1), axis=-1)
-
-  return jax.lax.cond(jnp.asarray(temperature) > 0, random, first_of_largest)
+  return jax.lax.cond(jnp.asarray(temperature) > 0, random, lambda: _first_of_largest(logits))
 
 
 def likeliest(
@@ -200,32 +200,50 @@ def _keep(
 _BLOCK = 128
 
 
+def _in_blocks(x: jax.Array, fill: float) -> jax.Array:
+  """[R, V] -> [R, ceil(V / block), block]."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)), constant_values=fill)
+  return x.reshape(x.shape[0], -1, _BLOCK)
+
+
+_take = jax.vmap(lambda row, index: row[index])
+
+
+def _first_of_largest(logits: jax.Array) -> jax.Array:
+  """argmax over ids [R, V] in one pass that compilers turn into vectors: blocks first, then ids."""
+  blocks = _in_blocks(logits, -jnp.inf)
+  block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+  return (block * _BLOCK + jnp.argmax(_take(blocks, block), axis=-1)).astype(jnp.int32)
+
+
 def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   """Returns the id [R] at which the running sum of weights [R, V] passes uniform [R] of the total.
 
   One random number a row, not one an id. The sum runs over blocks of ids first, then over the ids of
   the block in which it passes.
   """
-  rows, ids = weights.shape
-  weights = jnp.pad(weights, ((0, 0), (0, -ids % _BLOCK))).reshape(rows, -1, _BLOCK)
+  weights = _in_blocks(weights, 0.0)
   blocks = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
   target = uniform * blocks[:, -1]
   passed = lambda sums, target: jnp.sum(
       sums <= jnp.broadcast_to(target[:, None], sums.shape), axis=-1)
-  take = lambda x, index: jax.vmap(lambda row, i: row[i])(x, index)
   block = passed(blocks, target)
-  within = take(weights, block)
-  rest = target - jnp.where(block > 0, take(blocks, jnp.maximum(block - 1, 0)), 0.0)
+  within = _take(weights, block)
+  rest = target - jnp.where(block > 0, _take(blocks, jnp.maximum(block - 1, 0)), 0.0)
   # Sums of a block in another order differ in their last bits: never beyond its last id of weight.
   last = _BLOCK - 1 - jnp.argmax(within[:, ::-1] > 0, axis=-1)
   return (block * _BLOCK + jnp.minimum(passed(jnp.cumsum(within, axis=-1), rest), last)).astype(
       jnp.int32)
 
 
-def _keys_of_samples(key: jax.Array, batch: int, num_samples: int) -> jax.Array:
-  """Returns a key for each sample of each prompt, [B K]."""
+def _uniform_of_samples(
+    key: jax.Array, batch: int, num_samples: int, max_new_tokens: int
+) -> jax.Array:
+  """Returns a random number for each token of each sample of each prompt, [T, B K]."""
   each = jax.vmap(jax.random.fold_in, (None, 0))
   keys = each(key, jnp.arange(batch)) if key.ndim == 0 else key
   if keys.shape != (batch,):
     raise ValueError(f"key is {keys.shape}; give one key, or one for each of {batch} prompts")
-  return jax.vmap(each, (0, None))(keys, jnp.arange(num_samples)).reshape(-1)
+  keys = jax.vmap(each, (0, None))(keys, jnp.arange(num_samples)).reshape(-1)
+  of_token = lambda step: jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(keys)
+  return jax.vmap(of_token)(jnp.arange(max_new_tokens))

@@ -142,11 +142,20 @@ def test_draws_follow_the_softmax_over_ids_of_several_blocks(rng):
   """500 ids; 575 is passed by chance once in a hundred."""
   logits = rng.normal(size=500, scale=0.7)
   logits[100:300] = -np.inf
-  keys = jax.random.split(jax.random.key(1), 50_000)
+  uniform = jax.random.uniform(jax.random.key(1), (50, 1000))
   wide = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (1000, 500))
-  drawn = jax.jit(lambda keys: jax.lax.map(lambda k: sampling.draw(wide, k, 1.0, 1.0, 0), keys))(
-      keys.reshape(50, 1000))
+  drawn = jax.jit(lambda uniform: jax.lax.map(
+      lambda each: sampling.draw(wide, each, 1.0, 1.0, 0), uniform))(uniform)
   assert chi_square(drawn, softmax(logits)) < 575
+
+
+@pytest.mark.parametrize("ids", [5, 128, 300])
+def test_greedy_takes_the_first_of_the_largest(ids, rng):
+  logits = np.float32(rng.integers(4, size=(50, ids)))
+  logits[:10] = -np.inf
+  logits[:10, ids // 2] = -1e30
+  got = jax.jit(sampling.draw)(logits, np.zeros(50), 0.0, 1.0, 0)
+  np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
 
 
 def test_a_sweep_over_temperature_top_p_and_top_k_compiles_once():
