@@ -153,7 +153,7 @@ def trained(
 
 def save_policy(world: World, folder: pathlib.Path, setting: float, seed: int, params: Any) -> None:
   """Saves a trained policy as a Hugging Face folder; see `load_policy`."""
-  path = _policy_folder(folder, setting, seed)
+  path = _in_stage(folder, setting, seed)
   shutil.rmtree(path, ignore_errors=True)  # of a run that was killed behind it
   hf.save(path, world.model.config, params, eos_token_id=world.stop_id)
 
@@ -164,11 +164,16 @@ def load_policy(world: World, method: str, setting: float, seed: int) -> Any:
   Raises:
     HuggingFaceError: it was not trained in this world.
   """
-  folder = _policy_folder(world.folder / method.lower().replace(" ", "_"), setting, seed)
+  folder = policy_folder(world, method, setting, seed)
   return hf.load(str(folder), scan_layers=world.model.config.scan_layers).params
 
 
-def _policy_folder(folder: pathlib.Path, setting: float, seed: int) -> pathlib.Path:
+def policy_folder(world: World, method: str, setting: float, seed: int) -> pathlib.Path:
+  """Returns where the policy is that a method, or one of its kinds, ended with."""
+  return _in_stage(world.folder / method.lower().replace(" ", "_"), setting, seed)
+
+
+def _in_stage(folder: pathlib.Path, setting: float, seed: int) -> pathlib.Path:
   return folder / "policies" / f"{setting:g}_seed_{seed}"
 
 

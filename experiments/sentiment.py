@@ -13,7 +13,7 @@ import gzip
 import itertools
 import json
 import pathlib
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +78,21 @@ class Asked(NamedTuple):
 
 
 class Made(NamedTuple):
-  """The world, and what figures need besides: the bench, held-out sentences, and the classifier."""
+  """The world, and what figures need besides.
+
+  Attributes:
+    world: the world.
+    bench: what samples and measures.
+    held_out: sentences that nobody trained on.
+    classifier: the true reward.
+    compared: (config, prompts, lengths, answers) -> the comparisons of those answers.
+  """
 
   world: methods.World
   bench: measure.Bench
   held_out: Asked
   classifier: Classifier
+  compared: Callable[..., resolve.Data]
 
 
 def read_sentences(path: str | pathlib.Path) -> Sentences:
@@ -196,14 +205,15 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
   prompts, lengths = measure.prompt_ids(tokenizer, starts[:sizes.prefixes], LONGEST_PREFIX)
   answers = _completions(folder, bench, model, prompts, lengths)
   reference = jax.device_put(model.params)
+  compared = lambda config, *asked_and_answers: _data(config, sizes, *asked_and_answers, labels)
   world = methods.World(
       folder=folder, model=model, config=_config(folder, sizes), prompts=prompts,
       prompt_lengths=lengths, reward=bench.reward, stop_id=tokenizer.eos_token_id,
       max_new_tokens=sizes.max_new_tokens,
       measure=lambda params, seed: bench.measure(
           params, reference, held_out.prompts, held_out.lengths, seed=seed),
-      data=lambda config: _data(config, sizes, prompts, lengths, answers, labels))
-  return Made(world, bench, held_out, classifier)
+      data=lambda config: compared(config, prompts, lengths, answers))
+  return Made(world, bench, held_out, classifier, compared)
 
 
 def asked(tokenizer, texts: Sequence[str], rng: np.random.Generator) -> Asked:

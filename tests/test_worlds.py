@@ -13,8 +13,8 @@ from dpojax.data import tokenization
 from dpojax.data.examples import DataError
 from dpojax.metrics import read_metrics
 from experiments import (
-    best_of_n, beta_ablation, enumerable, frontier, loss_ablation, measure, methods, sentiment,
-    suite, training_curve, win_rate)
+    best_of_n, beta_ablation, choices, enumerable, frontier, loss_ablation, measure, methods, sentiment,
+    suite, sweep, training_curve, win_rate)
 from tests import conftest, worlds
 
 
@@ -164,13 +164,22 @@ def sentences(rng, count):
   return [one() for _ in range(count)]
 
 
+TEXTS = sentiment.Sizes(
+    vocabulary=320, width=32, layers=1, sft_steps=150, prefixes=120, held_out=32,
+    max_new_tokens=12, dpo_steps=30, batch_size=32)
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def make_text(tmp_path_factory):
+  """(sizes, labels) -> the small world of sentences, made once."""
   folder = tmp_path_factory.mktemp("sentiment")
   path = worlds.write_jsonl(folder / "sentences.jsonl", sentences(np.random.default_rng(0), 800))
-  return sentiment.make(folder / "world", path, sentiment.Sizes(
-      vocabulary=320, width=32, layers=1, sft_steps=150, prefixes=120, held_out=32,
-      max_new_tokens=12, dpo_steps=30, batch_size=32))
+  return lambda sizes=TEXTS, labels="argmax": sentiment.make(folder / "world", path, sizes, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def made(make_text):
+  return make_text()
 
 
 def test_the_classifier_knows_held_out_sentences_and_its_reward_is_a_probability(made):
@@ -208,6 +217,29 @@ def test_dpo_on_text_raises_the_true_reward_and_one_step_of_ppo_runs(made):
       world, "PPO-GT", lambda seed: world.reward, settings, seeds=(0,), axis="target_kl",
       values=(3.0,), measure_every=1)
   assert [line["step"] for line in lines] == [0, 1] and lines[0]["kl"] == 0
+
+
+def test_choices_are_made_one_at_a_time_and_rounds_go_on_from_their_own_samples(make_text, made, capsys):
+  plan = frontier.SENTIMENT._replace(dpo={"optimizer.learning_rate": 2e-3, "log_every": 1})
+  several = (choices.Choice("other", labels="bradley_terry", share=0.5, times=2),)
+  rounds = choices.Rounds(count=2, steps=10, prefixes=60)
+  run = lambda: choices.run(make_text, plan, TEXTS._replace(dpo_steps=10), choices=several, rounds=rounds,
+                            betas=(0.2,))
+  lines = run()
+  steps = {method: [line["step"] for line in lines if line["method"] == method]
+           for method in ("other", choices.OWN_SAMPLES)}
+  assert steps == {"other": [0, 5, 10, 15, 20], choices.OWN_SAMPLES: [0, 10, 20]}
+  own = [line for line in lines if line["method"] == choices.OWN_SAMPLES]
+  assert own[0]["kl"] == 0 < own[1]["kl"] < own[2]["kl"] and own[2]["reward"] > own[0]["reward"]
+  margins = [next(line for line in sweep.read_table(
+      made.world.folder / "choices" / "own_samples" / f"beta_0.2_round_{number}" / "sweep")
+      if line["split"] == "train")["rewards/margins"] for number in (0, 1)]
+  assert abs(margins[0]) < 1e-6 < 1e-3 < abs(margins[1])  # the second starts where the first ended
+  assert run() == lines
+  points = [line | {"method": method} for line in own for method in (frontier.PPO, frontier.PPO_GT)]
+  choices.report(lines, points)
+  assert f"| {choices.OWN_SAMPLES} | nan | 0 |" in capsys.readouterr().out
+  assert choices.best_at(own, own[1]["kl"]) == pytest.approx(own[1]["reward"])
 
 
 @pytest.fixture(scope="module")
