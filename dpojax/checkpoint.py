@@ -17,12 +17,13 @@ import orbax.checkpoint as ocp
 
 from dpojax import config as config_lib
 from dpojax.disk import disk_errors
+from dpojax.errors import UserError
 from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
   """A checkpoint is not there, or belongs to another run; the message says what to do."""
 
 

@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpojax import parallel, preference, step
+from dpojax.errors import UserError
 from dpojax.models import config as model_config
 from dpojax.models import lora
 
@@ -40,7 +41,7 @@ MAY_CHANGE = (
 """Keys that may differ when a run is continued: they leave every number as it is, to rounding."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
   """A config cannot be run; the message names the key, the value and the fix."""
 
 

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 
+from dpojax.errors import UserError
 
-class DiskError(RuntimeError):
+
+class DiskError(UserError, RuntimeError):
   """Something could not be written; the message names the folder and says what to do."""
 
 

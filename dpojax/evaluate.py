@@ -20,7 +20,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 from typing import Any, NamedTuple, Sequence
 
 import ml_collections
@@ -28,17 +27,15 @@ import numpy as np
 
 from dpojax import intervals, judging, objectives, parallel, resolve, sample, scorers, weights
 from dpojax import reference as reference_lib
+from dpojax.command import command
 from dpojax.config import ConfigError
-from dpojax.data import builders, examples, loader, packing, tokenization
+from dpojax.data import builders, examples, loader, tokenization
 from dpojax.data.examples import DataError, Example
 from dpojax.disk import disk_errors
 from dpojax.intervals import Estimate
-from dpojax.judging import JudgeError, Pair
+from dpojax.judging import Pair
 from dpojax.models import transformer
 from dpojax.resolve import say
-
-USER_ERRORS = (*sample.USER_ERRORS, JudgeError, packing.PackingError)
-"""What a user can mend: shown as one line by the command, without a traceback."""
 
 
 class HeldOut(NamedTuple):
@@ -449,7 +446,7 @@ def main():
   of_files.add_argument("--workers", type=int, default=8, help="requests under way at once")
   of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
-  try:
+  with command():
     if bool(options.workdir) == bool(options.ours):
       raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")
     if options.workdir:
@@ -467,8 +464,6 @@ def main():
           judge_options=options.judge_options, api_key_env=options.api_key_env,
           answers=options.answers, workers=options.workers)
     write(result, options.out)
-  except USER_ERRORS as error:
-    sys.exit(f"error: {error}")
   rows = show(result)
   width = max(len(name) for name, *_ in rows)
   for name, value, interval in rows:

@@ -11,13 +11,10 @@ trained as an adapter is merged into its base; with --lora the adapter is writte
 import argparse
 import os
 import pathlib
-import sys
 
 from dpojax import checkpoint
-from dpojax.checkpoint import CheckpointError
+from dpojax.command import command
 from dpojax.data import tokenization
-from dpojax.data.examples import DataError
-from dpojax.disk import DiskError
 from dpojax.models import hf, peft
 from dpojax.models.families import HuggingFaceError
 
@@ -90,13 +87,11 @@ def main():
   options = parser.parse_args()
   if options.lora and options.dtype or options.base and not options.lora:
     parser.error("--dtype is for whole models, and --base for --lora")
-  try:
+  with command():
     if options.lora:
       step = export_adapter(options.workdir, options.out, step=options.step, base=options.base)
     else:
       step = export(options.workdir, options.out, step=options.step, dtype=options.dtype)
-  except (CheckpointError, DataError, HuggingFaceError, DiskError) as error:
-    sys.exit(f"error: {error}")
   what = "adapter" if options.lora else "policy"
   print(f"the {what} of step {step} of {options.workdir} is in {options.out}")
 

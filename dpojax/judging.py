@@ -23,6 +23,7 @@ import tqdm
 
 from dpojax import intervals
 from dpojax.disk import disk_errors
+from dpojax.errors import UserError
 from dpojax.intervals import Estimate
 
 _SUMMARIES = """
@@ -75,7 +76,7 @@ about news articles, for the paper's Table 1."""
 VERDICTS = ("A", "B", "tie", "refused", "unparseable")
 
 
-class JudgeError(RuntimeError):
+class JudgeError(UserError, RuntimeError):
   """A judge cannot be asked; the message says why and what to do."""
 
 

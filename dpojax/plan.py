@@ -9,7 +9,6 @@ Hugging Face model only the config.json has to be there. With --lengths, the mea
 and of its responses, no data are read either.
 """
 
-import sys
 from typing import NamedTuple
 
 import jax
@@ -18,18 +17,13 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpojax import checkpoint, parallel, resolve, weights
+from dpojax import parallel, resolve, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
+from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import packing
-from dpojax.data.examples import DataError
-from dpojax.disk import DiskError
 from dpojax.models.config import ModelConfig
-
-USER_ERRORS = (
-    ConfigError, DataError, DiskError, checkpoint.CheckpointError, packing.PackingError)
-"""What a user can mend: shown as one line by the command, without a traceback."""
 
 
 class Chip(NamedTuple):
@@ -217,12 +211,10 @@ def main(argv):
   given = flags.FLAGS
   if given.devices:
     parallel.simulate(given.devices)
-  try:
+  with command():
     config = weights.with_tokenizer(given.config)
     lengths = drawn_lengths(given.lengths, config) if given.lengths else None
     needs = plan(config, lengths)
-  except USER_ERRORS as error:
-    sys.exit(f"error: {error}")
   print(report(needs, devices=jax.device_count(), chip=given.chip,
                utilisation=given.utilisation))
 

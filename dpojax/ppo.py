@@ -31,7 +31,6 @@ that `dpojax.sample`, `evaluate` and `export` read, and a killed run continues t
 
 import dataclasses
 import os
-import sys
 from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
@@ -47,11 +46,11 @@ from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax import train as train_lib
 from dpojax.checkpoint import Checkpoints
+from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import loader, tokenization
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
-from dpojax.parallel import keep_freed_memory
 from dpojax.parts import Parts
 from dpojax.ppo_step import Control, Experience, PPOState, Settings
 from dpojax.rollouts import Reward
@@ -236,7 +235,7 @@ def train(
 
   Raises:
     ValueError: prompts, settings or scores cannot be used.
-    FloatingPointError: an update was not finite.
+    TrainingError: an update was not finite.
   """
   rollouts.check_prompts(prompts, lengths)
   trainer = Trainer(config, params, reward, settings, stop_id=stop_id, devices=devices,
@@ -248,7 +247,7 @@ def train(
     index = prompts_of_step(len(prompts), number, settings)
     history.append(trainer.step(number, prompts[index], lengths[index]))
     if not trainer.finite():
-      raise FloatingPointError(
+      raise TrainingError(
           f"an update of step {number + 1} is not finite; lower learning_rate="
           f"{settings.learning_rate} or critic_learning_rate={settings.critic_learning_rate}")
     if callback is not None:
@@ -428,11 +427,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]}")
   logging.set_verbosity(logging.WARNING)
-  keep_freed_memory()
-  try:
+  with command():
     run(train_lib.CONFIG.value, train_lib.WORKDIR.value)
-  except (*train_lib.USER_ERRORS, TrainingError) as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from dpojax.data import loader
 from dpojax.disk import disk_errors
+from dpojax.errors import UserError
 from dpojax.objectives import Apply, response_log_probs
 from dpojax.parts import Parts
 
@@ -29,7 +30,7 @@ _VERSION = 1
 _FLUSH = 64
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError, RuntimeError):
   """A store of reference log-probs cannot be used; the message names it and says what to do."""
 
 

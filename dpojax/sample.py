@@ -29,17 +29,14 @@ import tqdm
 
 from dpojax import checkpoint, parallel, sampling, weights
 from dpojax import reference as reference_lib
-from dpojax.checkpoint import CheckpointError
+from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import examples, packing, tokenization
 from dpojax.data.examples import DataError, RecordError
-from dpojax.disk import DiskError, disk_errors
+from dpojax.disk import disk_errors
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 from dpojax.resolve import say
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError)
-"""What a user can mend: shown as one line by the command, without a traceback."""
 
 _NARROWEST = 16
 
@@ -467,13 +464,11 @@ def main():
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   add_draw_arguments(parser)
   options = parser.parse_args()
-  try:
+  with command():
     means = run(
         options.model, options.prompts, options.out, draw_of(options), step=options.step,
         reference=options.reference, batch_size=options.batch_size, limit=options.limit,
         max_prompt_length=options.max_prompt_length, fsdp=options.fsdp, tensor=options.tensor)
-  except USER_ERRORS as error:
-    sys.exit(f"error: {error}")
   print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
 
 

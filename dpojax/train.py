@@ -25,24 +25,19 @@ from ml_collections import config_flags
 
 from dpojax import checkpoint, objectives, plan, resolve, weights
 from dpojax import config as config_lib
-from dpojax import reference as reference_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
+from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import loader, packing
-from dpojax.data.examples import DataError
 from dpojax.disk import DiskError, disk_errors
+from dpojax.errors import UserError
 from dpojax.metrics import MetricsWriter
-from dpojax.parallel import keep_freed_memory
 from dpojax.parts import Parts
 from dpojax.resolve import is_main, say
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, DiskError, packing.PackingError,
-               reference_lib.StoreError)
-"""What a user can mend: shown as one line by the command, without a traceback."""
 
-
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
   """Training cannot go on; the message says at which step, why, and what is saved."""
 
 
@@ -384,12 +379,9 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]}")
   logging.set_verbosity(logging.WARNING)
-  keep_freed_memory()
-  join_processes(CONFIG.value)
-  try:
+  with command():
+    join_processes(CONFIG.value)
     run(CONFIG.value, WORKDIR.value)
-  except (*USER_ERRORS, TrainingError) as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

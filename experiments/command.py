@@ -2,21 +2,17 @@
 
 import contextlib
 import pathlib
-import sys
 from typing import Iterator
 
-from dpojax import train
+from dpojax import command as package
 from dpojax.disk import disk_errors
-from dpojax.parallel import keep_compiled, keep_freed_memory
+from dpojax.parallel import keep_compiled
 
 
 @contextlib.contextmanager
 def command(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps compiled programs in the folder, and turns what a user can mend into one line and exit 1."""
-  keep_freed_memory()
-  keep_compiled(folder / "compiled")
-  try:
+  """`dpojax.command` that keeps compiled programs in the folder, which may be on a full disk."""
+  with package.command():
+    keep_compiled(folder / "compiled")
     with disk_errors(folder):
       yield
-  except (*train.USER_ERRORS, train.TrainingError, FloatingPointError) as error:
-    sys.exit(f"error: {error}")

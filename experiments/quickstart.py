@@ -27,7 +27,7 @@ from configs import dpo, sft
 from dpojax import checkpoint, train
 from dpojax.data import tokenization
 from dpojax.disk import disk_errors
-from dpojax.parallel import keep_freed_memory
+from dpojax.command import command
 from experiments import figures, measure
 from experiments import quickstart_world as world
 
@@ -236,11 +236,8 @@ def main():
   parser.add_argument("--small", action="store_true", help="a smoke test, one beta")
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()
-  keep_freed_memory()
-  try:
+  with command():
     summary = run(workdir, SMALL if arguments.small else Sizes())
-  except (*train.USER_ERRORS, train.TrainingError) as error:
-    sys.exit(f"error: {error}")
   show(summary)
   print(f"\nwritten: {workdir}/summary.json, frontier.png and the runs' metrics.jsonl")
 

@@ -28,6 +28,7 @@ from dpojax import checkpoint, objectives, parallel, resolve, train, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import Checkpoints
+from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import loader, packing
 from dpojax.disk import disk_errors
@@ -369,15 +370,13 @@ def main(argv):
     raise app.UsageError(f"unknown argument {argv[1]}")
   logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(train.WORKDIR.value)
-  try:
+  with command():
     config = train.CONFIG.value
     values = [float(value) for value in BETAS.value]
     table = run(config, workdir, seeds=[int(seed) for seed in SEEDS.value], axis=AXIS.value,
                 values=values, at_once=AT_ONCE.value)
     with disk_errors(workdir):
       figures.against_axis(table, AXIS.value, workdir / "sweep.png")
-  except (*train.USER_ERRORS, train.TrainingError) as error:
-    sys.exit(f"error: {error}")
   print(f"written: {workdir}/table.jsonl and sweep.png")
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from dpojax import checkpoint, disk, metrics, preference, train
 from dpojax import config as config_lib
+from dpojax.errors import UserError
 from dpojax.metrics import read_metrics
 from tests import conftest, worlds
 
@@ -344,7 +345,7 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"path": "/nowhere.jsonl"}, "data.path /nowhere.jsonl: no such file"),
 ])
 def test_what_cannot_run_is_refused_by_name_and_with_the_fix(changes, message, given, tmp_path):
-  assert re.search(message, refused(given, tmp_path, error=train.USER_ERRORS, **changes), re.DOTALL)
+  assert re.search(message, refused(given, tmp_path, error=UserError, **changes), re.DOTALL)
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

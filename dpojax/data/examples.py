@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from dpojax.errors import UserError
+
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 """What stands before each turn of an HH dialogue."""
 
@@ -20,7 +22,7 @@ class Example(NamedTuple):
   responses: tuple[str, ...]
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
   """Data cannot be used; the message names the thing, the value and the fix."""
 
 

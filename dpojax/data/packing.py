@@ -10,11 +10,13 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
+from dpojax.errors import UserError
+
 BUCKETS = 3
 """Row counts a plan uses, rare overflows aside: the shapes a run compiles."""
 
 
-class PackingError(ValueError):
+class PackingError(UserError, ValueError):
   """Comparisons cannot be packed as asked; the message names the value and the fix."""
 
 

@@ -8,10 +8,11 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
+from dpojax.errors import UserError
 from dpojax.models.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 
 
-class HuggingFaceError(ValueError):
+class HuggingFaceError(UserError, ValueError):
   """A folder cannot be read or written; the message names the file, the value and the fix."""
 
 

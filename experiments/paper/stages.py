@@ -17,7 +17,6 @@ import dataclasses
 import importlib
 import pathlib
 import re
-import sys
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import ml_collections
@@ -25,6 +24,7 @@ import numpy as np
 
 from dpojax import evaluate, judging, ppo, resolve, sample, scorers, train
 from dpojax import config as config_lib
+from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import examples
 from dpojax.data.builders import base, local_files
@@ -32,9 +32,6 @@ from dpojax.data.examples import DataError, Example
 from dpojax.metrics import read_metrics
 from experiments import methods, sweep, win_rate
 from experiments.methods import Line
-
-USER_ERRORS = (*train.USER_ERRORS, *evaluate.USER_ERRORS, train.TrainingError, FloatingPointError)
-"""What a user can mend: shown as one line by the command, without a traceback."""
 
 OPENAI = "https://api.openai.com/v1"
 WORTH = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -291,15 +288,13 @@ def main(
     parser.add_argument("--workers", type=int, default=8, help="requests under way at once")
   options, rest = parser.parse_known_args(argv)
   judges = ("judge", "judge_model", "judge_options", "api_key_env", "workers") if judge else ()
-  try:
+  with command():
     given = Given(options.workdir.absolute(), changes_of(rest, ("config", *kinds)),
                   {name: getattr(options, name) for name in judges}, options.dry_run)
     common = config_lib.defaults()
     common.update_from_flattened_dict(given.of("config"))
     resolve.use_compile_cache(common)  # for what runs before and between trainings too
     run(plan._replace(**{name: getattr(options, name) for name in plan._fields}), given, options)
-  except USER_ERRORS as error:
-    sys.exit(f"error: {error}")
 
 
 def changes_of(flags: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:

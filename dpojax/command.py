@@ -1,0 +1,21 @@
+"""What every command line does around its work."""
+
+import contextlib
+import sys
+from typing import Iterator
+
+from dpojax.errors import UserError
+from dpojax.parallel import keep_freed_memory
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+  """Makes the process keep the memory it frees, and turns what a user can mend into one line and exit 1.
+
+  To be entered before any use of jax.
+  """
+  keep_freed_memory()
+  try:
+    yield
+  except UserError as error:
+    sys.exit(f"error: {error}")

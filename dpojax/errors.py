@@ -1,0 +1,8 @@
+"""What a user can mend."""
+
+
+class UserError(Exception):
+  """Something given cannot be used, or what a run needs is not there: the message says what and how to mend it.
+
+  Every error of this package that is not a defect is one; a command line shows it as one line.
+  """
