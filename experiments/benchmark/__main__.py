@@ -50,10 +50,12 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--rows-at-once", type=int, default=1)
   parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
   parser.add_argument("--threads", type=int, default=os.cpu_count())
+  parser.add_argument("--as-installed", action="store_true",
+                      help="every side with the allocator as it comes, not as suits it")
   return parser.parse_args()
 
 
-def run_side(side: str, settings: dict, folder: pathlib.Path) -> dict:
+def run_side(side: str, settings: dict, folder: pathlib.Path, allocator: dict[str, str]) -> dict:
   """Runs one side once in its own process; a side that runs out of memory says so."""
   name, _, stored = side.partition("-")
   settings = settings | {"stored": bool(stored)}
@@ -63,7 +65,7 @@ def run_side(side: str, settings: dict, folder: pathlib.Path) -> dict:
   start = time.perf_counter()
   process = subprocess.run(
       [sys.executable, "-m", f"experiments.benchmark.{name}_side", str(given), str(out)],
-      env=os.environ | KEEP_MEMORY | {"TOKENIZERS_PARALLELISM": "false"}, text=True,
+      env=os.environ | allocator | {"TOKENIZERS_PARALLELISM": "false"}, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
   if not out.exists():
     return {"failed": process.stdout.strip().splitlines()[-1:] or [f"exit {process.returncode}"]}
@@ -115,7 +117,7 @@ def main():
                  for micro in (micros if side not in chosen else [chosen[side]])]
       best = None
       for each in tried:
-        result = run_side(side, each, args.out) | {"micro": each.get("micro")}
+        result = run_side(side, each, args.out, {} if args.as_installed else KEEP_MEMORY) | {"micro": each.get("micro")}
         if "failed" in result:
           print(f"round {round_ + 1} {side} {each.get('micro')}: {result['failed']}", flush=True)
           continue

@@ -11,7 +11,7 @@ import flax
 import jax
 import jaxlib
 
-from dpojax import checkpoint, resolve, step
+from dpojax import checkpoint, parallel, resolve, step
 from experiments.benchmark import inputs, measure
 
 
@@ -55,6 +55,7 @@ def run(settings: dict) -> dict:
 
 
 if __name__ == "__main__":
+  parallel.keep_freed_memory()  # as every command of dpojax does
   with open(sys.argv[1]) as given:
     result = run(json.load(given))
   with open(sys.argv[2], "w") as out:
