@@ -24,6 +24,14 @@ jax.config.update("jax_enable_compilation_cache", False)
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+LONGEST = ("test_worlds", "test_paper", "test_train", "test_ppo", "test_lora", "test_quickstart", "test_models_hf")
+"""Files that take minutes: they start first, so that no worker has one of them left when the others are done."""
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
   """The folder of real preference pairs, sentences and tokenizers; $DPOJAX_DATA moves it."""
