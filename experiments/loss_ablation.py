@@ -4,13 +4,13 @@ python -m experiments.loss_ablation --workdir=runs/loss_ablation
 
 Each loss is trained at several strengths of its own knob, side by side, on the same comparisons, with the
 same learning rate and steps. Beta means something else to every loss, so losses are compared where they
-are as far from the reference: rewards are read off at the same KL, on straight lines between a loss's
+are as far from the reference: the share of the best reward is read off at the same KL, between a loss's
 own points. Writes losses.jsonl and losses.png.
 """
 
 import argparse
 import pathlib
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -56,17 +56,20 @@ def run(world: World, names: Sequence[str], changes: dict[str, Any], *, seeds: S
   return methods.final(lines)
 
 
-def at_kl(points: Sequence[Line], kl: float) -> float:
-  """Returns the reward of a loss at a KL, between its own points and the reference; nan beyond them."""
-  ordered = sorted((point["kl"], point["reward"]) for point in points)
-  if not ordered or kl > ordered[-1][0]:
-    return float("nan")
-  kls, rewards = np.transpose([(0.0, 0.0), *ordered])
-  return float(np.interp(kl, kls, rewards))
+def share_at(points: Sequence[Line], kl: float, best: Callable[[float], float]) -> float:
+  """Returns the share of the best reward that a loss finds at a KL; nan where it was not on both sides of it.
+
+  Between two points of the loss it is their shares that are drawn straight, each of the best at its own KL:
+  a line between the rewards would fall below a frontier that bends, even for a loss that lies on it.
+  """
+  ordered = sorted((point["kl"], point["reward"] / best(point["kl"])) for point in points)
+  kls, shares = np.transpose(ordered) if ordered else ((), ())
+  return float(np.interp(kl, kls, shares)) if len(kls) and kls[0] <= kl <= kls[-1] else float("nan")
 
 
 def show(lines: Sequence[Line], table: enumerable.Table) -> None:
   """Prints for every loss the share of the best reward at each KL, over seeds."""
+  best = lambda kl: enumerable.best_reward(table, kl)
   print("\n| loss | KL of its runs, nats | " + " | ".join(
       f"share of the best at KL {kl:g}" for kl in KLS) + " |")
   print("|---|---|" + "---|" * len(KLS))
@@ -75,7 +78,7 @@ def show(lines: Sequence[Line], table: enumerable.Table) -> None:
     kls = [line["kl"] for line in ours]
     cells = []
     for kl in KLS:
-      shares = [at_kl([line for line in ours if line["seed"] == seed], kl) / enumerable.best_reward(table, kl)
+      shares = [share_at([line for line in ours if line["seed"] == seed], kl, best)
                 for seed in sorted({line["seed"] for line in ours})]
       mean, error = measure.mean_and_error(shares)
       cells.append("not reached" if np.isnan(mean) else f"{mean:.3f}" + (

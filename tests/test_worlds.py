@@ -113,10 +113,11 @@ def test_losses_are_compared_at_the_same_kl(small, capsys):
   assert "| `orpo` |" in capsys.readouterr().out
   loss_ablation.plot(lines, table, world.folder / "losses.png")
   point = lambda kl, reward: {"kl": kl, "reward": reward}
-  points = [point(1.0, 0.4), point(0.5, 0.3)]
-  assert loss_ablation.at_kl(points, 0.25) == pytest.approx(0.15)
-  assert loss_ablation.at_kl(points, 0.75) == pytest.approx(0.35)
-  assert np.isnan(loss_ablation.at_kl(points, 1.5))
+  points = [point(1.0, 0.8), point(0.25, 0.3)]
+  best = lambda kl: kl**0.5
+  assert loss_ablation.share_at(points, 1.0, best) == pytest.approx(0.8)
+  assert loss_ablation.share_at(points, 0.625, best) == pytest.approx(0.7)
+  assert np.isnan(loss_ablation.share_at(points, 0.1, best)) and np.isnan(loss_ablation.share_at(points, 1.5, best))
 
 
 # The bench.
