@@ -146,10 +146,10 @@ def test_peak_memory_does_not_grow_with_the_scored_tokens_times_the_vocabulary()
   assert chunked < 0.05 * logits
 
 
-@pytest.mark.parametrize("block", [4, 2048])
-@pytest.mark.parametrize("soft_cap", [None, 2.5])
+@pytest.mark.parametrize("chunk_size", [2, 4])  # 6 and 12 tokens; of the latter's last chunk, pieces of 3
+@pytest.mark.parametrize("block, soft_cap", [(4, None), (4, 2.5), (2048, None)])
 def test_masked_tokens_and_blocks_of_the_vocabulary_give_the_naive_gradients(
-    block, soft_cap, rng, monkeypatch):
+    block, soft_cap, chunk_size, rng, monkeypatch):
   monkeypatch.setattr(log_probs, "CPU_BLOCK", block)  # 17 ids: five blocks, the last overlaps
   with jax.enable_x64(True):
     hidden, head, target = world(rng, dtype=np.float64)
@@ -160,7 +160,7 @@ def test_masked_tokens_and_blocks_of_the_vocabulary_give_the_naive_gradients(
       return jax.value_and_grad(
           lambda h, w, b: jnp.sum(weights * form(h, w, b)), argnums=(0, 1, 2))(hidden, head, bias)
     got, got_grads = total(lambda h, w, b: log_probs.token_log_probs(
-        h, w, target, where=where, bias=b, soft_cap=soft_cap, chunk_size=2))
+        h, w, target, where=where, bias=b, soft_cap=soft_cap, chunk_size=chunk_size))
     want, want_grads = total(lambda h, w, b: jnp.where(where, naive(h, w, target, b, soft_cap), 0))
     np.testing.assert_allclose(got, want, rtol=1e-12)
     for g, w in zip(got_grads, want_grads, strict=True):
