@@ -3,10 +3,11 @@
 python -m experiments.choices --workdir=runs/sentiment --sentences=FILE
 
 Reads the frontier.jsonl that `experiments.frontier` wrote there, and trains DPO again with one choice made
-otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; fewer prefixes; four
-times the steps; and, what sets PPO apart from it, comparisons of its own samples: in rounds, each on
-completions that the policy itself draws as it stands, always against the same reference. Writes
-choices.jsonl and choices.png, and prints what each is worth beside PPO.
+otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; fewer prefixes; and,
+what sets PPO apart from it, comparisons of its own samples: in rounds, each on completions that the policy
+itself draws as it stands, always against the same reference. All have a quarter of the frontier's steps, and
+are held against its DPO up to there. Writes choices.jsonl and choices.png, and prints what each is worth
+beside PPO.
 """
 
 import argparse
@@ -22,23 +23,21 @@ from experiments.methods import Line
 from experiments.tuning import reward_at
 
 BETAS = (0.05, 0.1, 1.0)
-KL = 6.0
+KLS = (2.0, 4.0, 6.0, 9.0)
 OWN_SAMPLES = "DPO, its own samples"
 
 
 class Choice(NamedTuple):
-  """A choice made otherwise: `labels` of the world, the share of its prefixes, how many times the steps."""
+  """A choice made otherwise: `labels` of the world, and the share of its prefixes."""
 
   name: str
   labels: str = "argmax"
   share: float = 1.0
-  times: int = 1
 
 
 CHOICES = (
     Choice("DPO, labels drawn", labels="bradley_terry"),
-    Choice("DPO, 30 % of the prefixes", share=0.3),
-    Choice("DPO, four times the steps", times=4))
+    Choice("DPO, 30 % of the prefixes", share=0.3))
 
 
 class Rounds(NamedTuple):
@@ -72,13 +71,12 @@ def run(
   lines = []
   for choice in choices:
     made = make(sizes._replace(prefixes=int(choice.share * sizes.prefixes)), labels=choice.labels)
-    steps = choice.times * sizes.dpo_steps
     lines += methods.trained(
-        _apart(made.world), choice.name, plan.dpo | {"steps": steps}, seeds=(0,), values=betas,
-        measure_every=-(-steps // 4))
+        _apart(made.world), choice.name, plan.short_dpo, seeds=(0,), values=betas,
+        measure_every=-(-sizes.dpo_steps // 4))
   made = make(sizes)
   for beta in betas:
-    lines += own_samples(made, plan.dpo, rounds, beta=beta)
+    lines += own_samples(made, plan.short_dpo, rounds, beta=beta)
   return lines
 
 
@@ -121,19 +119,24 @@ def report(lines: Sequence[Line], beside: Sequence[Line]) -> None:
     beside: those of the frontier: DPO as it is there, and both PPOs.
   """
   of = lambda method: [line for line in beside if line["method"] == method]
+  last = max(line["step"] for line in lines)
+  rows = {
+      frontier.DPO: of(frontier.DPO),
+      f"{frontier.DPO}, to step {last}": [line for line in of(frontier.DPO) if line["step"] <= last]}
+  rows |= {method: [line for line in lines if line["method"] == method]
+           for method in dict.fromkeys(line["method"] for line in lines)}
   ppos = {method: [line for line in of(method) if line["step"]] for method in (frontier.PPO, frontier.PPO_GT)}
-  print(f"\n| method | true reward at {KL:g} nats | " + " | ".join(
-      f"of {method}'s {len(points)} points it beats | points of its own that {method} beats"
-      for method, points in ppos.items()) + " |")
-  print("|---|---|" + "---|---|" * len(ppos))
-  every = [*of(frontier.DPO), *lines]
-  for method in dict.fromkeys(line["method"] for line in every):
-    ours = [line for line in every if line["method"] == method]
-    print(f"| {method} | {best_at(ours, KL):.3f} | " + " | ".join(
+  at = lambda ours: " | ".join(f"{best_at(ours, kl):.3f}" for kl in KLS)
+  print("\n| method | " + " | ".join(f"true reward at {kl:g} nats" for kl in KLS) + " | " + " | ".join(
+      f"beats of {method}'s {len(points)} points | beaten by {method}" for method, points in ppos.items())
+      + " |")
+  print("|---|" + "---|" * (len(KLS) + 2 * len(ppos)))
+  for name, ours in rows.items():
+    print(f"| {name} | {at(ours)} | " + " | ".join(
         f"{methods.dominated(points, ours)} | {methods.dominated(ours, points)} of {len(ours)}"
         for points in ppos.values()) + " |")
   for method, points in ppos.items():
-    print(f"| {method} | {best_at(points, KL):.3f} | | | | |")
+    print(f"| {method} | {at(points)} |" + " |" * 2 * len(ppos))
 
 
 def best_at(lines: Sequence[Line], kl: float) -> float:

@@ -27,8 +27,10 @@ SHUFFLED = "DPO, labels shuffled"
 class Plan(NamedTuple):
   """The runs of each method.
 
-  `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it. The control has `shuffled_beta`,
-  where that is not 0; `preferred_ft_seeds` are those of the others where there are none.
+  `ppo_axis` is 'target_kl' or 'beta', and `ppo_values` are of it. Methods are
+  measured every `measure_every` steps, DPO every `dpo_measure_every` where that is not 0. `short_dpo` is what
+  the control and the tuning train; the control has `shuffled_beta`, where that is not 0.
+  `preferred_ft_seeds` are those of the others where there are none.
   """
 
   seeds: tuple[int, ...]
@@ -43,9 +45,11 @@ class Plan(NamedTuple):
   unlikelihood: dict[str, Any]
   preferred_ft: dict[str, Any]
   measure_every: int = 0
+  dpo_measure_every: int = 0
   ppo_measure_every: int = 10
   at_once: int = 0
   shuffled_beta: float = 0.0
+  short_dpo: dict[str, Any] = {}
   preferred_ft_seeds: tuple[int, ...] = ()
 
 
@@ -65,21 +69,23 @@ SENTIMENT = Plan(
     seeds=(0, 1), betas=(0.05, 0.1, 1.0, 5.0), alphas=(0.05, 0.1, 0.5, 1.0),
     ppo_axis="target_kl", ppo_values=(3.0, 6.0, 9.0, 12.0), ppo_seeds=(0,),
     ppo=ppo.Settings(
-        steps=40, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
+        steps=25, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
         learning_rate=1e-3, critic_learning_rate=1e-3, rows_at_once=32),
     reward_model={"steps": 300, "eval_every": 50, "checkpoint_every": 50,
                   "optimizer.learning_rate": 5e-4},
-    dpo={}, unlikelihood={"optimizer.learning_rate": 1e-3},
+    dpo={"steps": 1600, "eval_every": 400, "checkpoint_every": 400},
+    unlikelihood={"optimizer.learning_rate": 1e-3},
     preferred_ft={"steps": 200, "optimizer.learning_rate": 1e-3},
-    measure_every=100, ppo_measure_every=5, at_once=4, shuffled_beta=0.1)
+    measure_every=100, dpo_measure_every=200, ppo_measure_every=5, at_once=4, shuffled_beta=0.1)
 
 
 def run(world: World, plan: Plan) -> list[Line]:
   """Trains and measures every method; returns the measurements of all."""
   common = dict(seeds=plan.seeds, measure_every=plan.measure_every, at_once=plan.at_once)
-  lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common)
+  lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common | {
+      "measure_every": plan.dpo_measure_every or plan.measure_every})
   if plan.shuffled_beta:
-    lines += methods.trained(world, SHUFFLED, plan.dpo | {"data.shuffle_labels": True},
+    lines += methods.trained(world, SHUFFLED, plan.short_dpo | {"data.shuffle_labels": True},
                              values=(plan.shuffled_beta,), **common)
   lines += methods.trained(world, UNLIKELIHOOD, unlikelihood_changes(plan), axis="loss_options.alpha",
                            values=plan.alphas, **common)

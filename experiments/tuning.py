@@ -50,7 +50,7 @@ def run(world: World, plan: frontier.Plan, search: Search) -> list[Line]:
         world, method, {name: value for name, value in changes.items() if name != RATE}, seeds=(SEED,),
         axis=RATE, values=search.rates, measure_every=search.measure_every, kind=f"tuning {method}")
 
-  curves = on_comparisons(frontier.DPO, plan.dpo | {"beta": search.beta})
+  curves = on_comparisons(frontier.DPO, plan.short_dpo | {"beta": search.beta})
   curves += on_comparisons(frontier.UNLIKELIHOOD, frontier.unlikelihood_changes(plan) | {
       "loss_options.alpha": search.alpha})
   curves += on_comparisons(frontier.PREFERRED_FT, frontier.preferred_ft_changes(plan))

@@ -221,15 +221,15 @@ def test_dpo_on_text_raises_the_true_reward_and_one_step_of_ppo_runs(made):
 
 
 def test_choices_are_made_one_at_a_time_and_rounds_go_on_from_their_own_samples(make_text, made, capsys):
-  plan = frontier.SENTIMENT._replace(dpo={"optimizer.learning_rate": 2e-3, "log_every": 1})
-  several = (choices.Choice("other", labels="bradley_terry", share=0.5, times=2),)
+  plan = frontier.SENTIMENT._replace(short_dpo={"optimizer.learning_rate": 2e-3, "log_every": 1})
+  several = (choices.Choice("other", labels="bradley_terry", share=0.5),)
   rounds = choices.Rounds(count=2, steps=10, prefixes=60)
   run = lambda: choices.run(make_text, plan, TEXTS._replace(dpo_steps=10), choices=several, rounds=rounds,
                             betas=(0.2,))
   lines = run()
   steps = {method: [line["step"] for line in lines if line["method"] == method]
            for method in ("other", choices.OWN_SAMPLES)}
-  assert steps == {"other": [0, 5, 10, 15, 20], choices.OWN_SAMPLES: [0, 10, 20]}
+  assert steps == {"other": [0, 3, 6, 9, 10], choices.OWN_SAMPLES: [0, 10, 20]}
   own = [line for line in lines if line["method"] == choices.OWN_SAMPLES]
   assert own[0]["kl"] == 0 < own[1]["kl"] < own[2]["kl"] and own[2]["reward"] > own[0]["reward"]
   margins = [next(line for line in sweep.read_table(
@@ -237,9 +237,11 @@ def test_choices_are_made_one_at_a_time_and_rounds_go_on_from_their_own_samples(
       if line["split"] == "train")["rewards/margins"] for number in (0, 1)]
   assert abs(margins[0]) < 1e-6 < 1e-3 < abs(margins[1])  # the second starts where the first ended
   assert run() == lines
-  points = [line | {"method": method} for line in own for method in (frontier.PPO, frontier.PPO_GT)]
+  points = [line | {"method": method} for line in own
+            for method in (frontier.DPO, frontier.PPO, frontier.PPO_GT)]
   choices.report(lines, points)
-  assert f"| {choices.OWN_SAMPLES} | nan | 0 |" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "| DPO, its own samples | " in out and "nan | nan | 0 | 0 of 3 | 0 | 0 of 3 |\n" in out
   assert choices.best_at(own, own[1]["kl"]) == pytest.approx(own[1]["reward"])
 
 
