@@ -19,11 +19,10 @@ from experiments import figures, frontier, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 TEMPERATURES = (0.25, 0.7, 1.0)
 
 
-def run(made: sentiment.Made, model: methods.RewardModel, *, sizes: Sequence[int] = SIZES,
+def run(made: sentiment.Made, model: methods.RewardModel, *, sizes: Sequence[int] = methods.BEST_OF,
         temperatures: Sequence[float] = TEMPERATURES) -> list[Line]:
   """Returns a line for each temperature, size, and way to choose."""
   lines = []

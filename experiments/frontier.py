@@ -135,21 +135,41 @@ def report(lines: Sequence[Line], best: Any = None) -> None:
   methods.show_configurations(lines)
 
 
-def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Any = None) -> None:
-  """Draws every measurement as a point; `curve` is (KL, reward) of the best there can be."""
+class Curve(NamedTuple):
+  """What points are held against: [n] KL and reward, and its name."""
+
+  kl: Sequence[float]
+  reward: Sequence[float]
+  label: str
+
+
+def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Curve | None = None) -> None:
+  """Draws every measurement as a point, as far as DPO and PPO go; how many are beyond, the legend says."""
   figure, (panel,) = figures.panels(1, size=(5.6, 4.2))
   if curve is not None:
-    panel.plot(*curve, color="black", linewidth=1, label=r"optimum $\pi_{ref}\,e^{r/\beta}/Z$")
+    panel.plot(curve.kl, curve.reward, color="black", linewidth=1, label=curve.label)
+  farthest = 1.05 * max(line["kl"] for line in lines if line["method"] != UNLIKELIHOOD)
+  panel.set_xlim(-0.02 * farthest, farthest)
   for number, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
     points = [line for line in lines if line["method"] == method]
+    beyond = sum(line["kl"] > farthest for line in points)
     panel.errorbar(
         [line["kl"] for line in points], [line["reward"] for line in points],
         yerr=[line["reward_error"] for line in points], xerr=[line["kl_error"] for line in points],
-        linestyle="none", markersize=4, elinewidth=0.6, label=method, **figures.style(number))
+        linestyle="none", markersize=4, elinewidth=0.6,
+        label=f"{method} ({beyond} beyond)" if beyond else method, **figures.style(number))
   panel.set_xlabel(r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$), nats")
   panel.set_ylabel("true reward")
   panel.legend(frameon=False, loc="lower right", fontsize=8)
   figures.save(figure, path)
+
+
+def best_by_true_reward(made: sentiment.Made) -> Curve:
+  """Returns the best of up to 128 samples, chosen by the true reward: no policy, but what the reference holds."""
+  best = methods.best_of_n_lines(
+      made.world, made.held_out.prompts, made.held_out.lengths, None, sizes=methods.BEST_OF)
+  return Curve([line["kl"] for line in best], [line["reward"] for line in best],
+               f"best of 1 to {methods.BEST_OF[-1]} by the true reward")
 
 
 def main():
@@ -167,11 +187,12 @@ def main():
       best = lambda kl: enumerable.best_reward(table, kl)
       reward, kl = np.transpose([enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
                                  for beta in np.geomspace(0.15, 100, 200)])
-      curve = kl, reward
+      curve = Curve(kl, reward, r"optimum $\pi_{ref}\,e^{r/\beta}/Z$")
     else:
       made = sentiment.make(folder, arguments.sentences)
       print(f"held-out accuracy of the classifier, the true reward: {made.classifier.accuracy:.3f}")
       lines = run(made.world, SENTIMENT)
+      curve = best_by_true_reward(made)
     sweep.write_lines(folder / "frontier.jsonl", lines)
     plot(lines, folder / "frontier.png", curve=curve)
   report(lines, best)

@@ -28,6 +28,9 @@ from experiments import measure, sweep
 
 Line = dict[str, Any]
 
+BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)
+"""The N of which the best is told."""
+
 
 class World(NamedTuple):
   """Where methods are compared.
