@@ -3,11 +3,11 @@
 python -m experiments.choices --workdir=runs/sentiment --sentences=FILE
 
 Reads the frontier.jsonl that `experiments.frontier` wrote there, and trains DPO again with one choice made
-otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; fewer prefixes; and,
-what sets PPO apart from it, comparisons of its own samples: in rounds, each on completions that the policy
-itself draws as it stands, always against the same reference. All have a quarter of the frontier's steps, and
-are held against its DPO up to there. Writes choices.jsonl and choices.png, and prints what each is worth
-beside PPO.
+otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; pairs of nearly equal
+reward left out; fewer prefixes; and, what sets PPO apart from it, comparisons of its own samples: in rounds,
+each on completions that the policy itself draws as it stands, always against the same reference. All have a
+quarter of the frontier's steps, and are held against its DPO up to there. Writes choices.jsonl and
+choices.png, and prints what each is worth beside PPO.
 """
 
 import argparse
@@ -37,6 +37,7 @@ class Choice(NamedTuple):
 
 CHOICES = (
     Choice("DPO, labels drawn", labels="bradley_terry"),
+    Choice("DPO, clear pairs only", labels="clear"),
     Choice("DPO, 30 % of the prefixes", share=0.3))
 
 

@@ -30,6 +30,7 @@ from dpojax.disk import disk_errors
 from experiments import measure, methods
 
 LONGEST_PREFIX = 8
+CLEAR = 0.3
 
 
 class Sizes(NamedTuple):
@@ -174,11 +175,15 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
     sentences_path: see `read_sentences`.
     sizes: how large everything is.
     labels: 'argmax', the better one is chosen, as in the paper; 'bradley_terry', drawn with the
-      difference of the classifier's logits.
+      difference of the classifier's logits; 'clear', as in the paper, but pairs whose rewards differ by
+      less than `CLEAR` are left out.
 
   Raises:
     DataError: the sentences cannot be read, or are too few.
+    ValueError: labels are none of these.
   """
+  if labels not in ("argmax", "bradley_terry", "clear"):
+    raise ValueError(f"labels is {labels!r}; it must be 'argmax', 'bradley_terry' or 'clear'")
   sentences = read_sentences(sentences_path)
   cut = len(sentences.texts) * 4 // 5
   if len(sentences.texts) - cut < sizes.held_out or cut < sizes.prefixes:
@@ -323,7 +328,8 @@ def _data(config, sizes: Sizes, prompts, lengths, answers: measure.Answers, labe
   for i, (prompt, length) in enumerate(zip(prompts, lengths)):
     ids = [tokens[:n] for tokens, n in zip(answers.tokens[i], answers.lengths[i])]
     for a, b in itertools.combinations(range(len(ids)), 2):
-      if rewards[i, a] == rewards[i, b]:
+      apart = abs(rewards[i, a] - rewards[i, b])
+      if apart == 0 or (labels == "clear" and apart < CLEAR):
         continue
       first = rewards[i, a] > rewards[i, b]
       if labels == "bradley_terry":

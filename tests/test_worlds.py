@@ -206,6 +206,17 @@ def test_of_each_pair_the_true_reward_prefers_the_chosen(made):
     assert better > worse
 
 
+def test_clear_pairs_are_those_far_apart(make_text, made):
+  world = make_text(labels="clear").world
+  data = world.data(world.config)
+  rewards = np.array([world.reward([prompt] * 2, responses)
+                      for prompt, responses in map(data.train.comparison, range(len(data.train)))])
+  assert np.all(rewards[:, 0] - rewards[:, 1] >= sentiment.CLEAR)
+  assert 0 < len(data.train) < len(made.world.data(made.world.config).train)
+  with pytest.raises(ValueError, match="labels is 'sure'"):
+    make_text(labels="sure")
+
+
 def test_dpo_on_text_raises_the_true_reward_and_one_step_of_ppo_runs(made):
   world = made.world
   lines = methods.trained(world, "DPO", {"optimizer.learning_rate": 2e-3}, seeds=(0,), values=(0.2,),
