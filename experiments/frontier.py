@@ -71,8 +71,8 @@ SENTIMENT = Plan(
     ppo=ppo.Settings(
         steps=25, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
         learning_rate=1e-3, critic_learning_rate=1e-3, rows_at_once=32),
-    reward_model={"steps": 300, "eval_every": 50, "checkpoint_every": 50,
-                  "optimizer.learning_rate": 5e-4},
+    reward_model={"steps": 1200, "eval_every": 200, "checkpoint_every": 200,
+                  "optimizer.learning_rate": 1e-3},
     dpo={"steps": 1600, "eval_every": 400, "checkpoint_every": 400},
     unlikelihood={"optimizer.learning_rate": 1e-3},
     preferred_ft={"steps": 200, "optimizer.learning_rate": 1e-3},
