@@ -5,9 +5,10 @@ python -m experiments.choices --workdir=runs/sentiment --sentences=FILE
 Reads the frontier.jsonl that `experiments.frontier` wrote there, and trains DPO again with one choice made
 otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; pairs of nearly equal
 reward left out; fewer prefixes; and, what sets PPO apart from it, comparisons of its own samples: in rounds,
-each on completions that the policy itself draws as it stands, always against the same reference. All have a
-quarter of the frontier's steps, and are held against its DPO up to there. Writes choices.jsonl and
-choices.png, and prints what each is worth beside PPO.
+each on completions that the policy itself draws as it stands, always against the same reference. These have
+a quarter of the frontier's steps, and are held against its DPO up to there; one more goes on three times as
+long as the frontier's at a large beta. Writes choices.jsonl and choices.png, and prints what each is worth
+beside PPO.
 """
 
 import argparse
@@ -28,17 +29,23 @@ OWN_SAMPLES = "DPO, its own samples"
 
 
 class Choice(NamedTuple):
-  """A choice made otherwise: `labels` of the world, and the share of its prefixes."""
+  """A choice made otherwise: `labels` of the world, the share of its prefixes, how many times the steps.
+
+  `betas` are its own; none are those of all.
+  """
 
   name: str
   labels: str = "argmax"
   share: float = 1.0
+  times: int = 1
+  betas: tuple[float, ...] = ()
 
 
 CHOICES = (
     Choice("DPO, labels drawn", labels="bradley_terry"),
     Choice("DPO, clear pairs only", labels="clear"),
-    Choice("DPO, 30 % of the prefixes", share=0.3))
+    Choice("DPO, 30 % of the prefixes", share=0.3),
+    Choice("DPO, 4,800 steps", times=12, betas=(1.0,)))
 
 
 class Rounds(NamedTuple):
@@ -72,9 +79,11 @@ def run(
   lines = []
   for choice in choices:
     made = make(sizes._replace(prefixes=int(choice.share * sizes.prefixes)), labels=choice.labels)
+    steps = choice.times * sizes.dpo_steps
+    longer = {"steps": steps, "eval_every": 0, "checkpoint_every": sizes.dpo_steps} if choice.times > 1 else {}
     lines += methods.trained(
-        _apart(made.world), choice.name, plan.short_dpo, seeds=(0,), values=betas,
-        measure_every=-(-sizes.dpo_steps // 4))
+        _apart(made.world), choice.name, plan.short_dpo | longer, seeds=(0,), values=choice.betas or betas,
+        measure_every=max(-(-sizes.dpo_steps // 4), steps // 12))
   made = make(sizes)
   for beta in betas:
     lines += own_samples(made, plan.short_dpo, rounds, beta=beta)
@@ -120,7 +129,7 @@ def report(lines: Sequence[Line], beside: Sequence[Line]) -> None:
     beside: those of the frontier: DPO as it is there, and both PPOs.
   """
   of = lambda method: [line for line in beside if line["method"] == method]
-  last = max(line["step"] for line in lines)
+  last = min(line["step"] for line in methods.final(lines))
   rows = {
       frontier.DPO: of(frontier.DPO),
       f"{frontier.DPO}, to step {last}": [line for line in of(frontier.DPO) if line["step"] <= last]}
