@@ -148,7 +148,7 @@ def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Curve | None = Non
   figure, (panel,) = figures.panels(1, size=(5.6, 4.2))
   if curve is not None:
     panel.plot(curve.kl, curve.reward, color="black", linewidth=1, label=curve.label)
-  farthest = 1.05 * max(line["kl"] for line in lines if line["method"] != UNLIKELIHOOD)
+  farthest = 1.05 * max(line["kl"] for line in lines if line["method"] in (DPO, PPO, PPO_GT))
   panel.set_xlim(-0.02 * farthest, farthest)
   for number, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
     points = [line for line in lines if line["method"] == method]
