@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import train
 from tests import servers, worlds
@@ -48,6 +49,22 @@ def programs_of_one_file():
   """Lets go of a file's compiled programs: thousands of them run out of memory mappings."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+  """A folder of a file's programs, each compiled once whichever experiment it is of."""
+  folder = tmp_path_factory.mktemp("compiled")
+  kept = {"jax_enable_compilation_cache": True, "jax_persistent_cache_min_compile_time_secs": 0.0,
+          "jax_compilation_cache_dir": str(folder)}
+  before = {name: jax.config._read(name) for name in kept}
+  for name, value in kept.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield folder
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpojax import checkpoint, config, export, train
+from dpojax import checkpoint, export, train
 from dpojax.errors import UserError
 from dpojax.metrics import read_metrics
 from dpojax.models import hf

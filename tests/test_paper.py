@@ -3,12 +3,10 @@
 import importlib.util
 import re
 
-import jax
 import numpy as np
 import pytest
 import tokenizers
 import transformers
-from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import judging
 from dpojax.checkpoint import Checkpoints
@@ -27,25 +25,9 @@ SIZES = {  # of every run here: what `tests.worlds.run_config` changes, and one 
     "optimizer.learning_rate": 3e-3, "check_memory": False, "data.unique_prompts": False}
 REWARD = {"steps": 2, "eval_every": 2, "checkpoint_every": 2, "data.eval_size": 8}
 
-KEPT = {"jax_enable_compilation_cache": True, "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_compilation_cache_dir": None}
-
 
 def flags_of(changes, kind="config"):
   return [f"--{kind}.{key}={value}" for key, value in changes.items()]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-  """A folder of programs, each compiled once whichever experiment it is of: their data are alike for that."""
-  before = {name: jax.config._read(name) for name in KEPT}
-  for name, value in KEPT.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield tmp_path_factory.mktemp("compiled")
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ from experiments import (
 from tests import conftest, worlds
 
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
 # The enumerable world.
 
 SMALL = enumerable.Sizes(prompts=4, comparisons=1280, held_out=200, batch_size=64)
