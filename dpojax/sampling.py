@@ -103,7 +103,7 @@ def make_sampler(
       step, done, hidden, cache, *drawn = jax.lax.while_loop(
           lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend,
           (*carry[:3], cache, *carry[4:]))
-      seen = [*seen, cache.written]
+      seen = [*cache.seen, cache.written]
       carry = step, done, hidden, None, *drawn
     return Samples(*(
         x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))

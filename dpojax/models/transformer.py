@@ -353,12 +353,23 @@ def read_prompts(
 def make_cache(
     config: ModelConfig, seen: Sequence[CachePart], *, rows: int, room: int
 ) -> Cache:
-  """Returns a cache with room for that many tokens behind what was seen."""
+  """Returns a cache with room for that many tokens behind what was seen.
+
+  Parts that have all rows are put in front of the room, in one array: then a step makes one product
+  with all of them.
+  """
   dtype = seen[0].layers[0][0].dtype
+  shared = [part for part in seen if part.ids.position.shape[0] != rows]
+  whole = [part for part in seen if part.ids.position.shape[0] == rows]
   empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), dtype)
   no_ids = jnp.zeros((rows, room), jnp.int32)
-  written = CachePart([(empty, empty)] * config.layers, TokenIds(no_ids, no_ids, no_ids))
-  return Cache(seen, written, jnp.zeros((), jnp.int32))
+  layers = [jax.tree.map(lambda *parts: jnp.concatenate([*parts, empty], axis=2), *parts)
+            if (parts := [part.layers[i] for part in whole]) else (empty, empty)
+            for i in range(config.layers)]
+  ids = jax.tree.map(lambda *parts: jnp.concatenate([*parts, no_ids], axis=1),
+                     *(part.ids for part in whole)) if whole else TokenIds(no_ids, no_ids, no_ids)
+  start = sum(part.ids.position.shape[1] for part in whole)
+  return Cache(shared, CachePart(layers, ids), jnp.asarray(start, jnp.int32))
 
 
 def output_head(params: dict) -> jax.Array:
