@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 # The enumerable world.
 
+UNJUDGED = {"eval_every": 0}  # nothing held out: half the programs
 SMALL = enumerable.Sizes(prompts=4, comparisons=1280, held_out=200, batch_size=64)
 
 
@@ -73,7 +74,8 @@ def test_every_method_runs_and_none_is_above_the_optimum(small):
       seeds=(0,), betas=(0.5, 2.0), alphas=(0.1,), ppo_values=(0.5,), ppo_seeds=(0,),
       ppo=frontier.ENUMERABLE.ppo.__class__(**vars(frontier.ENUMERABLE.ppo) | {
           "steps": 4, "prompts_per_step": 16}),
-      unlikelihood={"steps": 10}, preferred_ft={"steps": 10}, ppo_measure_every=4)
+      dpo=UNJUDGED, short_dpo=UNJUDGED, unlikelihood={"steps": 10} | UNJUDGED,
+      preferred_ft={"steps": 10} | UNJUDGED, ppo_measure_every=4)
   lines = frontier.run(world, plan)
   ends = methods.final(lines)
   assert {line["method"] for line in ends} == {"DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-GT",
@@ -235,7 +237,7 @@ def test_dpo_on_text_raises_the_true_reward_and_one_step_of_ppo_runs(made):
 
 
 def test_choices_are_made_one_at_a_time_and_rounds_go_on_from_their_own_samples(make_text, made, capsys):
-  plan = frontier.SENTIMENT._replace(short_dpo={"optimizer.learning_rate": 2e-3, "log_every": 1})
+  plan = frontier.SENTIMENT._replace(short_dpo=UNJUDGED | {"optimizer.learning_rate": 2e-3, "log_every": 1})
   several = (choices.Choice("other", labels="bradley_terry", share=0.5),)
   rounds = choices.Rounds(count=2, steps=10, prefixes=60)
   run = lambda: choices.run(make_text, plan, TEXTS._replace(dpo_steps=10), choices=several, rounds=rounds,
