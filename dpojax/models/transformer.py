@@ -361,14 +361,13 @@ def make_cache(
   dtype = seen[0].layers[0][0].dtype
   shared = [part for part in seen if part.ids.position.shape[0] != rows]
   whole = [part for part in seen if part.ids.position.shape[0] == rows]
+  start = sum(part.ids.position.shape[1] for part in whole)
   empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), dtype)
   no_ids = jnp.zeros((rows, room), jnp.int32)
-  layers = [jax.tree.map(lambda *parts: jnp.concatenate([*parts, empty], axis=2), *parts)
-            if (parts := [part.layers[i] for part in whole]) else (empty, empty)
-            for i in range(config.layers)]
-  ids = jax.tree.map(lambda *parts: jnp.concatenate([*parts, no_ids], axis=1),
-                     *(part.ids for part in whole)) if whole else TokenIds(no_ids, no_ids, no_ids)
-  start = sum(part.ids.position.shape[1] for part in whole)
+  whole.append(CachePart([(empty, empty)] * config.layers, TokenIds(no_ids, no_ids, no_ids)))
+  together = lambda axis, *parts: jax.tree.map(lambda *x: jnp.concatenate(x, axis=axis), *parts)
+  layers = [together(2, *(part.layers[i] for part in whole)) for i in range(config.layers)]
+  ids = together(1, *(part.ids for part in whole))
   return Cache(shared, CachePart(layers, ids), jnp.asarray(start, jnp.int32))
 
 

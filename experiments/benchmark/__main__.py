@@ -105,7 +105,7 @@ def main():
   batches = inputs.make_loader(inputs.run_config(settings))
   settings |= inputs.write_pairs(settings, batches, args.out)
 
-  sides = args.sides.split(",")
+  sides, allocator = args.sides.split(","), {} if args.as_installed else KEEP_MEMORY
   micros = [int(each) for each in args.micro.split(",")]
   chosen, results = {}, {side: [] for side in sides}
   for round_ in range(args.rounds):
@@ -117,7 +117,7 @@ def main():
                  for micro in (micros if side not in chosen else [chosen[side]])]
       best = None
       for each in tried:
-        result = run_side(side, each, args.out, {} if args.as_installed else KEEP_MEMORY) | {"micro": each.get("micro")}
+        result = run_side(side, each, args.out, allocator) | {"micro": each.get("micro")}
         if "failed" in result:
           print(f"round {round_ + 1} {side} {each.get('micro')}: {result['failed']}", flush=True)
           continue
