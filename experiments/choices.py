@@ -14,10 +14,8 @@ beside PPO.
 import argparse
 import math
 import pathlib
-import sys
 from typing import Any, Callable, NamedTuple, Sequence
 
-from dpojax.metrics import read_lines
 from experiments import frontier, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line
@@ -164,10 +162,7 @@ def main():
   parser.add_argument("--sentences", required=True)
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
-  path = folder / "frontier.jsonl"
-  if not path.exists():
-    sys.exit(f"error: {path} is not there; run python -m experiments.frontier --world=sentiment first")
-  beside = [line for line in read_lines(path)
+  beside = [line for line in frontier.read(folder)
             if line["method"] in (frontier.DPO, frontier.PPO, frontier.PPO_GT)]
   with command(folder):
     lines = run(lambda sizes, labels="argmax": sentiment.make(

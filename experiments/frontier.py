@@ -10,11 +10,13 @@ where every method ended, and how many points of the others some point of DPO be
 
 import argparse
 import pathlib
+import sys
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
 from dpojax import ppo
+from dpojax.metrics import read_lines
 from experiments import enumerable, figures, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line, World
@@ -101,6 +103,14 @@ def run(world: World, plan: Plan) -> list[Line]:
   accuracies = ", ".join(f"{model.accuracy:.3f}" for model in models.values())
   print(f"held-out accuracy of the reward models: {accuracies}")
   return lines
+
+
+def read(folder: pathlib.Path) -> list[Line]:
+  """Returns the measurements that this command wrote into a folder; without them, exits and says what to run."""
+  path = folder / "frontier.jsonl"
+  if not path.exists():
+    sys.exit(f"error: {path} is not there; run python -m experiments.frontier --workdir={folder} first")
+  return read_lines(path)
 
 
 def unlikelihood_changes(plan: Plan) -> dict[str, Any]:

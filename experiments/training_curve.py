@@ -8,10 +8,8 @@ errors. Writes training_curve.png.
 
 import argparse
 import pathlib
-import sys
 from typing import Sequence
 
-from dpojax.metrics import read_lines
 from experiments import figures, frontier, methods
 from experiments.methods import Line
 
@@ -43,10 +41,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   folder = parser.parse_args().workdir.absolute()
-  path = folder / "frontier.jsonl"
-  if not path.exists():
-    sys.exit(f"error: {path} is not there; run python -m experiments.frontier --workdir={folder} first")
-  plot(read_lines(path), folder / "training_curve.png")
+  plot(frontier.read(folder), folder / "training_curve.png")
   print(f"written: {folder}/training_curve.png")
 
 
