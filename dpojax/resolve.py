@@ -212,7 +212,7 @@ def make_setup(
   _check_model(model, config)
   setup = setup_of(model, params, config, axis_name=axis_name)
   if setup.reference is not None and config.reference.checkpoint:
-    reference = weights.read(config, "reference.checkpoint", place=place).params
+    reference = weights.read(config, "reference.checkpoint", place=place, like=model).params
     _check_same_shapes(params, reference, config)
     setup = setup._replace(reference=reference)
   return setup

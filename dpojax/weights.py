@@ -18,11 +18,14 @@ from dpojax.models.families import HuggingFaceError
 
 
 def read(
-    config: ml_collections.ConfigDict, key: str, *, place: hf.Place | None = None
+    config: ml_collections.ConfigDict, key: str, *, place: hf.Place | None = None,
+    like: ModelConfig | None = None,
 ) -> checkpoint.Policy | hf.Model:
   """Returns what a key such as 'model.checkpoint' names: a `config` and `params`.
 
-  A run's params come as NumPy arrays, those of a Hugging Face model as `place` keeps them.
+  A run's params come as NumPy arrays, those of a Hugging Face model as `place` keeps them. Layers are
+  stacked or not as those of the model `like` are; without it a run's as they were, others by
+  `model.scan_layers`.
 
   Raises:
     ConfigError: it names a Hugging Face model that cannot be fetched or is not supported.
@@ -30,10 +33,15 @@ def read(
   """
   name = flatten(config)[key]
   try:
-    return checkpoint.load_weights(
-        name, place=place, dtype=config.model.param_dtype, scan_layers=config.model.scan_layers)
+    loaded = checkpoint.load_weights(
+        name, place=place, dtype=config.model.param_dtype,
+        scan_layers=(like or config.model).scan_layers)
   except HuggingFaceError as error:
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
+  if like is None or like.scan_layers == loaded.config.scan_layers:
+    return loaded
+  return loaded._replace(config=dataclasses.replace(loaded.config, scan_layers=like.scan_layers),
+                         params=transformer.laid_out(loaded.config, loaded.params, like.scan_layers))
 
 
 def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfig:

@@ -14,7 +14,6 @@ from typing import Sequence
 
 import numpy as np
 
-from dpojax.metrics import read_lines
 from experiments import figures, frontier, methods, sentiment, sweep
 from experiments.command import command
 from experiments.methods import Line
@@ -92,11 +91,12 @@ def main():
   parser.add_argument("--sentences", required=True)
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
+  beside = of_ppo(frontier.read(folder))
   with command(folder):
     made = sentiment.make(folder, arguments.sentences)
     lines = run(made, methods.reward_model(made.world, frontier.SENTIMENT.reward_model))
     sweep.write_lines(folder / "best_of_n.jsonl", lines)
-    plot(lines, folder / "best_of_n.png", of_ppo(read_lines(folder / "frontier.jsonl")))
+    plot(lines, folder / "best_of_n.png", beside)
   show(lines)
   print(f"\nwritten: {folder}/best_of_n.jsonl and best_of_n.png")
 

@@ -1,6 +1,7 @@
 """The run: it starts at log 2, learns, is killed and continues, and refuses what cannot be run."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from dpojax import checkpoint, disk, metrics, preference, train
 from dpojax import config as config_lib
 from dpojax.errors import UserError
 from dpojax.metrics import read_metrics
+from dpojax.models import hf, transformer
 from tests import conftest, worlds
 
 
@@ -392,6 +394,25 @@ def test_a_reference_that_disagrees_before_step_1_stops_the_run(given, sft, tmp_
   config.reference.may_differ = False
   with pytest.raises(train.TrainingError, match="differ by .* nats .* reference.may_differ=True"):
     train.check_agreement(result, config)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_reference_whose_layers_lie_otherwise_is_the_same_reference(stacked, given, tmp_path):
+  config = worlds.run_config("sft", **given, steps=1, **{"model.scan_layers": not stacked})
+  train.run(config, tmp_path / "other")
+  name = str(tmp_path / "other")
+  policy = checkpoint.load_policy(name)
+  params = transformer.laid_out(policy.config, policy.params, stacked)
+  assert ("layers" in params) == stacked != ("layers" in policy.params)
+  back = transformer.laid_out(dataclasses.replace(policy.config, scan_layers=stacked), params, not stacked)
+  jax.tree.map(np.testing.assert_array_equal, back, policy.params)
+  hf.save(tmp_path / "folder", policy.config, policy.params)
+  config = worlds.run_config("dpo", **given, steps=1, **{
+      "model.checkpoint": str(tmp_path / "folder"), "model.scan_layers": stacked,
+      "reference.checkpoint": name})
+  train.run(config, tmp_path / "run")
+  (first,) = lines(tmp_path / "run", "train")
+  assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_no_room_for_a_checkpoint_is_said_before_training(given, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import NamedTuple, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpojax.log_probs import Head
 from dpojax.models import rotary
@@ -327,6 +328,20 @@ def unrolled(config: ModelConfig, tree: dict) -> tuple[ModelConfig, dict]:
     layers[f"layer_{i}"] = jax.tree.map(lambda x: x[i // period], stacked)
   rest = {name: part for name, part in tree.items() if name != "layers"}
   return dataclasses.replace(config, scan_layers=False, remat="none"), rest | layers
+
+
+def laid_out(config: ModelConfig, tree: dict, scan_layers: bool) -> dict:
+  """Returns params, NumPy arrays, with their layers stacked for a scan or each by itself."""
+  one_by_one = unrolled(config, tree)[1]
+  period = len(config.layer_windows)
+  scanned = dataclasses.replace(config, scan_layers=scan_layers).scanned_layers
+  if not scanned:
+    return one_by_one
+  stack = lambda first: jax.tree.map(
+      lambda *x: np.stack(x), *(one_by_one[f"layer_{i}"] for i in range(first, scanned, period)))
+  layers = stack(0) if period == 1 else {f"block_{i}": stack(i) for i in range(period)}
+  there = {f"layer_{i}" for i in range(scanned)}
+  return {name: part for name, part in one_by_one.items() if name not in there} | {"layers": layers}
 
 
 def read_prompts(
