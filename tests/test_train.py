@@ -409,7 +409,7 @@ def test_a_reference_whose_layers_lie_otherwise_is_the_same_reference(stacked, g
   hf.save(tmp_path / "folder", policy.config, policy.params)
   config = worlds.run_config("dpo", **given, steps=1, **{
       "model.checkpoint": str(tmp_path / "folder"), "model.scan_layers": stacked,
-      "reference.checkpoint": name})
+      "reference.checkpoint": name, "reference.may_differ": True})
   train.run(config, tmp_path / "run")
   (first,) = lines(tmp_path / "run", "train")
   assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
