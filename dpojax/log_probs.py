@@ -304,13 +304,9 @@ def _target_logits(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Arra
 
 def _over_lanes(reduce: Callable, x: jax.Array) -> jax.Array:
   """Reduces the last axis, first into lanes: reductions of single rows do not vectorise on CPUs."""
-  whole = x.shape[-1] // _LANES * _LANES
-  if not whole:
+  if x.shape[-1] % _LANES:
     return reduce(x, axis=-1)
-  lanes = reduce(x[..., :whole].reshape(*x.shape[:-1], -1, _LANES), axis=-2)
-  if whole < x.shape[-1]:
-    lanes = jnp.concatenate([lanes, x[..., whole:]], axis=-1)
-  return reduce(lanes, axis=-1)
+  return reduce(reduce(x.reshape(*x.shape[:-1], -1, _LANES), axis=-2), axis=-1)
 
 
 def _blocks(head: Head, block: int) -> tuple[int, Callable]:
