@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
 
   prompts: int = 4
   width: int = 32
+  layers: int = 2
   comparisons: int = 512_000
   held_out: int = 2000
   batch_size: int = 256
@@ -152,7 +153,7 @@ def _config(folder: pathlib.Path, sizes: Sizes):
 def _save_reference(folder: pathlib.Path, sizes: Sizes) -> None:
   """Saves the reference as a Hugging Face folder: random weights that make responses unequal."""
   config = model_config.llama_style(
-      vocab_size=IDS, width=sizes.width, layers=2, heads=2, max_positions=WIDTH + ROOM,
+      vocab_size=IDS, width=sizes.width, layers=sizes.layers, heads=2, max_positions=WIDTH + ROOM,
       tie_embeddings=False)
   rng = np.random.default_rng([sizes.seed, 1])
   params = transformer.init_params(config, jax.random.key(sizes.seed))

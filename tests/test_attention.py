@@ -24,8 +24,8 @@ def inputs(rng, ids, dtype=jnp.float32):
 @pytest.mark.parametrize("form", [
     {}, {"window": 7}, {"soft_cap": 1.5}, {"scale": 0.9, "window": 12, "soft_cap": 3.0}],
     ids=["plain", "window", "cap", "all"])
-@pytest.mark.parametrize("rows_at_once", [1, 0])
-def test_blocks_give_the_dense_values_and_gradients(form, rows_at_once, rng):
+@pytest.mark.parametrize("rows_at_once, heads_at_once", [(1, 0), (0, 1)])
+def test_blocks_give_the_dense_values_and_gradients(form, rows_at_once, heads_at_once, rng):
   with jax.enable_x64(True):
     ids = packed_ids(rng, 200)
     q, k, v = inputs(rng, ids, jnp.float64)
@@ -40,7 +40,8 @@ def test_blocks_give_the_dense_values_and_gradients(form, rows_at_once, rng):
 
     (_, want), want_grads = score(lambda q, k, v: attention(q, k, v, ids, ids, **form))
     (_, got), got_grads = score(lambda q, k, v: blockwise.blockwise_attention(
-        q, k, v, ids, block=32, rows_at_once=rows_at_once or q.shape[0], **form))
+        q, k, v, ids, block=32, rows_at_once=rows_at_once or q.shape[0], heads_at_once=heads_at_once,
+        **form))
     np.testing.assert_allclose(got, want, atol=1e-12)
     for got_grad, want_grad in zip(got_grads, want_grads):
       np.testing.assert_allclose(got_grad, want_grad, atol=1e-12)

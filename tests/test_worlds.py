@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 # The enumerable world.
 
 UNJUDGED = {"eval_every": 0}  # nothing held out: half the programs
-SMALL = enumerable.Sizes(prompts=4, comparisons=1280, held_out=200, batch_size=64)
+SMALL = enumerable.Sizes(prompts=4, layers=1, comparisons=1280, held_out=200, batch_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_method_runs_and_none_is_above_the_optimum(small):
       ppo=frontier.ENUMERABLE.ppo.__class__(**vars(frontier.ENUMERABLE.ppo) | {
           "steps": 4, "prompts_per_step": 16}),
       dpo=UNJUDGED, short_dpo=UNJUDGED, unlikelihood={"steps": 10} | UNJUDGED,
-      preferred_ft={"steps": 10} | UNJUDGED, ppo_measure_every=4)
+      preferred_ft={"steps": 10} | UNJUDGED, ppo_measure_every=4, at_once=1)
   lines = frontier.run(world, plan)
   ends = methods.final(lines)
   assert {line["method"] for line in ends} == {"DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-GT",

@@ -16,6 +16,9 @@ from dpojax.models.attention import TokenIds, kept, visible
 BLOCK = 64
 """Tokens of a block. Half a comparison of HH: smaller blocks skip more, larger ones multiply better."""
 
+CPU_HEADS = 4
+"""Query heads that go through the blocks together on CPUs: more are spread over cores at a loss."""
+
 NEVER = -1e30
 """A score below all others, still finite so that two of them have a difference."""
 
@@ -32,6 +35,7 @@ class Form(NamedTuple):
 def blockwise_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, scale: float = 0.0,
     window: int = 0, soft_cap: float = 0.0, block: int = BLOCK, rows_at_once: int = 0,
+    heads_at_once: int = 0,
 ) -> jax.Array:
   """Returns `attention.attention` of tokens among themselves; 0 for padding.
 
@@ -44,33 +48,49 @@ def blockwise_attention(
     block: tokens a block, of queries and of keys.
     rows_at_once: rows that go through the blocks together, and visit those that any of them needs;
       a divisor of R. 0 is one a device on CPUs, whose caches hold one, and all elsewhere.
+    heads_at_once: key heads that do so; a divisor of M. 0 is as many as suit a core on CPUs, and all
+      elsewhere and where rows or heads are cut over devices.
 
   Returns:
     [R, L, N, H] in the dtype of q.
   """
   rows, length, heads, head_size = q.shape
-  shards = _row_shards()
+  key_heads = k.shape[2]
+  on_cpu, shards, one_device = jax.default_backend() == "cpu", *_shards()
   if not rows_at_once:
-    rows_at_once = shards if jax.default_backend() == "cpu" and rows % shards == 0 else rows
+    rows_at_once = shards if on_cpu and rows % shards == 0 else rows
+  if not heads_at_once:
+    few = CPU_HEADS * key_heads // heads if on_cpu and one_device else key_heads
+    heads_at_once = max(n for n in range(1, max(few, 1) + 1) if key_heads % n == 0)
   padding = -length % block
   pad = lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
   q, k, v, *ids = map(pad, (q, k, v, *ids))
-  q = q.reshape(*q.shape[:2], k.shape[2], heads // k.shape[2], head_size)
+  q = jnp.moveaxis(q.reshape(*q.shape[:2], key_heads, heads // key_heads, head_size), 1, 3)
+  k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
   form = Form(scale or head_size**-0.5, window, soft_cap, block)
 
   # Rows are cut over devices in whole runs: taking one of each run leaves every device its own.
   apart = lambda x: jnp.swapaxes(
       x.reshape(rows_at_once, rows // rows_at_once, *x.shape[1:]), 0, 1)
-  out = jax.lax.map(
-      lambda x: _attend(*x[:3], TokenIds(*x[3:]), form), tuple(map(apart, (q, k, v, *ids))))
-  out = jnp.swapaxes(out, 0, 1).reshape(rows, length + padding, heads, head_size)
-  return out[:, :length]
+  by_heads = lambda x: jnp.moveaxis(
+      x.reshape(rows_at_once, key_heads // heads_at_once, heads_at_once, *x.shape[2:]), 1, 0)
+
+  def of_rows(x):
+    q, k, v, *ids = x
+    out = jax.lax.map(lambda x: _attend(*x, TokenIds(*ids), form), tuple(map(by_heads, (q, k, v))))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+  out = jax.lax.map(of_rows, tuple(map(apart, (q, k, v, *ids))))
+  out = jnp.swapaxes(out, 0, 1).reshape(rows, *q.shape[1:])
+  return jnp.moveaxis(out, 3, 1).reshape(rows, length + padding, heads, head_size)[:, :length]
 
 
-def _row_shards() -> int:
-  """Devices that the rows are cut over, where the caller has set a mesh."""
+def _shards() -> tuple[int, bool]:
+  """Devices that the rows are cut over, where the caller has set a mesh, and whether it has one alone."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+  if mesh.empty:
+    return 1, True
+  return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1), mesh.size == 1
 
 
 def visible_blocks(ids: TokenIds, *, block: int, window: int = 0) -> jax.Array:
@@ -112,83 +132,90 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(equation, a, b, preferred_element_type=wide_of(a.dtype))
 
 
-def _part(x: jax.Array, i: jax.Array, form: Form, axis: int = 1) -> jax.Array:
+def _part(x: jax.Array, i: jax.Array, form: Form, axis: int = -2) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(x, i * form.block, form.block, axis)
 
 
-def _parts(ids: TokenIds, i: jax.Array, form: Form) -> TokenIds:
-  return jax.tree.map(lambda x: _part(x, i, form), ids)
+def _scores(q: jax.Array, k: jax.Array, form: Form) -> jax.Array:
+  """Returns the scores [R, M, T, G, Q]: queries last, so that a reduction over keys is of whole vectors."""
+  scores = form.scale * _einsum("rmth,rmgqh->rmtgq", k, q)
+  return form.soft_cap * jnp.tanh(scores / form.soft_cap) if form.soft_cap else scores
 
 
-def _scores(q, k, query_ids, key_ids, form):
-  """Returns the scores [R, M, G, Q, T] and which of them count."""
-  scores = form.scale * _einsum("rqmgh,rtmh->rmgqt", q, k)
-  if form.soft_cap:
-    scores = form.soft_cap * jnp.tanh(scores / form.soft_cap)
-  seen = visible(query_ids, key_ids, window=form.window)
-  seen &= query_ids.comparison[:, :, None] > 0
-  return scores, jnp.broadcast_to(seen[:, None, None], scores.shape)
+def _added(ids: TokenIds, i: jax.Array, at: jax.Array, form: Form) -> jax.Array:
+  """Returns what to add to scores of queries of block i and keys of block `at`: 0, or `NEVER`."""
+  query_ids, key_ids = (jax.tree.map(lambda x: _part(x, n, form, axis=1), ids) for n in (i, at))
+  seen = visible(query_ids, key_ids, window=form.window) & (query_ids.comparison[:, :, None] > 0)
+  # Once for all heads: compilers would otherwise compare ids again for each.
+  added = jax.lax.optimization_barrier(jnp.where(jnp.swapaxes(seen, 1, 2), 0.0, NEVER))
+  return added[:, None, :, None, :]
 
 
 def _forward(q, k, v, ids, form):
-  rows, length, key_heads, group, head_size = q.shape
+  """Of q [R, M, G, L, H], k and v [R, M, L, H]; queries that see nothing, padding, give 0."""
+  *leading, length, head_size = q.shape
   seen = jnp.any(visible_blocks(ids, block=form.block, window=form.window), axis=0)
   order, count = visits(seen)
   wide = wide_of(q.dtype)
 
   def of_queries(i):
-    q_part, q_ids = _part(q, i, form), _parts(ids, i, form)
+    q_part = _part(q, i, form)
 
     def visit(carry):
       j, most, total, mixed = carry
       at = order[i, j]
-      scores, seen = _scores(q_part, _part(k, at, form), q_ids, _parts(ids, at, form), form)
-      new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, NEVER), axis=-1))
-      weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0)
+      scores = _scores(q_part, _part(k, at, form), form)
+      scores += jnp.broadcast_to(_added(ids, i, at, form), scores.shape)
+      new = jnp.maximum(most, jnp.max(scores, axis=2))
+      # A query that has seen no key yet weighs keys it does not see; its first key makes that 0.
+      weights = jnp.exp(scores - new[:, :, None])
       old = jnp.exp(most - new)
       mixed = mixed * old[..., None] + _einsum(
-          "rmgqt,rtmh->rmgqh", weights.astype(v.dtype), _part(v, at, form))
-      return j + 1, new, total * old + jnp.sum(weights, axis=-1), mixed
+          "rmtgq,rmth->rmgqh", weights.astype(v.dtype), _part(v, at, form))
+      return j + 1, new, total * old + jnp.sum(weights, axis=2), mixed
 
-    shape = (rows, key_heads, group, form.block)
+    shape = (*leading, form.block)
     _, most, total, mixed = jax.lax.while_loop(
         lambda carry: carry[0] < count[i], visit,
         (0, jnp.full(shape, NEVER, wide), jnp.zeros(shape, wide),
          jnp.zeros((*shape, head_size), wide)))
-    total = jnp.where(total > 0, total, 1)
-    return (mixed / total[..., None]).astype(q.dtype), most + jnp.log(total)
+    sees = most > NEVER / 2
+    total = jnp.where(sees, total, 1)
+    return (jnp.where(sees[..., None], mixed / total[..., None], 0).astype(q.dtype),
+            jnp.where(sees, most + jnp.log(total), 0))
 
   out, normaliser = jax.lax.map(of_queries, jnp.arange(length // form.block))
-  out, normaliser = kept(out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape), normaliser)
+  out, normaliser = kept(jnp.moveaxis(out, 0, 3).reshape(q.shape), normaliser)
   return out, (q, k, v, ids, out, normaliser, order, count)
 
 
 def _backward(form, residuals, cotangent):
   q, k, v, ids, out, normaliser, order, count = residuals
-  inner = _einsum("rlmgh,rlmgh->rmgl", cotangent, out)
   wide = wide_of(q.dtype)
+  inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)
 
   def of_queries(grads, i):
-    q_part, q_ids, cotangent_part = _part(q, i, form), _parts(ids, i, form), _part(cotangent, i, form)
-    inner_part = _part(inner, i, form, axis=3)[..., None]
+    q_part, cotangent_part = _part(q, i, form), _part(cotangent, i, form)
+    inner_part = _part(inner, i, form, axis=-1)[:, :, None]
 
     def visit(carry):
       j, q_grad, (k_grad, v_grad) = carry
       at = order[i, j]
       k_part, v_part = _part(k, at, form), _part(v, at, form)
-      scores, seen = _scores(q_part, k_part, q_ids, _parts(ids, at, form), form)
-      weights = jnp.where(seen, jnp.exp(scores - normaliser[i][..., None]), 0)
-      weights_grad = _einsum("rqmgh,rtmh->rmgqt", cotangent_part, v_part)
+      scores = _scores(q_part, k_part, form)
+      added = jnp.broadcast_to(_added(ids, i, at, form), scores.shape)
+      weights = jnp.exp(scores + added - normaliser[i][:, :, None])
+      weights_grad = _einsum("rmth,rmgqh->rmtgq", v_part, cotangent_part)
       scores_grad = weights * (weights_grad - inner_part) * form.scale
       if form.soft_cap:
         scores_grad *= 1 - jnp.square(scores / form.soft_cap)
       scores_grad = scores_grad.astype(q.dtype)
-      q_grad += _einsum("rmgqt,rtmh->rqmgh", scores_grad, k_part)
+      q_grad += _einsum("rmtgq,rmth->rmgqh", scores_grad, k_part)
       add = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(
-          whole, _part(whole, at, form) + part, at * form.block, axis=1)
-      k_grad = add(k_grad, _einsum("rmgqt,rqmgh->rtmh", scores_grad, q_part))
+          whole, _part(whole, at, form) + part, at * form.block, axis=2)
+      k_grad = add(k_grad, _einsum("rmtgq,rmgqh->rmth", scores_grad, q_part))
       v_grad = add(v_grad, _einsum(
-          "rmgqt,rqmgh->rtmh", weights.astype(cotangent.dtype), cotangent_part))
+          "rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))
       return j + 1, q_grad, (k_grad, v_grad)
 
     _, q_grad, grads = jax.lax.while_loop(
@@ -197,7 +224,7 @@ def _backward(form, residuals, cotangent):
 
   (k_grad, v_grad), q_grad = jax.lax.scan(
       of_queries, (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)), jnp.arange(order.shape[0]))
-  q_grad = jnp.moveaxis(q_grad, 0, 1).reshape(q.shape)
+  q_grad = jnp.moveaxis(q_grad, 0, 3).reshape(q.shape)
   return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
 
 

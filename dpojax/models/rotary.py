@@ -56,15 +56,14 @@ def rotate(
   """
   half = frequencies.shape[0]
   angles = jnp.einsum("rl,h->rlh", positions.astype(jnp.float32), frequencies)[:, :, None]
-  sin, cos = magnitude * jnp.sin(angles), magnitude * jnp.cos(angles)
+  # Once for all heads: compilers would otherwise work them out again for each.
+  sin, cos = jax.lax.optimization_barrier((magnitude * jnp.sin(angles), magnitude * jnp.cos(angles)))
+  # A pair turns as itself times cos plus its other half times -sin or sin: the halves change places,
+  # which CPUs do in vectors, where they put pieces together number by number.
   turned, rest = x[..., :2 * half], x[..., 2 * half:]
-  if interleaved:
-    first, second = turned[..., ::2], turned[..., 1::2]
-  else:
-    first, second = turned[..., :half], turned[..., half:]
-  pair = (first * cos - second * sin, second * cos + first * sin)
-  if interleaved:
-    turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
-  else:
-    turned = jnp.concatenate(pair, axis=-1)
-  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+  pairs, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
+  pair = turned.reshape(*x.shape[:-1], *pairs)
+  sin = jnp.stack((-sin, sin), axis=axis)
+  pair = pair * jnp.expand_dims(cos, axis) + jnp.flip(pair, axis) * sin
+  turned = pair.reshape(turned.shape).astype(x.dtype)
+  return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
