@@ -242,7 +242,7 @@ def _in_chunks(shape, vocabulary: int, where: jax.Array | None, chunk_size: int 
   *leading, length = shape
   per_index, tokens = math.prod(leading), math.prod(shape)
   on_cpu = jax.default_backend() == "cpu"
-  cut_over_devices = _rows_are_cut()
+  cut_over_devices = arrays_are_cut()
   block = vocabulary
   if on_cpu and not cut_over_devices and vocabulary > 2 * CPU_BLOCK:
     block = CPU_BLOCK
@@ -265,7 +265,7 @@ def _in_chunks(shape, vocabulary: int, where: jax.Array | None, chunk_size: int 
   return _Chunks(jnp.argsort(~where, stable=True), size, -(-tokens // size), count, cuts, block)
 
 
-def _rows_are_cut() -> bool:
+def arrays_are_cut() -> bool:
   """Whether the caller has set a mesh that arrays are cut over: then tokens stay where they are."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and any(

@@ -109,7 +109,8 @@ def test_attention_is_softmax_over_what_is_seen(rng):
 
 def test_rotation_depends_on_distance_only(rng):
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-  at = lambda x, position: rotary.rotate(x, jnp.asarray([[position]]), rotary.frequencies(8, 10000.0))
+  at = lambda x, position: rotary.rotate(
+      x, rotary.turns(jnp.asarray([[position]]), rotary.frequencies(8, 10000.0)))
   near = jnp.sum(at(q, 5) * at(k, 3))
   np.testing.assert_allclose(jnp.sum(at(q, 25) * at(k, 23)), near, rtol=1e-4)
   assert abs(jnp.sum(at(q, 25) * at(k, 20)) - near) > 1e-3

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpojax.log_probs import arrays_are_cut
 from dpojax.models.attention import TokenIds, kept, visible
 
 BLOCK = 64
@@ -56,11 +57,11 @@ def blockwise_attention(
   """
   rows, length, heads, head_size = q.shape
   key_heads = k.shape[2]
-  on_cpu, shards, one_device = jax.default_backend() == "cpu", *_shards()
+  on_cpu, shards = jax.default_backend() == "cpu", _row_shards()
   if not rows_at_once:
     rows_at_once = shards if on_cpu and rows % shards == 0 else rows
   if not heads_at_once:
-    few = CPU_HEADS * key_heads // heads if on_cpu and one_device else key_heads
+    few = CPU_HEADS * key_heads // heads if on_cpu and not arrays_are_cut() else key_heads
     heads_at_once = max(n for n in range(1, max(few, 1) + 1) if key_heads % n == 0)
   padding = -length % block
   pad = lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
@@ -85,12 +86,10 @@ def blockwise_attention(
   return jnp.moveaxis(out, 3, 1).reshape(rows, length + padding, heads, head_size)[:, :length]
 
 
-def _shards() -> tuple[int, bool]:
-  """Devices that the rows are cut over, where the caller has set a mesh, and whether it has one alone."""
+def _row_shards() -> int:
+  """Devices that the rows are cut over, where the caller has set a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return 1, True
-  return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1), mesh.size == 1
+  return 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
 
 
 def visible_blocks(ids: TokenIds, *, block: int, window: int = 0) -> jax.Array:
@@ -146,9 +145,7 @@ def _added(ids: TokenIds, i: jax.Array, at: jax.Array, form: Form) -> jax.Array:
   """Returns what to add to scores of queries of block i and keys of block `at`: 0, or `NEVER`."""
   query_ids, key_ids = (jax.tree.map(lambda x: _part(x, n, form, axis=1), ids) for n in (i, at))
   seen = visible(query_ids, key_ids, window=form.window) & (query_ids.comparison[:, :, None] > 0)
-  # Once for all heads: compilers would otherwise compare ids again for each.
-  added = jax.lax.optimization_barrier(jnp.where(jnp.swapaxes(seen, 1, 2), 0.0, NEVER))
-  return added[:, None, :, None, :]
+  return jnp.where(jnp.swapaxes(seen, 1, 2), 0.0, NEVER)[:, None, :, None, :]
 
 
 def _forward(q, k, v, ids, form):

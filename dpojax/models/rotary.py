@@ -1,11 +1,13 @@
 """Rotary positions (Su et al. 2021) and the stretchings of their frequencies that models ship."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax.log_probs import arrays_are_cut
 from dpojax.models.config import RopeScaling
 
 
@@ -41,29 +43,48 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> 
   return (kept * plain + (1.0 - kept) * stretched).astype(np.float32)
 
 
-def rotate(
-    x: jax.Array, positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.0,
-    interleaved: bool = False,
-) -> jax.Array:
-  """Returns [R, L, N, H] heads rotated by their positions [R, L].
+class Turns(NamedTuple):
+  """How far tokens are turned: `cos` and `sin` [R, L, F] float32 of F frequencies."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def turns(positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.0) -> Turns:
+  """Returns the turns of tokens at positions [R, L] of their sequences.
 
   Args:
-    x: queries or keys. With F frequencies the first 2 F dimensions of a head are rotated.
-    positions: of the tokens in their sequences.
+    positions: of the tokens.
     frequencies: [F], from `frequencies`.
-    magnitude: what the rotated dimensions are multiplied by.
+    magnitude: what turned dimensions are multiplied by.
+  """
+  angles = jnp.einsum("rl,h->rlh", positions.astype(jnp.float32), frequencies)
+  of = lambda angles: Turns(magnitude * jnp.cos(angles), magnitude * jnp.sin(angles))
+  if jax.default_backend() != "cpu" or angles.size % 2 or arrays_are_cut():
+    return of(angles)
+  # On CPUs they would be worked out again in whatever reads them, for every head and layer, which is a
+  # tenth of a model's time. What a loop gives is kept, and a loop of one round would be none.
+  return jax.tree.map(lambda x: x.reshape(angles.shape), jax.lax.map(of, angles.reshape(2, -1)))
+
+
+def rotate(x: jax.Array, turns: Turns, *, interleaved: bool = False) -> jax.Array:
+  """Returns heads [R, L, N, H] turned; the first 2 F dimensions of each, and the others as they are.
+
+  Args:
+    x: queries or keys.
+    turns: of the tokens.
     interleaved: whether a pair is two neighbours; else it is one of each half.
   """
-  half = frequencies.shape[0]
-  angles = jnp.einsum("rl,h->rlh", positions.astype(jnp.float32), frequencies)[:, :, None]
-  # Once for all heads: compilers would otherwise work them out again for each.
-  sin, cos = jax.lax.optimization_barrier((magnitude * jnp.sin(angles), magnitude * jnp.cos(angles)))
-  # A pair turns as itself times cos plus its other half times -sin or sin: the halves change places,
-  # which CPUs do in vectors, where they put pieces together number by number.
+  cos, sin = (each[:, :, None] for each in turns)
+  half = cos.shape[-1]
   turned, rest = x[..., :2 * half], x[..., 2 * half:]
-  pairs, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
-  pair = turned.reshape(*x.shape[:-1], *pairs)
-  sin = jnp.stack((-sin, sin), axis=axis)
-  pair = pair * jnp.expand_dims(cos, axis) + jnp.flip(pair, axis) * sin
-  turned = pair.reshape(turned.shape).astype(x.dtype)
-  return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+  if interleaved:
+    first, second = turned[..., ::2], turned[..., 1::2]
+  else:
+    first, second = turned[..., :half], turned[..., half:]
+  pair = (first * cos - second * sin, second * cos + first * sin)
+  if interleaved:
+    turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+  else:
+    turned = jnp.concatenate(pair, axis=-1)
+  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)

@@ -139,10 +139,10 @@ class Block(nn.Module):
   window: int
 
   @nn.compact
-  def __call__(self, x, ids: TokenIds, cache):
+  def __call__(self, x, ids: TokenIds, turns: dict[bool, rotary.Turns], cache):
     config = self.config
     y = Norm(config, name="attention_norm")(x)
-    attended, cache = self._attention(y, ids, cache)
+    attended, cache = self._attention(y, ids, turns, cache)
     if config.post_norms:
       attended = Norm(config, name="attention_post_norm")(attended)
     if config.residual == "sequential":
@@ -154,7 +154,7 @@ class Block(nn.Module):
       y = Norm(config, name="mlp_post_norm")(y)
     return x + y if config.residual == "sequential" else x + (attended + y), cache
 
-  def _attention(self, y, ids, cache):
+  def _attention(self, y, ids, turns, cache):
     config = self.config
     width, heads = (config.width,), (config.heads, config.head_size)
     key_heads = (config.kv_heads, config.head_size)
@@ -165,7 +165,9 @@ class Block(nn.Module):
     if config.query_key_norms:
       q, k = Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k)
     if config.positions != "learned":
-      q, k = self._rotate(q, ids.position), self._rotate(k, ids.position)
+      turn = partial(rotary.rotate, turns=turns[_turns_locally(config, self.window)],
+                     interleaved=config.positions == "interleaved")
+      q, k = turn(q), turn(k)
     form = dict(scale=config.attention_scale, window=self.window, soft_cap=config.attention_soft_cap)
     if cache is not None:
       seen, written, start = cache
@@ -180,16 +182,6 @@ class Block(nn.Module):
     out = Linear(heads, width, config.biases in ("attention", "all"), self._residual_scale(),
                  name="attention_out")
     return out(y), cache
-
-  def _rotate(self, x, positions):
-    config = self.config
-    theta, scaling = config.rope_theta, config.rope_scaling
-    if self.window and config.local_rope_theta:
-      theta, scaling = config.local_rope_theta, None
-    frequencies = rotary.frequencies(config.rotary_size or config.head_size, theta, scaling)
-    return rotary.rotate(
-        x, positions, frequencies, magnitude=1.0 if scaling is None else scaling.magnitude,
-        interleaved=config.positions == "interleaved")
 
   def _mlp(self, y):
     config = self.config
@@ -206,6 +198,24 @@ class Block(nn.Module):
     return (2 * self.config.layers) ** -0.5
 
 
+def _turns_locally(config: ModelConfig, window: int) -> bool:
+  """Whether a layer of this window has the rotary positions of local layers."""
+  return bool(window and config.local_rope_theta)
+
+
+def _turns(config: ModelConfig, positions: jax.Array) -> dict[bool, rotary.Turns]:
+  """Returns the turns of tokens in layers that turn locally, or do not, as far as there are such."""
+  if config.positions == "learned":
+    return {}
+  size, turns = config.rotary_size or config.head_size, {}
+  for local in {_turns_locally(config, window) for window in config.layer_windows}:
+    theta, scaling = (config.local_rope_theta, None) if local else (config.rope_theta, config.rope_scaling)
+    turns[local] = rotary.turns(
+        positions, rotary.frequencies(size, theta, scaling),
+        magnitude=1.0 if scaling is None else scaling.magnitude)
+  return turns
+
+
 class Period(nn.Module):
   """One block a window of the layer pattern, `block_0`, ..."""
 
@@ -213,9 +223,9 @@ class Period(nn.Module):
   block: type[nn.Module]
 
   @nn.compact
-  def __call__(self, x, ids, cache):
+  def __call__(self, x, ids, turns, cache):
     for i, window in enumerate(self.config.layer_windows):
-      x, _ = self.block(self.config, window, name=f"block_{i}")(x, ids, cache)
+      x, _ = self.block(self.config, window, name=f"block_{i}")(x, ids, turns, cache)
     return x, None
 
 
@@ -282,7 +292,7 @@ class Transformer(nn.Module):
     """The blocks: first the scanned ones, then the others. Returns the caches of the latter too."""
     config = self.config
     windows, scanned = config.layer_windows, config.scanned_layers
-    period = len(windows)
+    period, turns = len(windows), _turns(config, ids.position)
 
     def rematerialised(prevent_cse):
       if config.remat == "none":
@@ -294,14 +304,14 @@ class Transformer(nn.Module):
       block = rematerialised(prevent_cse=False)
       scan = partial(
           nn.scan, variable_axes={"params": 0, SEEN: 0, ADAPTER: 0}, split_rngs={"params": True},
-          in_axes=(nn.broadcast, nn.broadcast), length=scanned // period)
+          in_axes=(nn.broadcast,) * 3, length=scanned // period)
       if period == 1:
-        x, _ = scan(block)(config, windows[0], name="layers")(x, ids, None)
+        x, _ = scan(block)(config, windows[0], name="layers")(x, ids, turns, None)
       else:
-        x, _ = scan(Period)(config, block, name="layers")(x, ids, None)
+        x, _ = scan(Period)(config, block, name="layers")(x, ids, turns, None)
     block = rematerialised(prevent_cse=True)
     for i in range(scanned, config.layers):
-      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, caches[i])
+      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, turns, caches[i])
       written.append(cache)
     return x, written
 
