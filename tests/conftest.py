@@ -25,7 +25,8 @@ jax.config.update("jax_enable_compilation_cache", False)
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-LONGEST = ("test_worlds", "test_paper", "test_train", "test_ppo", "test_lora", "test_quickstart", "test_models_hf")
+LONGEST = ("test_sentiment", "test_enumerable", "test_paper", "test_train", "test_ppo", "test_lora", "test_quickstart",
+           "test_models_hf")
 """Files that take minutes: they start first, so that no worker has one of them left when the others are done."""
 
 
