@@ -336,6 +336,12 @@ _KEPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 256 MiB asked for at once."""
 
 
+_MAPPED = ((-4, 2**16), (-3, 2**25))
+"""Of the same: buffers of 32 MiB and more are mapped alone."""
+
+_LARGE = 2**30
+
+
 def keep_freed_memory() -> None:
   """Lets this process keep large host buffers that it frees: on CPUs those of every step.
 
@@ -347,6 +353,22 @@ def keep_freed_memory() -> None:
   if hasattr(libc, "mallopt"):
     for parameter, value in _KEPT:
       libc.mallopt(parameter, value)
+
+
+def fit_memory_to(state: Any) -> None:
+  """Fits how this process keeps memory to a state that is in place; before the first step.
+
+  Copies of weights that were only read go back to the system. Under a state of `_LARGE` bytes so do from
+  then on the buffers of a step: kept, they leave holes that the next step's do not fit into, up to a
+  step's memory again, and page faults are nothing beside the seconds of such a step. Elsewhere than under
+  glibc it does nothing.
+  """
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "malloc_trim"):
+    libc.malloc_trim(0)
+    if sum(x.nbytes for x in jax.tree.leaves(state)) >= _LARGE:
+      for parameter, value in _MAPPED:
+        libc.mallopt(parameter, value)
 
 
 def keep_compiled(folder: str | os.PathLike) -> None:

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, plan, resolve, weights
+from dpojax import checkpoint, objectives, parallel, plan, resolve, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
@@ -84,6 +84,7 @@ def run(
     reference = reference if config.lora.rank else None  # an adapter's is its base as well
   state = devices.place(step_lib.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
+  parallel.fit_memory_to(state)
 
   if config.check_memory:
     stored = config.reference.mode == "stored" and setup.objective.needs_reference

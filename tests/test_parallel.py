@@ -119,3 +119,23 @@ def test_a_mesh_that_does_not_fit_the_devices_is_named():
     parallel.make_parallel("mesh", data=2, fsdp=2)
   with pytest.raises(ValueError, match="parallel.strategy='mesh'"):
     parallel.make_parallel("pmap", fsdp=2)
+
+
+RESIDENT = """
+import sys
+import numpy as np
+from dpojax import parallel
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+parallel.keep_freed_memory()
+parallel.fit_memory_to({"w": np.broadcast_to(np.float32(0), int(sys.argv[1]))})
+before = resident()
+held = np.ones(2**25)
+held = None
+print((resident() - before) / 2**28)
+"""
+
+
+@pytest.mark.parametrize("numbers, kept", [(2**20, 1), (2**29, 0)])
+def test_freed_buffers_are_kept_under_a_small_state_and_given_back_under_a_large_one(numbers, kept):
+  run = subprocess.run([sys.executable, "-c", RESIDENT, str(numbers)], capture_output=True, text=True, check=True)
+  assert float(run.stdout) == pytest.approx(kept, abs=0.1)

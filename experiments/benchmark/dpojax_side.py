@@ -30,6 +30,7 @@ def run(settings: dict) -> dict:
   stored = time.perf_counter() - start
   state = devices.place(step.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)
+  parallel.fit_memory_to(state)
 
   seconds, waits, losses, compiled = [], [], [], {}
   source = iter(batches.training(0, config.steps))
