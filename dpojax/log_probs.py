@@ -266,7 +266,7 @@ def _in_chunks(shape, vocabulary: int, where: jax.Array | None, chunk_size: int 
 
 
 def arrays_are_cut() -> bool:
-  """Whether the caller has set a mesh that arrays are cut over: then tokens stay where they are."""
+  """Whether the caller has set a mesh that arrays are cut over: what lies together here does not there."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and any(
       size > 1 and kind is not jax.sharding.AxisType.Manual

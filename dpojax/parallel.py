@@ -335,11 +335,11 @@ _KEPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 """Of glibc's mallopt: one arena for all threads, no buffer mapped alone, none given back at the top, and
 256 MiB asked for at once."""
 
-
 _MAPPED = ((-4, 2**16), (-3, 2**25))
 """Of the same: buffers of 32 MiB and more are mapped alone."""
 
 _LARGE = 2**30
+"""Bytes of a state whose steps are too long for page faults to count."""
 
 
 def keep_freed_memory() -> None:
@@ -349,10 +349,7 @@ def keep_freed_memory() -> None:
   small model's step up to a third of the time. To be called before any use of jax; elsewhere than
   under glibc it does nothing.
   """
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, "mallopt"):
-    for parameter, value in _KEPT:
-      libc.mallopt(parameter, value)
+  _set_malloc(_KEPT)
 
 
 def fit_memory_to(state: Any) -> None:
@@ -366,9 +363,15 @@ def fit_memory_to(state: Any) -> None:
   libc = ctypes.CDLL(None)
   if hasattr(libc, "malloc_trim"):
     libc.malloc_trim(0)
-    if sum(x.nbytes for x in jax.tree.leaves(state)) >= _LARGE:
-      for parameter, value in _MAPPED:
-        libc.mallopt(parameter, value)
+  if sum(x.nbytes for x in jax.tree.leaves(state)) >= _LARGE:
+    _set_malloc(_MAPPED)
+
+
+def _set_malloc(settings: Sequence[tuple[int, int]]) -> None:
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "mallopt"):
+    for parameter, value in settings:
+      libc.mallopt(parameter, value)
 
 
 def keep_compiled(folder: str | os.PathLike) -> None:

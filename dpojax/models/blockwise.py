@@ -78,7 +78,9 @@ def blockwise_attention(
 
   def of_rows(x):
     q, k, v, *ids = x
-    out = jax.lax.map(lambda x: _attend(*x, TokenIds(*ids), form), tuple(map(by_heads, (q, k, v))))
+    ids = TokenIds(*ids)
+    visited = visits(jnp.any(visible_blocks(ids, block=block, window=window), axis=0))
+    out = jax.lax.map(lambda x: _attend(*x, ids, visited, form), tuple(map(by_heads, (q, k, v))))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
   out = jax.lax.map(of_rows, tuple(map(apart, (q, k, v, *ids))))
@@ -117,9 +119,9 @@ def visits(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.argsort(~seen, axis=-1, stable=True), jnp.sum(seen, axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, ids, form):
-  return _forward(q, k, v, ids, form)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, ids, visited, form):
+  return _forward(q, k, v, ids, visited, form)[0]
 
 
 def wide_of(dtype) -> jnp.dtype:
@@ -148,11 +150,10 @@ def _added(ids: TokenIds, i: jax.Array, at: jax.Array, form: Form) -> jax.Array:
   return jnp.where(jnp.swapaxes(seen, 1, 2), 0.0, NEVER)[:, None, :, None, :]
 
 
-def _forward(q, k, v, ids, form):
+def _forward(q, k, v, ids, visited, form):
   """Of q [R, M, G, L, H], k and v [R, M, L, H]; queries that see nothing, padding, give 0."""
   *leading, length, head_size = q.shape
-  seen = jnp.any(visible_blocks(ids, block=form.block, window=form.window), axis=0)
-  order, count = visits(seen)
+  order, count = visited
   wide = wide_of(q.dtype)
 
   def of_queries(i):
@@ -183,11 +184,11 @@ def _forward(q, k, v, ids, form):
 
   out, normaliser = jax.lax.map(of_queries, jnp.arange(length // form.block))
   out, normaliser = kept(jnp.moveaxis(out, 0, 3).reshape(q.shape), normaliser)
-  return out, (q, k, v, ids, out, normaliser, order, count)
+  return out, (q, k, v, ids, visited, out, normaliser)
 
 
 def _backward(form, residuals, cotangent):
-  q, k, v, ids, out, normaliser, order, count = residuals
+  q, k, v, ids, (order, count), out, normaliser = residuals
   wide = wide_of(q.dtype)
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)
 
@@ -222,7 +223,7 @@ def _backward(form, residuals, cotangent):
   (k_grad, v_grad), q_grad = jax.lax.scan(
       of_queries, (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)), jnp.arange(order.shape[0]))
   q_grad = jnp.moveaxis(q_grad, 0, 3).reshape(q.shape)
-  return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
+  return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)

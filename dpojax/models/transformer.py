@@ -139,7 +139,7 @@ class Block(nn.Module):
   window: int
 
   @nn.compact
-  def __call__(self, x, ids: TokenIds, turns: dict[bool, rotary.Turns], cache):
+  def __call__(self, x, ids: TokenIds, turns: dict[int, rotary.Turns], cache):
     config = self.config
     y = Norm(config, name="attention_norm")(x)
     attended, cache = self._attention(y, ids, turns, cache)
@@ -165,7 +165,7 @@ class Block(nn.Module):
     if config.query_key_norms:
       q, k = Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k)
     if config.positions != "learned":
-      turn = partial(rotary.rotate, turns=turns[_turns_locally(config, self.window)],
+      turn = partial(rotary.rotate, turns=turns[self.window],
                      interleaved=config.positions == "interleaved")
       q, k = turn(q), turn(k)
     form = dict(scale=config.attention_scale, window=self.window, soft_cap=config.attention_soft_cap)
@@ -198,19 +198,16 @@ class Block(nn.Module):
     return (2 * self.config.layers) ** -0.5
 
 
-def _turns_locally(config: ModelConfig, window: int) -> bool:
-  """Whether a layer of this window has the rotary positions of local layers."""
-  return bool(window and config.local_rope_theta)
-
-
-def _turns(config: ModelConfig, positions: jax.Array) -> dict[bool, rotary.Turns]:
-  """Returns the turns of tokens in layers that turn locally, or do not, as far as there are such."""
+def _turns(config: ModelConfig, positions: jax.Array) -> dict[int, rotary.Turns]:
+  """Returns the turns of tokens in layers of each window; none where positions are learned."""
   if config.positions == "learned":
     return {}
   size, turns = config.rotary_size or config.head_size, {}
-  for local in {_turns_locally(config, window) for window in config.layer_windows}:
-    theta, scaling = (config.local_rope_theta, None) if local else (config.rope_theta, config.rope_scaling)
-    turns[local] = rotary.turns(
+  for window in dict.fromkeys(config.layer_windows):
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if window and config.local_rope_theta:
+      theta, scaling = config.local_rope_theta, None
+    turns[window] = rotary.turns(
         positions, rotary.frequencies(size, theta, scaling),
         magnitude=1.0 if scaling is None else scaling.magnitude)
   return turns
