@@ -78,6 +78,7 @@ def settings(base, sizes: Sizes, workdir: pathlib.Path, data: pathlib.Path):
   base.data.max_prompt_length = 16
   base.data.unique_prompts = False
   base.row_length = 256
+  base.rows_at_once = 1  # one program for steps of any number of rows
   base.model.width = sizes.width
   base.model.layers = sizes.layers
   base.optimizer.name = "adamw"

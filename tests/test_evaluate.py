@@ -17,6 +17,8 @@ from dpojax.models import transformer
 from dpojax.sample import Draw
 from tests import conftest, worlds
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 def kindness(prompt, response):
   """A scorer for the tests: kind words less unkind ones."""

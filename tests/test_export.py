@@ -16,6 +16,8 @@ from dpojax.models import hf
 from tests import conftest, worlds
 from tests.parity import models
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 @pytest.fixture(scope="module")
 def given(words, tmp_path_factory):

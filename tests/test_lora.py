@@ -26,6 +26,8 @@ from dpojax.models import hf, lora, peft, transformer
 from tests import conftest, worlds
 from tests.parity import models
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 LORA = lora.Lora(rank=3, alpha=5.0)
 MODELS = {
     "llama": worlds.llama(remat="full"), "gpt2": worlds.gpt2(), "gemma": worlds.gemma(),

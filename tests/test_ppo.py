@@ -19,6 +19,8 @@ from dpojax.models import transformer
 from dpojax.objectives import response_log_probs
 from tests import worlds
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 STOP, VOCAB, ROOM = 0, 5, 3
 
 

@@ -12,6 +12,8 @@ from dpojax.disk import DiskError
 from dpojax.metrics import read_metrics
 from tests import worlds
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 @pytest.fixture(scope="module")
 def settings(words, tmp_path_factory):

@@ -16,6 +16,8 @@ from dpojax.data.examples import DataError
 from dpojax.sample import Draw
 from tests import conftest, worlds
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 DRAW = Draw(num_samples=2, max_new_tokens=6, seed=3)
 
 

@@ -13,6 +13,8 @@ from dpojax.metrics import read_metrics
 from experiments import sweep
 from tests import worlds
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

@@ -24,6 +24,8 @@ from dpojax.metrics import read_metrics
 from dpojax.models import hf, transformer
 from tests import conftest, worlds
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 @pytest.fixture(scope="module")
 def given(words, tmp_path_factory):

@@ -1,0 +1,65 @@
+"""Time of the log-prob primitive on CPUs against the logits it holds at once.
+
+python -m experiments.head_speed [--cores=1] [--repeats=9]
+
+Values and gradients, for hidden states and head, of one row's 420 scored tokens among 512 and GPT-2's
+vocabulary. All forms in turns, so that what else the machine does hits each.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpojax import log_probs, parallel
+
+TOKENS, SCORED, VOCABULARY = 512, 420, 50_257
+SHIPPED = (log_probs.CPU_TOKENS, log_probs.CPU_BLOCK)
+FORMS = (SHIPPED, (256, 1920), (256, 2048), (256, 3200), (256, 4224), (128, 2432), (384, 2432))
+"""Tokens and vocabulary of the logits held at once."""
+
+
+def compiled(form: tuple[int, int], *arguments: jax.Array):
+  """Returns the value and gradients with logits of that form, compiled."""
+  def total(hidden, head, target):
+    scored = jnp.arange(TOKENS) < SCORED
+    return log_probs.token_log_probs(hidden, head, target, where=scored).sum()
+
+  log_probs.CPU_TOKENS, log_probs.CPU_BLOCK = form
+  program = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*arguments).compile()
+  log_probs.CPU_TOKENS, log_probs.CPU_BLOCK = SHIPPED
+  return program
+
+
+def seconds(program, *arguments: jax.Array) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(program(*arguments))
+  return time.perf_counter() - start
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--cores", type=int, default=1)
+  parser.add_argument("--repeats", type=int, default=9)
+  options = parser.parse_args()
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:options.cores])  # before jax counts them
+  parallel.keep_freed_memory()
+  rng = np.random.default_rng(0)
+  print("| width, ms | " + " | ".join(f"{tokens} x {block:,}" for tokens, block in FORMS) + " |")
+  print("|---" * (len(FORMS) + 1) + "|")
+  for width in (256, 768):
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * width**-0.5, jnp.float32)
+    arguments = (draw(TOKENS, width), draw(VOCABULARY, width),
+                 jnp.asarray(rng.integers(VOCABULARY, size=TOKENS), jnp.int32))
+    programs = [compiled(form, *arguments) for form in FORMS]
+    times = [[seconds(program, *arguments) for program in programs] for _ in range(options.repeats + 1)]
+    medians = [statistics.median(each) for each in zip(*times[1:])]
+    print(f"| {width} | " + " | ".join(f"{1000 * each:.0f}" for each in medians) + " |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
