@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--peer-steps", type=int, default=2, help="of a run of a peer")
   parser.add_argument("--batch-size", type=int, default=64)
   parser.add_argument("--max-length", type=int, default=512)
-  parser.add_argument("--row-length", type=int, default=768)
+  parser.add_argument("--row-length", type=int, default=1152)
   parser.add_argument("--rows-at-once", type=int, default=1)
   parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
   parser.add_argument("--threads", type=int, default=os.cpu_count())
