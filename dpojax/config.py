@@ -79,7 +79,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.model.param_dtype = "float32"  # of params; bfloat16 under an adapter only
   config.model.remat = "none"  # what the backward pass recomputes: none, full, attention, dots
   config.model.attention = "auto"  # blockwise; fused, on GPUs and TPUs; auto: by the machine
-  config.model.scan_layers = True
+  config.model.scan_layers = True  # one compiled block for all layers; False: slower to compile, faster on CPUs
 
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 0  # of a low-rank adapter on model.checkpoint, alone trained; 0: no adapter

@@ -48,6 +48,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--max-length", type=int, default=512)
   parser.add_argument("--row-length", type=int, default=1152)
   parser.add_argument("--rows-at-once", type=int, default=1)
+  parser.add_argument("--scan-layers", action="store_true",
+                      help="dpojax with one compiled block for all layers: slower on CPUs, compiled sooner")
   parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
   parser.add_argument("--threads", type=int, default=os.cpu_count())
   parser.add_argument("--as-installed", action="store_true",
@@ -99,7 +101,7 @@ def main():
       "beta": 0.1, "learning_rate": 1e-5, "dtype": "float32", "source": "hh", "path": args.data,
       "tokenizer": args.tokenizer, "batch_size": args.batch_size, "max_length": args.max_length,
       "row_length": args.row_length,
-      "rows_at_once": args.rows_at_once, "threads": args.threads, "steps": args.steps,
+      "rows_at_once": args.rows_at_once, "scan_layers": args.scan_layers, "threads": args.threads, "steps": args.steps,
       "cache": str(args.out / "cache"), "model": str(args.out / f"model-{args.case}")} | case
   model = inputs.make_model(settings, pathlib.Path(settings["model"]))
   batches = inputs.make_loader(inputs.run_config(settings))

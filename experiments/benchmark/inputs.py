@@ -24,6 +24,7 @@ def run_config(settings: dict) -> ml_collections.ConfigDict:
       "rows_at_once": settings.get("rows_at_once", 0),
       "model.checkpoint": settings["model"], "model.dtype": settings["dtype"],
       "model.remat": settings.get("remat", "none"),
+      "model.scan_layers": settings.get("scan_layers", False),
       "reference.mode": "stored" if settings.get("stored") else "inline",
       "data.source": settings["source"], "data.path": settings["path"],
       "data.max_length": settings["max_length"],
