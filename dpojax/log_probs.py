@@ -16,7 +16,9 @@ import jax.numpy as jnp
 CHUNK_ELEMENTS = 2**24
 """Logits held at once when no chunk size is given: 2**24 float32 values, 64 MiB."""
 
-CPU_TOKENS, CPU_BLOCK = 256, 19 * 128
+_LANES = 128
+
+CPU_TOKENS, CPU_BLOCK = 256, 19 * _LANES
 """Tokens and vocabulary of the logits held at once on CPUs, 2.4 MiB: about a core's cache.
 
 An odd multiple of `_LANES`: rows a power of two apart meet in the same few places of a cache.
@@ -25,7 +27,6 @@ An odd multiple of `_LANES`: rows a power of two apart meet in the same few plac
 CPU_CUTS = 4
 """Pieces the last chunk of a row is cut into on CPUs, where those of padding alone are left out."""
 
-_LANES = 128
 _LEAST = -1e30
 
 

@@ -100,8 +100,8 @@ def main():
   settings = {
       "beta": 0.1, "learning_rate": 1e-5, "dtype": "float32", "source": "hh", "path": args.data,
       "tokenizer": args.tokenizer, "batch_size": args.batch_size, "max_length": args.max_length,
-      "row_length": args.row_length,
-      "rows_at_once": args.rows_at_once, "scan_layers": args.scan_layers, "threads": args.threads, "steps": args.steps,
+      "row_length": args.row_length, "rows_at_once": args.rows_at_once, "scan_layers": args.scan_layers,
+      "threads": args.threads, "steps": args.steps,
       "cache": str(args.out / "cache"), "model": str(args.out / f"model-{args.case}")} | case
   model = inputs.make_model(settings, pathlib.Path(settings["model"]))
   batches = inputs.make_loader(inputs.run_config(settings))

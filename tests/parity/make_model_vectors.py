@@ -128,7 +128,7 @@ def wrong_frequencies():
 
 def moved(old, new):
   """Names of the arrays of `new` that are not those of `old`, but for what other CPUs round otherwise."""
-  rounding = lambda array: 2e-5 * max(1.0, np.abs(array).max())
+  rounding = lambda array: 2e-5 * max(0.5, np.abs(array).max())
   if old.keys() != new.keys():
     return [f"the cases: {sorted(old.keys() ^ new.keys())}"]
   return [f"{case}/{key}" for case in new for key in new[case]
