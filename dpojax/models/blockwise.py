@@ -5,8 +5,9 @@ queries visits only the blocks of keys that some query of it may see, so in pack
 that of the comparisons, not of the row, and memory is linear in the row length.
 """
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,11 @@ NEVER = -1e30
 
 
 class Form(NamedTuple):
-  """The static choices: see `attention.attention`."""
+  """The static choices: see `blockwise_attention`."""
 
   scale: float
   window: int
   soft_cap: float
-  block: int
 
 
 def blockwise_attention(
@@ -64,28 +64,18 @@ def blockwise_attention(
     few = CPU_HEADS * key_heads // heads if on_cpu and not arrays_are_cut() else key_heads
     heads_at_once = max(n for n in range(1, max(few, 1) + 1) if key_heads % n == 0)
   padding = -length % block
-  pad = lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-  q, k, v, *ids = map(pad, (q, k, v, *ids))
-  q = jnp.moveaxis(q.reshape(*q.shape[:2], key_heads, heads // key_heads, head_size), 1, 3)
-  k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
-  form = Form(scale or head_size**-0.5, window, soft_cap, block)
 
   # Rows are cut over devices in whole runs: taking one of each run leaves every device its own.
-  apart = lambda x: jnp.swapaxes(
-      x.reshape(rows_at_once, rows // rows_at_once, *x.shape[1:]), 0, 1)
-  by_heads = lambda x: jnp.moveaxis(
-      x.reshape(rows_at_once, key_heads // heads_at_once, heads_at_once, *x.shape[2:]), 1, 0)
+  def cut(x, *heads):
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(rows_at_once, rows // rows_at_once, -1, block, *heads)
 
-  def of_rows(x):
-    q, k, v, *ids = x
-    ids = TokenIds(*ids)
-    visited = visits(jnp.any(visible_blocks(ids, block=block, window=window), axis=0))
-    out = jax.lax.map(lambda x: _attend(*x, ids, visited, form), tuple(map(by_heads, (q, k, v))))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
-
-  out = jax.lax.map(of_rows, tuple(map(apart, (q, k, v, *ids))))
-  out = jnp.swapaxes(out, 0, 1).reshape(rows, *q.shape[1:])
-  return jnp.moveaxis(out, 3, 1).reshape(rows, length + padding, heads, head_size)[:, :length]
+  groups = key_heads // heads_at_once, heads_at_once
+  out = _attend(
+      cut(q, *groups, heads // key_heads, head_size), cut(k, *groups, head_size),
+      cut(v, *groups, head_size), jax.tree.map(cut, ids),
+      Form(scale or head_size**-0.5, window, soft_cap))
+  return out.reshape(rows, length + padding, heads, head_size)[:, :length]
 
 
 def _row_shards() -> int:
@@ -94,17 +84,16 @@ def _row_shards() -> int:
   return 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
 
 
-def visible_blocks(ids: TokenIds, *, block: int, window: int = 0) -> jax.Array:
-  """Returns [R, B, B] bool: whether queries of a block may see keys of another.
+def visible_blocks(ids: TokenIds, *, window: int = 0) -> jax.Array:
+  """Returns [..., B, B] bool, of ids [..., B, T]: whether queries of a block may see keys of another.
 
   Never false where one does: blocks are compared by the ranges of their numbers.
   """
   there = ids.comparison > 0
-  cut = lambda x: x.reshape(x.shape[0], -1, block)
-  least = jax.tree.map(lambda x: cut(jnp.where(there, x, jnp.iinfo(x.dtype).max)).min(-1), ids)
-  most = jax.tree.map(lambda x: cut(jnp.where(there, x, -1)).max(-1), ids)
-  q_least, q_most = (jax.tree.map(lambda x: x[:, :, None], ends) for ends in (least, most))
-  k_least, k_most = (jax.tree.map(lambda x: x[:, None, :], ends) for ends in (least, most))
+  least = jax.tree.map(lambda x: jnp.where(there, x, jnp.iinfo(x.dtype).max).min(-1), ids)
+  most = jax.tree.map(lambda x: jnp.where(there, x, -1).max(-1), ids)
+  q_least, q_most = (jax.tree.map(lambda x: x[..., :, None], ends) for ends in (least, most))
+  k_least, k_most = (jax.tree.map(lambda x: x[..., None, :], ends) for ends in (least, most))
   meets = lambda name: ((getattr(q_least, name) <= getattr(k_most, name))
                         & (getattr(k_least, name) <= getattr(q_most, name)))
   seen = meets("comparison") & (k_least.position <= q_most.position)
@@ -119,9 +108,58 @@ def visits(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.argsort(~seen, axis=-1, stable=True), jnp.sum(seen, axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, ids, visited, form):
-  return _forward(q, k, v, ids, visited, form)[0]
+class _Place(NamedTuple):
+  """Which rows, tokens and key heads are computed together: an index each, traced."""
+
+  row: jax.Array
+  block: jax.Array
+  group: jax.Array
+
+
+def _start(x: jax.Array, at: _Place) -> tuple:
+  return (0, at.row, at.block, 0, at.group, *[0] * x.ndim)[:x.ndim]
+
+
+def _part(x: jax.Array, at: _Place, order: str) -> jax.Array:
+  """Returns what is at a place, in another order, which is told as in einsum.
+
+  Of x [A, N, B, T, C, ...] that is [A, T, ...]. Arrays stay as they come, tokens before heads: what is
+  rearranged is never more than a part.
+  """
+  places = (1, 2, 4)[:x.ndim - 2]
+  sizes = [1 if i in places else size for i, size in enumerate(x.shape)]
+  part = jax.lax.dynamic_slice(x, _start(x, at), sizes)
+  return jnp.einsum(order, jnp.squeeze(part, places))
+
+
+def _with_part(
+    x: jax.Array, part: jax.Array, at: _Place, order: str, *, add: bool = False) -> jax.Array:
+  """Returns x [A, N, B, T, C, ...] with the part in its place, or added to what is there."""
+  part = jnp.expand_dims(jnp.einsum(order, part), (1, 2, 4)).astype(x.dtype)
+  if add:
+    part += jax.lax.dynamic_slice(x, _start(x, at), part.shape)
+  return jax.lax.dynamic_update_slice(x, part, _start(x, at))
+
+
+def _over_queries(q: jax.Array, step: Callable[[_Place, Any], Any], carry: Any) -> Any:
+  """Carries something through `step` at every place of q."""
+  _, rows, blocks, _, groups = q.shape[:5]
+
+  def at(i, carry):
+    row, group, block = jnp.unravel_index(i, (rows, groups, blocks))
+    return step(_Place(row, block, group), carry)
+
+  return jax.lax.fori_loop(0, rows * groups * blocks, at, carry)
+
+
+def _visits(ids: TokenIds, form: Form) -> tuple[jax.Array, jax.Array]:
+  """Returns `visits` of blocks that any of A rows needs: [N, B, B] and [N, B]."""
+  return visits(jnp.any(visible_blocks(ids, window=form.window), axis=0))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, ids, form):
+  return _forward(q, k, v, ids, form)[0]
 
 
 def wide_of(dtype) -> jnp.dtype:
@@ -133,97 +171,106 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(equation, a, b, preferred_element_type=wide_of(a.dtype))
 
 
-def _part(x: jax.Array, i: jax.Array, form: Form, axis: int = -2) -> jax.Array:
-  return jax.lax.dynamic_slice_in_dim(x, i * form.block, form.block, axis)
-
-
 def _scores(q: jax.Array, k: jax.Array, form: Form) -> jax.Array:
-  """Returns the scores [R, M, T, G, Q]: queries last, so that a reduction over keys is of whole vectors."""
-  scores = form.scale * _einsum("rmth,rmgqh->rmtgq", k, q)
+  """Returns the scores [A, m, T, G, Q]: queries last, so that a reduction over keys is of whole vectors."""
+  scores = form.scale * _einsum("rmth,rmghq->rmtgq", k, q)
   return form.soft_cap * jnp.tanh(scores / form.soft_cap) if form.soft_cap else scores
 
 
-def _added(ids: TokenIds, i: jax.Array, at: jax.Array, form: Form) -> jax.Array:
-  """Returns what to add to scores of queries of block i and keys of block `at`: 0, or `NEVER`."""
-  query_ids, key_ids = (jax.tree.map(lambda x: _part(x, n, form, axis=1), ids) for n in (i, at))
+def _added(query_ids: TokenIds, key_ids: TokenIds, form: Form) -> jax.Array:
+  """Returns what to add to the scores of such queries and keys [A, T]: 0, or `NEVER`."""
   seen = visible(query_ids, key_ids, window=form.window) & (query_ids.comparison[:, :, None] > 0)
   return jnp.where(jnp.swapaxes(seen, 1, 2), 0.0, NEVER)[:, None, :, None, :]
 
 
-def _forward(q, k, v, ids, visited, form):
-  """Of q [R, M, G, L, H], k and v [R, M, L, H]; queries that see nothing, padding, give 0."""
-  *leading, length, head_size = q.shape
-  order, count = visited
-  wide = wide_of(q.dtype)
+def _forward(q, k, v, ids, form):
+  """Of q [A, N, B, T, C, M, G, H], k and v [A, N, B, T, C, M, H] and ids [A, N, B, T].
 
-  def of_queries(i):
-    q_part = _part(q, i, form)
+  A rows of N, T tokens of B blocks and M key heads of C groups are computed at once. Queries that see
+  nothing, padding, give 0. Products are all of two matrices as they lie, an m x k by a k x n: what lies
+  otherwise is copied first on CPUs.
+  """
+  wide = wide_of(q.dtype)
+  order, count = _visits(ids, form)
+  ids_at = lambda at: jax.tree.map(lambda x: _part(x, at, "rt->rt"), ids)
+
+  def of_queries(at, carry):
+    out, normaliser = carry
+    q_part, query_ids = _part(q, at, "rtmgh->rmght"), ids_at(at)
 
     def visit(carry):
       j, most, total, mixed = carry
-      at = order[i, j]
-      scores = _scores(q_part, _part(k, at, form), form)
-      scores += jnp.broadcast_to(_added(ids, i, at, form), scores.shape)
+      key = at._replace(block=order[at.row, at.block, j])
+      scores = _scores(q_part, _part(k, key, "rtmh->rmth"), form)
+      scores += jnp.broadcast_to(_added(query_ids, ids_at(key), form), scores.shape)
       new = jnp.maximum(most, jnp.max(scores, axis=2))
       # A query that has seen no key yet weighs keys it does not see; its first key makes that 0.
       weights = jnp.exp(scores - new[:, :, None])
       old = jnp.exp(most - new)
-      mixed = mixed * old[..., None] + _einsum(
-          "rmtgq,rmth->rmgqh", weights.astype(v.dtype), _part(v, at, form))
+      mixed = mixed * old[:, :, None] + _einsum(
+          "rmht,rmtgq->rmhgq", _part(v, key, "rtmh->rmht"), weights.astype(v.dtype))
       return j + 1, new, total * old + jnp.sum(weights, axis=2), mixed
 
-    shape = (*leading, form.block)
+    rows, heads, group, head_size, queries = q_part.shape
+    numbers = rows, heads, group, queries
     _, most, total, mixed = jax.lax.while_loop(
-        lambda carry: carry[0] < count[i], visit,
-        (0, jnp.full(shape, NEVER, wide), jnp.zeros(shape, wide),
-         jnp.zeros((*shape, head_size), wide)))
+        lambda carry: carry[0] < count[at.row, at.block], visit,
+        (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide),
+         jnp.zeros((rows, heads, head_size, group, queries), wide)))
     sees = most > NEVER / 2
     total = jnp.where(sees, total, 1)
-    return (jnp.where(sees[..., None], mixed / total[..., None], 0).astype(q.dtype),
-            jnp.where(sees, most + jnp.log(total), 0))
+    mixed = jnp.where(sees[:, :, None], mixed / total[:, :, None], 0)
+    return (_with_part(out, mixed, at, "rmhgt->rtmgh"),
+            _with_part(normaliser, jnp.where(sees, most + jnp.log(total), 0), at, "rmgt->rtmg"))
 
-  out, normaliser = jax.lax.map(of_queries, jnp.arange(length // form.block))
-  out, normaliser = kept(jnp.moveaxis(out, 0, 3).reshape(q.shape), normaliser)
-  return out, (q, k, v, ids, visited, out, normaliser)
+  out, normaliser = kept(*_over_queries(
+      q, of_queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], wide))))
+  return out, (q, k, v, ids, out, normaliser)
 
 
 def _backward(form, residuals, cotangent):
-  q, k, v, ids, (order, count), out, normaliser = residuals
+  q, k, v, ids, out, normaliser = residuals
   wide = wide_of(q.dtype)
-  inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)
+  order, count = _visits(ids, form)
+  ids_at = lambda at: jax.tree.map(lambda x: _part(x, at, "rt->rt"), ids)
 
-  def of_queries(grads, i):
-    q_part, cotangent_part = _part(q, i, form), _part(cotangent, i, form)
-    inner_part = _part(inner, i, form, axis=-1)[:, :, None]
+  def of_queries(at, carry):
+    q_grad, *grads = carry
+    query_ids = ids_at(at)
+    q_part, cotangent_part = (_part(x, at, "rtmgh->rmtgh") for x in (q, cotangent))
+    q_across, cotangent_across, out_across = (
+        _part(x, at, "rtmgh->rmght") for x in (q, cotangent, out))
+    normaliser_part = _part(normaliser, at, "rtmg->rmgt")[:, :, None]
+    inner = jnp.sum(cotangent_across.astype(wide) * out_across.astype(wide), axis=3)[:, :, None]
 
     def visit(carry):
-      j, q_grad, (k_grad, v_grad) = carry
-      at = order[i, j]
-      k_part, v_part = _part(k, at, form), _part(v, at, form)
-      scores = _scores(q_part, k_part, form)
-      added = jnp.broadcast_to(_added(ids, i, at, form), scores.shape)
-      weights = jnp.exp(scores + added - normaliser[i][:, :, None])
-      weights_grad = _einsum("rmth,rmgqh->rmtgq", v_part, cotangent_part)
-      scores_grad = weights * (weights_grad - inner_part) * form.scale
+      j, query_grad, k_grad, v_grad = carry
+      key = at._replace(block=order[at.row, at.block, j])
+      k_part, v_part = (_part(x, key, "rtmh->rmth") for x in (k, v))
+      scores = _scores(q_across, k_part, form)
+      added = jnp.broadcast_to(_added(query_ids, ids_at(key), form), scores.shape)
+      weights = jnp.exp(scores + added - normaliser_part)
+      weights_grad = _einsum("rmth,rmghq->rmtgq", v_part, cotangent_across)
+      scores_grad = weights * (weights_grad - inner) * form.scale
       if form.soft_cap:
         scores_grad *= 1 - jnp.square(scores / form.soft_cap)
       scores_grad = scores_grad.astype(q.dtype)
-      q_grad += _einsum("rmtgq,rmth->rmgqh", scores_grad, k_part)
-      add = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(
-          whole, _part(whole, at, form) + part, at * form.block, axis=2)
-      k_grad = add(k_grad, _einsum("rmtgq,rmgqh->rmth", scores_grad, q_part))
+      query_grad += _einsum("rmht,rmtgq->rmhgq", _part(k, key, "rtmh->rmht"), scores_grad)
+      add = lambda grad, part: _with_part(grad, part, key, "rmth->rtmh", add=True)
+      k_grad = add(k_grad, _einsum("rmtgq,rmqgh->rmth", scores_grad, q_part))
       v_grad = add(v_grad, _einsum(
-          "rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))
-      return j + 1, q_grad, (k_grad, v_grad)
+          "rmtgq,rmqgh->rmth", weights.astype(cotangent.dtype), cotangent_part))
+      return j + 1, query_grad, k_grad, v_grad
 
-    _, q_grad, grads = jax.lax.while_loop(
-        lambda carry: carry[0] < count[i], visit, (0, jnp.zeros(q_part.shape, wide), grads))
-    return grads, q_grad.astype(q.dtype)
+    rows, heads, group, head_size, queries = q_across.shape
+    _, query_grad, *grads = jax.lax.while_loop(
+        lambda carry: carry[0] < count[at.row, at.block], visit,
+        (0, jnp.zeros((rows, heads, head_size, group, queries), wide), *grads))
+    return _with_part(q_grad, query_grad, at, "rmhgt->rtmgh"), *grads
 
-  (k_grad, v_grad), q_grad = jax.lax.scan(
-      of_queries, (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)), jnp.arange(order.shape[0]))
-  q_grad = jnp.moveaxis(q_grad, 0, 3).reshape(q.shape)
-  return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None, None
+  q_grad, k_grad, v_grad = _over_queries(
+      q, of_queries, (jnp.zeros_like(q), jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)))
+  return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)

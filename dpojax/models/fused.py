@@ -220,7 +220,8 @@ def _call(
 
 def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.Array, jax.Array]:
   """Returns how many blocks each block visits, [R, B, 1, 1], and those first, [R, B, 1, B]."""
-  seen = visible_blocks(TokenIds(*jnp.moveaxis(ids, 1, 0)), block=form.block, window=form.window)
+  blocks = jnp.moveaxis(ids, 1, 0).reshape(3, ids.shape[0], -1, form.block)
+  seen = visible_blocks(TokenIds(*blocks), window=form.window)
   order, count = visits(jnp.swapaxes(seen, 1, 2) if by_keys else seen)
   return count[..., None, None].astype(jnp.int32), order[..., None, :].astype(jnp.int32)
 
