@@ -16,7 +16,7 @@ from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 
 
-_FIRST_STAGE = 64
+_FIRST_STAGE = 32
 
 
 class Samples(NamedTuple):
@@ -80,10 +80,8 @@ def make_sampler(
 
     def extend(carry):
       step, done, hidden, cache, tokens, counts, log_probs = carry
-      logits = logits_of(hidden, head)
-      token = draw(logits, uniform[step], temperature, top_p, top_k)
-      chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-      log_probs += jnp.where(done, 0.0, chosen - jax.nn.logsumexp(logits, axis=-1))
+      token, log_prob = draw(logits_of(hidden, head), uniform[step], temperature, top_p, top_k)
+      log_probs += jnp.where(done, 0.0, log_prob)
       token = jnp.where(done, 0, token)
       tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
       counts += ~done
@@ -98,7 +96,7 @@ def make_sampler(
         0, jnp.zeros(rows, bool), repeat(last), None,
         jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.float32))
-    for start, end in _stages(max_new_tokens):
+    for start, end in _stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
       step, done, hidden, cache, *drawn = jax.lax.while_loop(
           lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend,
@@ -118,32 +116,39 @@ def _in_compute_dtype(config: ModelConfig, params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _stages(max_new_tokens: int) -> Iterator[tuple[int, int]]:
-  """Yields the (start, end) of tokens that are decoded by a loop each, doubling all there are.
+def _stages(width: int, max_new_tokens: int) -> Iterator[tuple[int, int]]:
+  """Yields the (start, end) of tokens that are decoded by a loop each, behind prompts of that width.
 
-  A step looks through all the room there is, filled or not: so there is at most twice what is
-  needed, and little for samples that all end early.
+  A step looks through all the room there is, filled or not, and each loop is compiled by itself and
+  copies what was seen before it. So there are few stages for long samples, short ones for samples that
+  all end early, and none that is short beside the prompt.
   """
-  start, end = 0, _FIRST_STAGE
+  start = 0
   while start < max_new_tokens:
-    yield start, min(end, max_new_tokens)
-    start, end = end, 2 * end
+    length = max(_FIRST_STAGE, width // 8, min(start, max_new_tokens // 4))
+    yield start, min(start + length, max_new_tokens)
+    start += length
 
 
 def draw(
     logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_p: jax.Array,
     top_k: jax.Array,
-) -> jax.Array:
-  """Returns one id a row, [R] int32, from logits [R, V]; knobs as in the sampler.
+) -> tuple[jax.Array, jax.Array]:
+  """Returns one id a row, [R] int32, from logits [R, V], and its log-prob at temperature 1 of all ids.
 
-  `uniform` [R] in [0, 1) are the random numbers: the same one takes the same id.
+  `uniform` [R] in [0, 1) are the random numbers: the same one takes the same id. The other knobs are
+  the sampler's.
   """
+  largest, most, normaliser = _summary(logits)
+
   def random():
     scaled = logits / temperature
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    return _pick(likeliest(weights, top_p, top_k), uniform)
+    token = _pick(likeliest(weights, top_p, top_k), uniform)
+    return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
 
-  return jax.lax.cond(jnp.asarray(temperature) > 0, random, lambda: _first_of_largest(logits))
+  token, logit = jax.lax.cond(jnp.asarray(temperature) > 0, random, lambda: (largest, most))
+  return token, logit - normaliser
 
 
 def likeliest(
@@ -199,21 +204,35 @@ def _keep(
 
 _BLOCK = 128
 
+_SIDE_BY_SIDE = 8
 
-def _in_blocks(x: jax.Array, fill: float) -> jax.Array:
-  """[R, V] -> [R, ceil(V / block), block]."""
-  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)), constant_values=fill)
-  return x.reshape(x.shape[0], -1, _BLOCK)
+
+def _in_blocks(x: jax.Array, fill: float, *, axis: int = 1) -> jax.Array:
+  """Cuts an axis of V ids into [ceil(V / block), block]."""
+  padding = [(0, -size % _BLOCK if i == axis else 0) for i, size in enumerate(x.shape)]
+  x = jnp.pad(x, padding, constant_values=fill)
+  return x.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1:])
 
 
 _take = jax.vmap(lambda row, index: row[index])
 
 
-def _first_of_largest(logits: jax.Array) -> jax.Array:
-  """argmax over ids [R, V] in one pass that compilers turn into vectors: blocks first, then ids."""
-  blocks = _in_blocks(logits, -jnp.inf)
-  block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-  return (block * _BLOCK + jnp.argmax(_take(blocks, block), axis=-1)).astype(jnp.int32)
+def _summary(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the first id with the largest logit [R], that logit, and log sum exp, of logits [R, V].
+
+  In steps that compilers turn into vectors: over ids of a block, then over blocks. Many rows lie side
+  by side, as the head's product leaves them; of few, ids do.
+  """
+  many = len(logits) >= _SIDE_BY_SIDE
+  block, ids = (0, 1) if many else (1, 2)
+  blocks = _in_blocks(logits.T if many else logits, -jnp.inf, axis=block)
+  wide = lambda x: jnp.expand_dims(x, (block, ids))
+  of_blocks = jnp.max(blocks, axis=ids)
+  most, best = jnp.max(of_blocks, axis=block), jnp.argmax(of_blocks, axis=block)
+  total = jnp.sum(jnp.sum(jnp.exp(blocks - wide(most)), axis=ids), axis=block)
+  of_best = jnp.squeeze(jnp.take_along_axis(blocks, wide(best), axis=block), block)
+  largest = best * _BLOCK + jnp.argmax(of_best, axis=ids - 1)
+  return largest.astype(jnp.int32), most, most + jnp.log(total)
 
 
 def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ def test_log_probs_are_those_of_the_training_primitive(rng):
 
 
 def test_the_stages_of_decoding_join(rng):
-  """76 tokens of Gemma's kind: the second stage has room for 12 and looks back through 64."""
+  """76 tokens of Gemma's kind: the third stage has room for 12 and looks back through 64."""
   config = worlds.gemma(layer_windows=(3, 70, 0), layers=3)
   params, padded = worlds.params_of(config), prompts(rng)
   got = sampler(config, max_new_tokens=76, num_samples=2)(
@@ -145,17 +145,21 @@ def test_draws_follow_the_softmax_over_ids_of_several_blocks(rng):
   uniform = jax.random.uniform(jax.random.key(1), (50, 1000))
   wide = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (1000, 500))
   drawn = jax.jit(lambda uniform: jax.lax.map(
-      lambda each: sampling.draw(wide, each, 1.0, 1.0, 0), uniform))(uniform)
+      lambda each: sampling.draw(wide, each, 1.0, 1.0, 0)[0], uniform))(uniform)
   assert chi_square(drawn, softmax(logits)) < 575
 
 
+@pytest.mark.parametrize("rows", [3, 50])
 @pytest.mark.parametrize("ids", [5, 128, 300])
-def test_greedy_takes_the_first_of_the_largest(ids, rng):
-  logits = np.float32(rng.integers(4, size=(50, ids)))
-  logits[:10] = -np.inf
-  logits[:10, ids // 2] = -1e30
-  got = jax.jit(sampling.draw)(logits, np.zeros(50), 0.0, 1.0, 0)
-  np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
+def test_greedy_takes_the_first_of_the_largest_and_reports_its_log_prob(rows, ids, rng):
+  logits = np.float32(rng.integers(4, size=(rows, ids)))
+  logits[:1] = -np.inf
+  logits[:1, ids // 2] = -1e30
+  token, log_prob = jax.jit(sampling.draw)(logits, np.zeros(rows), 0.0, 1.0, 0)
+  want = np.argmax(logits, axis=-1)
+  np.testing.assert_array_equal(token, want)
+  np.testing.assert_allclose(
+      log_prob, jax.nn.log_softmax(logits)[np.arange(rows), want], rtol=1e-5, atol=1e-6)
 
 
 def test_a_sweep_over_temperature_top_p_and_top_k_compiles_once():
