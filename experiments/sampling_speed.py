@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from dpojax import sampling
+from dpojax import parallel, sampling
 from dpojax.models import hf, transformer
 
 PROMPT, NEW = 64, 128
@@ -85,6 +85,7 @@ def main():
   parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
   options = parser.parse_args()
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:options.cores])  # before jax counts them
+  parallel.keep_freed_memory()  # as every command of dpojax does; torch's buffers are kept too
   torch.set_num_threads(options.cores)
   transformers.utils.logging.disable_progress_bar()
   rng = np.random.default_rng(0)

@@ -128,7 +128,8 @@ def cached_attention(
     mask = jnp.tile(visible(query_ids, ids, window=window), (1, heads // key_heads, 1))
     return jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
 
-  weights = jax.nn.softmax(jnp.concatenate([scores_of(part) for part in parts], -1), axis=-1)
+  scores = jnp.concatenate([scores_of(part) for part in parts], -1)
+  weights = jax.nn.softmax(scores.reshape(-1, scores.shape[-1]), axis=-1).reshape(scores.shape)
   ends = np.cumsum([part.k.shape[2] for part in parts])[:-1]
   mixed = sum(
       apart(jnp.einsum("rmqt,rmth->rmqh", together(w.astype(part.v.dtype), part), part.v))
