@@ -5,7 +5,6 @@ queries visits only the blocks of keys that some query of it may see, so in pack
 that of the comparisons, not of the row, and memory is linear in the row length.
 """
 
-import math
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
@@ -173,7 +172,7 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _scores(q: jax.Array, k: jax.Array, form: Form) -> jax.Array:
   """Returns the scores [A, m, T, G, Q]: queries last, so that a reduction over keys is of whole vectors."""
-  scores = form.scale * _einsum("rmth,rmghq->rmtgq", k, q)
+  scores = form.scale * _einsum("rmth,rmhgq->rmtgq", k, q)
   return form.soft_cap * jnp.tanh(scores / form.soft_cap) if form.soft_cap else scores
 
 
@@ -196,7 +195,7 @@ def _forward(q, k, v, ids, form):
 
   def of_queries(at, carry):
     out, normaliser = carry
-    q_part, query_ids = _part(q, at, "rtmgh->rmght"), ids_at(at)
+    q_part, query_ids = _part(q, at, "rtmgh->rmhgt"), ids_at(at)
 
     def visit(carry):
       j, most, total, mixed = carry
@@ -211,12 +210,12 @@ def _forward(q, k, v, ids, form):
           "rmht,rmtgq->rmhgq", _part(v, key, "rtmh->rmht"), weights.astype(v.dtype))
       return j + 1, new, total * old + jnp.sum(weights, axis=2), mixed
 
-    rows, heads, group, head_size, queries = q_part.shape
+    rows, heads, _, group, queries = q_part.shape
     numbers = rows, heads, group, queries
     _, most, total, mixed = jax.lax.while_loop(
         lambda carry: carry[0] < count[at.row, at.block], visit,
         (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide),
-         jnp.zeros((rows, heads, head_size, group, queries), wide)))
+         jnp.zeros(q_part.shape, wide)))
     sees = most > NEVER / 2
     total = jnp.where(sees, total, 1)
     mixed = jnp.where(sees[:, :, None], mixed / total[:, :, None], 0)
@@ -237,11 +236,11 @@ def _backward(form, residuals, cotangent):
   def of_queries(at, carry):
     q_grad, *grads = carry
     query_ids = ids_at(at)
-    q_part, cotangent_part = (_part(x, at, "rtmgh->rmtgh") for x in (q, cotangent))
+    q_part, cotangent_part = (_part(x, at, "rtmgh->rmgth") for x in (q, cotangent))
     q_across, cotangent_across, out_across = (
-        _part(x, at, "rtmgh->rmght") for x in (q, cotangent, out))
+        _part(x, at, "rtmgh->rmhgt") for x in (q, cotangent, out))
     normaliser_part = _part(normaliser, at, "rtmg->rmgt")[:, :, None]
-    inner = jnp.sum(cotangent_across.astype(wide) * out_across.astype(wide), axis=3)[:, :, None]
+    inner = jnp.sum(cotangent_across.astype(wide) * out_across.astype(wide), axis=2)[:, :, None]
 
     def visit(carry):
       j, query_grad, k_grad, v_grad = carry
@@ -250,22 +249,21 @@ def _backward(form, residuals, cotangent):
       scores = _scores(q_across, k_part, form)
       added = jnp.broadcast_to(_added(query_ids, ids_at(key), form), scores.shape)
       weights = jnp.exp(scores + added - normaliser_part)
-      weights_grad = _einsum("rmth,rmghq->rmtgq", v_part, cotangent_across)
+      weights_grad = _einsum("rmth,rmhgq->rmtgq", v_part, cotangent_across)
       scores_grad = weights * (weights_grad - inner) * form.scale
       if form.soft_cap:
         scores_grad *= 1 - jnp.square(scores / form.soft_cap)
       scores_grad = scores_grad.astype(q.dtype)
       query_grad += _einsum("rmht,rmtgq->rmhgq", _part(k, key, "rtmh->rmht"), scores_grad)
       add = lambda grad, part: _with_part(grad, part, key, "rmth->rtmh", add=True)
-      k_grad = add(k_grad, _einsum("rmtgq,rmqgh->rmth", scores_grad, q_part))
+      k_grad = add(k_grad, _einsum("rmtgq,rmgqh->rmth", scores_grad, q_part))
       v_grad = add(v_grad, _einsum(
-          "rmtgq,rmqgh->rmth", weights.astype(cotangent.dtype), cotangent_part))
+          "rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))
       return j + 1, query_grad, k_grad, v_grad
 
-    rows, heads, group, head_size, queries = q_across.shape
     _, query_grad, *grads = jax.lax.while_loop(
         lambda carry: carry[0] < count[at.row, at.block], visit,
-        (0, jnp.zeros((rows, heads, head_size, group, queries), wide), *grads))
+        (0, jnp.zeros(q_across.shape, wide), *grads))
     return _with_part(q_grad, query_grad, at, "rmhgt->rtmgh"), *grads
 
   q_grad, k_grad, v_grad = _over_queries(
