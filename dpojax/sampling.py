@@ -143,7 +143,7 @@ def draw(
 
   def random():
     scaled = logits / temperature
-    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    weights = jnp.exp(scaled - (most / temperature)[:, None])
     token = _pick(likeliest(weights, top_p, top_k), uniform)
     return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
 
@@ -205,6 +205,7 @@ def _keep(
 _BLOCK = 128
 
 _SIDE_BY_SIDE = 8
+"""Rows from which on logits are summarised with rows last."""
 
 
 def _in_blocks(x: jax.Array, fill: float, *, axis: int = 1) -> jax.Array:

@@ -131,6 +131,10 @@ def _part(x: jax.Array, at: _Place, order: str) -> jax.Array:
   return jnp.einsum(order, jnp.squeeze(part, places))
 
 
+def _ids_at(ids: TokenIds, at: _Place) -> TokenIds:
+  return jax.tree.map(lambda x: _part(x, at, "rt->rt"), ids)
+
+
 def _with_part(
     x: jax.Array, part: jax.Array, at: _Place, order: str, *, add: bool = False) -> jax.Array:
   """Returns x [A, N, B, T, C, ...] with the part in its place, or added to what is there."""
@@ -171,7 +175,7 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(q: jax.Array, k: jax.Array, form: Form) -> jax.Array:
-  """Returns the scores [A, m, T, G, Q]: queries last, so that a reduction over keys is of whole vectors."""
+  """Returns the scores [A, M, T, G, Q]: queries last, so that a reduction over keys is of whole vectors."""
   scores = form.scale * _einsum("rmth,rmhgq->rmtgq", k, q)
   return form.soft_cap * jnp.tanh(scores / form.soft_cap) if form.soft_cap else scores
 
@@ -190,18 +194,17 @@ def _forward(q, k, v, ids, form):
   otherwise is copied first on CPUs.
   """
   wide = wide_of(q.dtype)
-  order, count = _visits(ids, form)
-  ids_at = lambda at: jax.tree.map(lambda x: _part(x, at, "rt->rt"), ids)
+  order, count = visited = _visits(ids, form)
 
   def of_queries(at, carry):
     out, normaliser = carry
-    q_part, query_ids = _part(q, at, "rtmgh->rmhgt"), ids_at(at)
+    q_part, query_ids = _part(q, at, "rtmgh->rmhgt"), _ids_at(ids, at)
 
     def visit(carry):
       j, most, total, mixed = carry
       key = at._replace(block=order[at.row, at.block, j])
       scores = _scores(q_part, _part(k, key, "rtmh->rmth"), form)
-      scores += jnp.broadcast_to(_added(query_ids, ids_at(key), form), scores.shape)
+      scores += jnp.broadcast_to(_added(query_ids, _ids_at(ids, key), form), scores.shape)
       new = jnp.maximum(most, jnp.max(scores, axis=2))
       # A query that has seen no key yet weighs keys it does not see; its first key makes that 0.
       weights = jnp.exp(scores - new[:, :, None])
@@ -210,8 +213,7 @@ def _forward(q, k, v, ids, form):
           "rmht,rmtgq->rmhgq", _part(v, key, "rtmh->rmht"), weights.astype(v.dtype))
       return j + 1, new, total * old + jnp.sum(weights, axis=2), mixed
 
-    rows, heads, _, group, queries = q_part.shape
-    numbers = rows, heads, group, queries
+    numbers = q_part.shape[:2] + q_part.shape[3:]
     _, most, total, mixed = jax.lax.while_loop(
         lambda carry: carry[0] < count[at.row, at.block], visit,
         (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide),
@@ -224,18 +226,16 @@ def _forward(q, k, v, ids, form):
 
   out, normaliser = kept(*_over_queries(
       q, of_queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], wide))))
-  return out, (q, k, v, ids, out, normaliser)
+  return out, (q, k, v, ids, visited, out, normaliser)
 
 
 def _backward(form, residuals, cotangent):
-  q, k, v, ids, out, normaliser = residuals
+  q, k, v, ids, (order, count), out, normaliser = residuals
   wide = wide_of(q.dtype)
-  order, count = _visits(ids, form)
-  ids_at = lambda at: jax.tree.map(lambda x: _part(x, at, "rt->rt"), ids)
 
   def of_queries(at, carry):
     q_grad, *grads = carry
-    query_ids = ids_at(at)
+    query_ids = _ids_at(ids, at)
     q_part, cotangent_part = (_part(x, at, "rtmgh->rmgth") for x in (q, cotangent))
     q_across, cotangent_across, out_across = (
         _part(x, at, "rtmgh->rmhgt") for x in (q, cotangent, out))
@@ -247,7 +247,7 @@ def _backward(form, residuals, cotangent):
       key = at._replace(block=order[at.row, at.block, j])
       k_part, v_part = (_part(x, key, "rtmh->rmth") for x in (k, v))
       scores = _scores(q_across, k_part, form)
-      added = jnp.broadcast_to(_added(query_ids, ids_at(key), form), scores.shape)
+      added = jnp.broadcast_to(_added(query_ids, _ids_at(ids, key), form), scores.shape)
       weights = jnp.exp(scores + added - normaliser_part)
       weights_grad = _einsum("rmth,rmhgq->rmtgq", v_part, cotangent_across)
       scores_grad = weights * (weights_grad - inner) * form.scale
