@@ -37,7 +37,8 @@ _KNOBS = {
 
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
-    "parallel", "model.attention", "wandb_project", "data.cache_dir", "check_memory", "compile_cache")
+    "profile_steps", "parallel", "model.attention", "wandb_project", "data.cache_dir", "check_memory",
+    "compile_cache")
 """Keys that may differ when a run is continued: they leave every number as it is, to rounding."""
 
 
@@ -122,6 +123,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.checkpoint_every = 500  # 0: never; else also at the end
   config.checkpoint_keep = 1  # last n kept; 0: all
   config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
+  config.profile_steps = ""  # such as 10:15: an xprof trace of steps 10 to 15, beside TensorBoard's files
   config.wandb_project = ""
   config.check_memory = True  # compile before the first step and refuse what does not fit a device
   config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto:
@@ -191,6 +193,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):
       raise ConfigError(f"config.{key} is {given[key]}; it must be positive")
+  profiled_steps(config)
   _check_combinations(config)
   _check_lora(config)
 
@@ -258,6 +261,22 @@ def _check_lora(config) -> None:
     raise ConfigError(
         f"config.lora.rank is {settings.rank} and reference.sync_every {reference.sync_every}; the "
         "reference is the base below the adapter, which never moves: set sync_every=0 or rank=0")
+
+
+def profiled_steps(config: ml_collections.ConfigDict) -> range:
+  """Returns the steps, from 1, that `config.profile_steps` asks a trace of.
+
+  Raises:
+    ConfigError: it is not FIRST:LAST.
+  """
+  text = config.profile_steps
+  if not text:
+    return range(0)
+  first, _, last = text.partition(":")
+  if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    raise ConfigError(
+        f"config.profile_steps is {text!r}; give the first and the last step, such as 10:15, or ''")
+  return range(int(first), int(last) + 1)
 
 
 def lora_of(config: ml_collections.ConfigDict) -> lora.Lora | None:

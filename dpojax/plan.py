@@ -24,19 +24,7 @@ from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import packing
 from dpojax.models.config import ModelConfig
-
-
-class Chip(NamedTuple):
-  """Dense bfloat16 FLOP/s and bytes of memory, as its maker publishes them."""
-
-  flops: float
-  memory: float
-
-
-CHIPS = {
-    "a100": Chip(312e12, 80e9), "h100": Chip(989e12, 80e9), "h200": Chip(989e12, 141e9),
-    "v4": Chip(275e12, 32 * 2**30), "v5e": Chip(197e12, 16 * 2**30),
-    "v5p": Chip(459e12, 95 * 2**30), "v6e": Chip(918e12, 32 * 2**30)}
+from dpojax.throughput import CHIPS
 
 
 class Lengths(NamedTuple):
@@ -99,13 +87,11 @@ def plan(config: ml_collections.ConfigDict, lengths: np.ndarray | None = None) -
   compiled = train_step.compile(state, reference, rows)
   memory = compiled.memory_analysis()
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  passes = (2 if config.lora.rank else 3) + (
-      1 if setup.objective.needs_reference and config.reference.mode == "inline" else 0)
   size = parallel.bytes_on_one
   return Needs(
       count(setup.params), count(setup.reference), size(state.params), size(state.opt_state),
       size(reference), size(rows), memory.temp_size_in_bytes, peak_bytes(compiled),
-      config.batch_size * necessary_flops(setup.model, batches.lengths, passes),
+      config.batch_size * flops_per_comparison(config, setup, batches.lengths),
       (compiled.cost_analysis() or {}).get("flops", float("nan")), int(max(batches.plan().rows)))
 
 
@@ -135,6 +121,13 @@ def check_fits(compiled: jax.stages.Compiled) -> None:
         f"a step needs {needed / 2**30:.2f} GiB on each device, which has {limit / 2**30:.2f}: "
         "lower rows_at_once (1 is least), set model.remat='full', parallel.strategy='mesh' with a "
         "larger parallel.fsdp, reference.mode='stored' or lora.rank; or check_memory=False to try it")
+
+
+def flops_per_comparison(
+    config: ml_collections.ConfigDict, setup: resolve.Setup, lengths: np.ndarray) -> float:
+  """Returns `necessary_flops` of what a run of the config trains, for comparisons of such lengths."""
+  inline = setup.objective.needs_reference and config.reference.mode == "inline"
+  return necessary_flops(setup.model, lengths, (2 if config.lora.rank else 3) + inline)
 
 
 def necessary_flops(model: ModelConfig, lengths: np.ndarray, passes: float) -> float:

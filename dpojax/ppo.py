@@ -54,6 +54,7 @@ from dpojax.models.config import ModelConfig
 from dpojax.parts import Parts
 from dpojax.ppo_step import Control, Experience, PPOState, Settings
 from dpojax.rollouts import Reward
+from dpojax.throughput import Throughput
 from dpojax.train import TrainingError
 
 
@@ -288,24 +289,25 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   with train_lib.Log(workdir, config, first) as log, train_lib.stop_signal() as stop_asked:
     if first == 0 and config.eval_every:
       log.write(0, "eval", trainer.measure(*held_out))
-    log.start_clock()
+    throughput = Throughput()
     for step in range(first + 1, config.steps + 1):
       index = prompts_of_step(len(train_prompts[0]), step - 1, settings)
       metrics = trainer.step(step - 1, *(x[index] for x in train_prompts))
       samples = settings.prompts_per_step * settings.num_samples
-      log.advance(_Progress(samples, round(samples * metrics["objective/length"])), waited=0.0)
+      log.advance()
+      throughput.advance(_Progress(samples, round(samples * metrics["objective/length"])), waited=0.0)
       if not trainer.finite():
         raise TrainingError(_not_finite(step, settings))
       due = lambda every: every and (step % every == 0 or step == config.steps)
       stopping = stop_asked(step)
       if step == 1 or due(config.log_every):
-        rates = log.rates()
+        rates = throughput.rates()
         log.write(step, "train", metrics | {
             "samples_per_second": rates["pairs_per_second"],
             "tokens_per_second": rates["tokens_per_second"]})
       if due(config.eval_every):
         log.write(step, "eval", trainer.measure(*held_out))
-        log.start_clock()
+        throughput.start()
       if due(config.checkpoint_every) or (stopping and config.checkpoint_every):
         checkpoints.save(step, _saved(trainer.state), about)
       if stopping:
@@ -319,7 +321,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
 
 
 class _Progress(NamedTuple):
-  """What a step has done, in the words of `train.Log`."""
+  """What a step has done, in the words of `Throughput`."""
 
   comparisons: int
   tokens: int

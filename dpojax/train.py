@@ -35,6 +35,7 @@ from dpojax.errors import UserError
 from dpojax.metrics import MetricsWriter
 from dpojax.parts import Parts
 from dpojax.resolve import is_main, say
+from dpojax.throughput import Profile, Throughput
 
 
 class TrainingError(UserError, RuntimeError):
@@ -83,6 +84,7 @@ def run(
         config, setup, reference, about["reference"], [train_loader, held_out_loader], devices)
     reference = reference if config.lora.rank else None  # an adapter's is its base as well
   state = devices.place(step_lib.init_state(setup.params, tx))
+  throughput = Throughput(plan.flops_per_comparison(config, setup, train_loader.lengths))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
   parallel.fit_memory_to(state)
 
@@ -108,7 +110,8 @@ def run(
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
   moving = lambda: devices.collect(reference) if config.reference.sync_every else None
 
-  with Log(workdir, config, first) as log, stop_signal() as stop_asked:
+  profile = Profile(config_lib.profiled_steps(config), workdir)
+  with Log(workdir, config, first) as log, stop_signal() as stop_asked, profile:
     if first == 0:
       batches = held_out_loader.evaluation() if config.eval_every else train_loader.training(0, 1)
       metrics = evaluate(state.params, reference, batches)
@@ -117,24 +120,30 @@ def run(
       if config.eval_every:
         log.write(0, "eval", metrics)
 
-    log.start_clock()
+    throughput.start()
     for batch, rows, waited in _placed_ahead(train_loader.training(first, config.steps), devices):
-      state, metrics = train_step(state, reference, rows)
       step = batch.step + 1
+      profile.before(step, state)
+      state, metrics = train_step(state, reference, rows)
       if config.reference.sync_every and step % config.reference.sync_every == 0:
         reference, _ = move_reference(reference, state)
-      log.advance(batch, waited)
+      log.advance()
+      throughput.advance(batch, waited)
       due = lambda every: every and (step % every == 0 or step == config.steps)
       stopping = stop_asked(step)
       logging_now, saving = step == 1 or due(config.log_every), due(config.checkpoint_every)
-      if (logging_now or saving or stopping) and not devices.collect(state.finite):
+      finite = True
+      if logging_now or saving or stopping:
+        with throughput.on_device():
+          finite = devices.collect(state.finite)
+      if not finite:
         _stop_at_a_bad_step(state, moving(), devices, checkpoints, about, workdir, config)
       if logging_now:
         metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
-        log.write(step, "train", metrics | log.rates())
+        log.write(step, "train", metrics | throughput.rates())
       if due(config.eval_every):
         log.write(step, "eval", evaluate(state.params, reference, held_out_loader.evaluation()))
-        log.start_clock()
+        throughput.start()
       if saving or (stopping and config.checkpoint_every):
         checkpoints.save(
             step, devices.collect(state), about, log.evaluations.get(step), reference=moving())
@@ -200,7 +209,7 @@ def make_evaluate(
 
 
 class Log:
-  """What a run tells: files, a bar with the time left on a terminal, plain lines, and rates.
+  """What a run tells: files, a bar with the time left on a terminal, and plain lines.
 
   `last` holds the last metrics of each split, `evaluations` those of each evaluation by step.
   """
@@ -213,7 +222,6 @@ class Log:
     self._bar = tqdm.tqdm(
         total=config.steps, initial=first, unit="step",
         disable=not (is_main() and sys.stderr.isatty()))
-    self.start_clock()
 
   def __enter__(self):
     return self
@@ -223,24 +231,9 @@ class Log:
     if self._writer is not None:
       self._writer.close()
 
-  def start_clock(self) -> None:
-    """Counts pairs and tokens a second from here on."""
-    self._started, self._waited = time.perf_counter(), 0.0
-    self._pairs, self._tokens = 0, 0
-
-  def advance(self, batch: loader.Batch, waited: float) -> None:
+  def advance(self) -> None:
+    """Moves the bar by a step."""
     self._bar.update(1)
-    self._waited += waited
-    self._pairs += batch.comparisons
-    self._tokens += batch.tokens
-
-  def rates(self) -> dict[str, float]:
-    """Returns the rates since the clock was started, and starts it again."""
-    seconds = time.perf_counter() - self._started
-    rates = {"pairs_per_second": self._pairs / seconds, "tokens_per_second": self._tokens / seconds,
-             "input_wait": self._waited / seconds}
-    self.start_clock()
-    return rates
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
     """Writes the metrics of a step, but those of nothing (such as margins of no pairs)."""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, disk, metrics, preference, train
+from dpojax import checkpoint, disk, metrics, preference, throughput, train
 from dpojax import config as config_lib
 from dpojax.errors import UserError
 from dpojax.metrics import read_metrics
@@ -59,8 +59,11 @@ def test_sft_then_dpo_starts_at_log_2_and_learns(given, sft, tmp_path):
   assert set(steps[0]) >= {
       "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
       "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "pairs_per_second",
-      "tokens_per_second", "input_wait"}
+      *throughput.METRICS[:4], "step_seconds"}
   assert all(0 <= line["input_wait"] < 1 for line in steps)
+  for line in steps:
+    parts = [line[f"step_seconds/{part}"] for part in ("input", "device", "host")]
+    assert min(parts) >= 0 and math.isclose(sum(parts), line["step_seconds"], rel_tol=1e-6)
   assert list((tmp_path / "tensorboard").iterdir())
   policy = checkpoint.load_policy(tmp_path)
   assert policy.step == 12 and policy.settings.beta == config.beta
@@ -202,8 +205,8 @@ def state_files(workdir, step):
   manager = checkpoint.Checkpoints(workdir, keep=0)
   state, _ = manager.restore_arrays(step)
   manager.close()
-  clock = ("pairs_per_second", "tokens_per_second", "input_wait")
-  return state, [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(workdir)]
+  return state, [{name: value for name, value in line.items() if name not in throughput.METRICS}
+                 for line in read_metrics(workdir)]
 
 
 def test_three_kills_change_nothing(given, sft, tmp_path, rng):

@@ -48,6 +48,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--max-length", type=int, default=512)
   parser.add_argument("--row-length", type=int, default=1152)
   parser.add_argument("--rows-at-once", type=int, default=1)
+  parser.add_argument("--chunk-size", type=int, default=0, help="see config.chunk_size")
+  parser.add_argument("--remat", default="none", help="see config.model.remat")
   parser.add_argument("--scan-layers", action="store_true",
                       help="dpojax with one compiled block for all layers: slower on CPUs, compiled sooner")
   parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
@@ -67,8 +69,10 @@ def run_side(side: str, settings: dict, folder: pathlib.Path, allocator: dict[st
   start = time.perf_counter()
   process = subprocess.run(
       [sys.executable, "-m", f"experiments.benchmark.{name}_side", str(given), str(out)],
-      env=os.environ | allocator | {"TOKENIZERS_PARALLELISM": "false"}, text=True,
+      env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ | allocator
+      | {"TOKENIZERS_PARALLELISM": "false"}, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+  (folder / f"{side}.log").write_text(process.stdout)
   if not out.exists():
     return {"failed": process.stdout.strip().splitlines()[-1:] or [f"exit {process.returncode}"]}
   return json.loads(out.read_text()) | {"process_seconds": time.perf_counter() - start}
@@ -80,7 +84,8 @@ def matmul_rate() -> float:
       "import jax, jax.numpy as jnp, time\n"
       "dtype = jnp.bfloat16 if jax.default_backend() == 'gpu' else jnp.float32\n"
       "n = 8192 if jax.default_backend() == 'gpu' else 2048\n"
-      "x = jnp.ones((n, n), dtype); f = jax.jit(lambda a, b: a @ b); f(x, x).block_until_ready()\n"
+      "x = jax.random.normal(jax.random.key(0), (n, n), dtype)\n"
+      "f = jax.jit(lambda a, b: a @ b); f(x, x).block_until_ready()\n"
       "times = []\n"
       "for _ in range(10):\n"
       "  start = time.perf_counter(); f(x, x).block_until_ready()\n"
@@ -91,17 +96,20 @@ def matmul_rate() -> float:
 
 
 def main():
+  import jax
+
   from dpojax import plan
   from experiments.benchmark import inputs, report
 
   args = parse()
+  jax.config.update("jax_platforms", "cpu")  # of this process: the sides need the GPU for themselves
   args.out.mkdir(parents=True, exist_ok=True)
   case = CASES[args.case]
   settings = {
       "beta": 0.1, "learning_rate": 1e-5, "dtype": "float32", "source": "hh", "path": args.data,
       "tokenizer": args.tokenizer, "batch_size": args.batch_size, "max_length": args.max_length,
       "row_length": args.row_length, "rows_at_once": args.rows_at_once, "scan_layers": args.scan_layers,
-      "threads": args.threads, "steps": args.steps,
+      "chunk_size": args.chunk_size, "remat": args.remat, "threads": args.threads, "steps": args.steps,
       "cache": str(args.out / "cache"), "model": str(args.out / f"model-{args.case}")} | case
   model = inputs.make_model(settings, pathlib.Path(settings["model"]))
   batches = inputs.make_loader(inputs.run_config(settings))

@@ -23,6 +23,7 @@ def run_config(settings: dict) -> ml_collections.ConfigDict:
       "row_length": settings["row_length"], "tokenizer": settings["tokenizer"],
       "rows_at_once": settings.get("rows_at_once", 0),
       "model.checkpoint": settings["model"], "model.dtype": settings["dtype"],
+      "chunk_size": settings.get("chunk_size", 0),
       "model.remat": settings.get("remat", "none"),
       "model.scan_layers": settings.get("scan_layers", False),
       "reference.mode": "stored" if settings.get("stored") else "inline",
