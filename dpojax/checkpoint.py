@@ -280,20 +280,50 @@ def load_settings(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
 def fingerprint(params: Any) -> str:
   """Returns a digest of paths, shapes, dtypes and every bit, the same under any sharding."""
-  def checksum(leaf):
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{leaf.dtype.itemsize * 8}").astype(jnp.uint32)
-    weight = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-      weight = weight * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    mixed = (bits ^ (bits >> 15)) * (2 * weight + 1) * jnp.uint32(2654435761)
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)])
-
-  digest, checksum = hashlib.sha256(), jax.jit(checksum)
+  digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    sums = jax.device_get(checksum(leaf))  # one at a time: a device need not hold all of them
+    sums = _host_checksum(leaf) if isinstance(leaf, np.ndarray) else jax.device_get(_checksum(leaf))
     digest.update(f"{name} {leaf.shape} {leaf.dtype} {sums.tolist()}\n".encode())
   return digest.hexdigest()
+
+
+_CHECKSUM_BLOCK = 2**22
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+  """Two sums, modulo 2**32, of an array's bits mixed with their places: [2] uint32."""
+  place = jnp.zeros(leaf.shape, jnp.uint32)
+  for axis, size in enumerate(leaf.shape):
+    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+  return _mixed_sums(leaf, place)
+
+
+@jax.jit
+def _block_checksum(block: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:
+  """What the first `length` values of a block at `start` add to the checksum of a flat array."""
+  place = jnp.arange(block.size, dtype=jnp.uint32)
+  return _mixed_sums(block, start + place, where=place < length)
+
+
+def _mixed_sums(leaf, place, where=None):
+  bits = jax.lax.bitcast_convert_type(leaf, f"uint{leaf.dtype.itemsize * 8}").astype(jnp.uint32)
+  mixed = (bits ^ (bits >> 15)) * (2 * place + 1) * jnp.uint32(2654435761)
+  total = lambda x: jnp.sum(x, dtype=jnp.uint32, where=where)
+  return jnp.stack([total(mixed), total(mixed ^ (mixed >> 13))])
+
+
+def _host_checksum(leaf: np.ndarray) -> np.ndarray:
+  """`_checksum` of an array of the host, block by block: one program for arrays of any shape."""
+  flat, sums = leaf.reshape(-1), np.zeros(2, np.uint32)
+  for start in range(0, flat.size, _CHECKSUM_BLOCK):
+    block = flat[start:start + _CHECKSUM_BLOCK]
+    length = block.size
+    if length < _CHECKSUM_BLOCK:
+      block = np.concatenate([block, np.zeros(_CHECKSUM_BLOCK - length, block.dtype)])
+    sums += np.asarray(_block_checksum(block, np.uint32(start), np.uint32(length)))
+  return sums
 
 
 def _into(target: Any) -> ocp.args.PyTreeRestore:

@@ -40,6 +40,9 @@ from dpojax.resolve import say
 
 _NARROWEST = 16
 
+_PADDING = 4096
+"""Tokens of padding that a batch may read rather than be two, of two widths, each compiled by itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
@@ -90,7 +93,8 @@ class _Placed(NamedTuple):
 
 
 class Generator:
-  """Draws samples of prompts in batches of few shapes, and scores them by the training primitive."""
+  """Draws samples of prompts in batches of few shapes; beside a reference scores them by the training
+  primitive, which both models' log-probs are then of."""
 
   def __init__(
       self, policy: weights.Loaded, reference: weights.Loaded | None, draw: Draw, *, eos: int,
@@ -141,12 +145,12 @@ class Generator:
     return self._longest and self._longest - self.draw.max_new_tokens
 
   def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-    """Returns which prompts are drawn together, given their lengths: those of one width."""
+    """Returns which prompts are drawn together, given their lengths: those of nearly one width."""
     order = sorted(range(len(lengths)), key=lambda i: (self._width(lengths[i]), i))
     batches = []
     for i in order:
-      if not batches or len(batches[-1]) == self.batch_size or (
-          self._width(lengths[batches[-1][0]]) != self._width(lengths[i])):
+      wider = self._width(lengths[i]) - self._width(lengths[batches[-1][0]]) if batches else 0
+      if not batches or len(batches[-1]) == self.batch_size or wider * len(batches[-1]) > _PADDING:
         batches.append([])
       batches[-1].append(i)
     return batches
@@ -155,7 +159,7 @@ class Generator:
     """Returns the samples of each prompt of a batch.
 
     Args:
-      prompts: ids, all of one width.
+      prompts: ids, as `batches` puts them together.
       numbers: with the seed they decide the draws, whatever the batch.
     """
     count, size = len(prompts), self.batch_size
@@ -172,7 +176,10 @@ class Generator:
         self.draw.temperature, self.draw.top_p, self.draw.top_k))
     ids = [[tokens[:n].tolist() for tokens, n in zip(*each)]
            for each in zip(drawn.tokens[:count], drawn.lengths[:count])]
-    scores = self._scores(prompts, ids, padded.shape[1])
+    if len(self._models) == 1:  # nothing to compare with: a second program would only tell the same
+      scores = [np.asarray(drawn.log_probs[:count])]
+    else:
+      scores = self._scores(prompts, ids, padded.shape[1])
     scored = lambda b, k: [float(of[b, k]) for of in scores] + [None] * (2 - len(scores))
     return [[Sample(each, *scored(b, k), each[-1] in self._stops) for k, each in enumerate(of)]
             for b, of in enumerate(ids)]
@@ -274,10 +281,10 @@ def run(
       weights.load(reference, dtype=policy.config.dtype) if reference
       else weights.load_reference(policy))
   tokenizer = tokenization.load_tokenizer(policy.tokenizer)
-  generator = Generator(
-      policy, other, draw, eos=tokenizer.eos_token_id, batch_size=batch_size,
-      devices=make_mesh(fsdp, tensor))
   texts = read_prompts(prompts, limit)
+  generator = Generator(
+      policy, other, draw, eos=tokenizer.eos_token_id, devices=make_mesh(fsdp, tensor),
+      batch_size=min(batch_size, power_of_two(len(texts))))
   longest, keep = prompt_room(policy, generator, max_prompt_length)
   ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts)
   say(f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
@@ -423,8 +430,13 @@ def prompt_of(record: Any) -> str | list[dict]:
 
 
 def _rounded(length: int) -> int:
-  """The next power of two, so that few shapes are compiled."""
-  return max(_NARROWEST, 1 << (length - 1).bit_length())
+  """A length, rounded up so that few shapes are compiled."""
+  return max(_NARROWEST, power_of_two(length))
+
+
+def power_of_two(count: int) -> int:
+  """Returns the least power of two that is not below a count of at least 1."""
+  return 1 << (count - 1).bit_length()
 
 
 def add_draw_arguments(parser: argparse.ArgumentParser) -> None:

@@ -123,9 +123,11 @@ def _stages(width: int, max_new_tokens: int) -> Iterator[tuple[int, int]]:
   copies what was seen before it. So there are few stages for long samples, short ones for samples that
   all end early, and none that is short beside the prompt.
   """
-  start = 0
+  start, shortest = 0, _FIRST_STAGE
+  if max_new_tokens <= 2 * _FIRST_STAGE:  # compiling a second loop takes longer than it saves
+    shortest = max_new_tokens
   while start < max_new_tokens:
-    length = max(_FIRST_STAGE, width // 8, min(start, max_new_tokens // 4))
+    length = max(shortest, width // 8, min(start, max_new_tokens // 4))
     yield start, min(start + length, max_new_tokens)
     start += length
 
