@@ -15,7 +15,7 @@ ORDER = [
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
-    "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
+    "metrics", "resolve", "plan", "readback", "export", "train", "sample", "intervals", "judging",
     "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""
 

@@ -175,11 +175,12 @@ def load(
 
 def save(
     folder: str | os.PathLike, config: ModelConfig, params: Any, *, dtype: str = "",
-    shard_bytes: int = SHARD_BYTES, **settings
+    shard_bytes: int = SHARD_BYTES, **token_ids
 ) -> None:
   """Writes a model as a folder that `transformers` reads.
 
-  A model that was read from a folder gets that folder's config.json, tensor names and dtypes.
+  A model that was read from a folder gets that folder's config.json, generation_config.json, tensor
+  names and dtypes.
 
   Args:
     folder: where to; made if missing.
@@ -187,7 +188,8 @@ def save(
     params: its params, NumPy or JAX arrays, whole or in parts over devices.
     dtype: of all tensors; '' keeps those of the folder the model was read from, or float32.
     shard_bytes: largest file, but for a tensor that is larger.
-    **settings: what a config.json of a model of our own says besides its dimensions.
+    **token_ids: bos_token_id, eos_token_id (one or several) and pad_token_id, for both files; None
+      leaves what the model came with.
 
   Raises:
     HuggingFaceError: the folder holds something already, or the model has no form in one.
@@ -201,8 +203,9 @@ def save(
         "the model has a reward head, for which causal language models of transformers have no "
         "place; write a policy, or take the head out of params")
   published = json.loads(config.published) if config.published else {
-      "config": families.write_config(config) | settings, "dtype": "float32"}
-  values = published["config"]
+      "config": families.write_config(config) | dict.fromkeys(token_ids), "dtype": "float32"}
+  token_ids = {key: value for key, value in token_ids.items() if value is not None}
+  values = published["config"] | token_ids
   if dtype:
     values = {key: value for key, value in values.items() if key != "dtype"} | {
         "torch_dtype": dtype}
@@ -239,9 +242,22 @@ def save(
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, plan, tensor, shard_bytes)
-    if "generation_config" in published:
-      _write_json(folder / "generation_config.json", published["generation_config"])
+    save_generation_config(folder, config, **token_ids)
     _write_json(folder / "config.json", values)  # last: a folder is a model once it is all there
+
+
+def save_generation_config(
+    folder: str | os.PathLike, config: ModelConfig, **token_ids: int | list[int] | None) -> None:
+  """Writes a folder's generation_config.json, if there is anything to say in it; see `save`.
+
+  Raises:
+    DiskError: the disk is full or cannot be written.
+  """
+  values = json.loads(config.published or "{}").get("generation_config", {})
+  values |= {key: value for key, value in token_ids.items() if value is not None}
+  if values:
+    with disk_errors(folder):
+      _write_json(pathlib.Path(folder) / "generation_config.json", values)
 
 
 def copy_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> None:
