@@ -49,7 +49,8 @@ def published_data() -> pathlib.Path | None:
     return folder
   if "DPOJAX_DATA" in os.environ:
     raise pytest.UsageError(
-        f"DPOJAX_DATA is {folder}, which has no hh_harmless_base_test.jsonl.gz; unset it to test with made data")
+        f"DPOJAX_DATA is {folder}, which has no hh_harmless_base_test.jsonl.gz; unset it to test with "
+        "made data")
   return None
 
 

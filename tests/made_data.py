@@ -20,9 +20,9 @@ HH = {"used": 500, "empty_response": 4, "different_prompts": 5}
 
 SENTENCES = 1400
 
-SUBJECTS = "the dog|my sister|an old friend of mine|the 2nd train|nobody|our teacher|it|the café".split("|")
-VERBS = "likes|has never seen|is looking for|writes about|can't find|prefers|explains|paid $3.50 for".split("|")
-OBJECTS = "the way north|a warm coat|its own house|good advice|the naïve question|tea & bread|snow".split("|")
+SUBJECTS = "the dog|my sister|an old friend|the 2nd train|nobody|our teacher|it|the café".split("|")
+VERBS = "likes|has never seen|looks for|writes about|can't find|prefers|explains|paid $3.50 for".split("|")
+OBJECTS = "the way north|a warm coat|its house|good advice|the naïve question|tea & bread|snow".split("|")
 ENDS = ".|!|?|...|; that is all.|, isn’t it?|:\n- one\n- two| — “well”, I am told.|  (twice)".split("|")
 ODD = " | ☃|\t|\n\n|北はどちらですか。|e = mc^2|if x < 1:\n    return y\n|👍🏽|<b>no</b>".split("|")
 """Words of the texts, with the characters, spaces and line ends that real ones have too."""
@@ -32,10 +32,10 @@ def write(folder: pathlib.Path) -> None:
   """Writes the files that published data have, under their names."""
   rng = np.random.default_rng(0)
   dialogues = [_dialogue(rng) for _ in range(HH["used"])]
-  dialogues += [{"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: "}
-                for _ in range(HH["empty_response"])]
-  dialogues += [{"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: How?\n\nAssistant: So."}
-                for _ in range(HH["different_prompts"])]
+  sound = "\n\nHuman: Why?\n\nAssistant: So."
+  for rejected, reason in ((sound.removesuffix("So."), "empty_response"),
+                           (sound.replace("Why", "How"), "different_prompts")):
+    dialogues += [{"chosen": sound, "rejected": rejected} for _ in range(HH[reason])]
   _write_lines(folder / "hh_harmless_base_test.jsonl.gz", dialogues)
   _write_lines(folder / "movie_review_sentences.jsonl.gz", [
       {"text": " ".join(_sentence(rng) for _ in range(rng.integers(1, 4))), "label": i % 2}

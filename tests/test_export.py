@@ -82,7 +82,7 @@ def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
 
 @pytest.fixture(scope="module")
 def other_eos(given, tmp_path_factory):
-  """A base whose texts end at 5 and 6, trained with a tokenizer whose EOS is 0: all params, and an adapter."""
+  """A base that ends at 5 and 6, trained with a tokenizer whose EOS is 0: all params, and an adapter."""
   root = tmp_path_factory.mktemp("other_eos")
   shapes = models.load_vectors()[0]["tensors"]["llama3"]
   models.write_folder(

@@ -221,17 +221,18 @@ def save(
   for path, stack in stacks.items():
     for i, piece in enumerate(stack.pieces):
       holders[piece.name].append((piece, path, (i,) if stack.layered else ()))
-  plan = {}
+  plan, parts_of = {}, {}
   for name, parts in holders.items():
     actual, stored = _as_published(name, published, family)
     shape = families.dimensions(config, parts[0][0].tensor.shape)
-    plan[actual] = _Entry(dtype or stored, shape, parts)
+    plan[actual] = _Entry(dtype or stored, shape)
+    parts_of[actual] = parts
 
   def tensor(name):
     entry = plan[name]
     whole = np.empty(entry.shape, jnp.dtype(entry.dtype))
     with np.errstate(over="raise"):
-      for piece, path, index in entry.parts:
+      for piece, path, index in parts_of[name]:
         try:
           piece.of(whole, config)[...] = np.asarray(arrays[path][index])
         except FloatingPointError as error:
@@ -244,6 +245,39 @@ def save(
     _write_shards(folder, plan, tensor, shard_bytes)
     save_generation_config(folder, config, **token_ids)
     _write_json(folder / "config.json", values)  # last: a folder is a model once it is all there
+
+
+def tensor_shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the tensors of the model that a config.json describes, by their names.
+
+  Raises:
+    HuggingFaceError: its family, or a value, is not supported.
+  """
+  config, family = families.read_config(values), families.family_of(values)
+  return {piece.name: families.dimensions(config, piece.tensor.shape)
+          for stack in _stacks(config, family).values() for piece in stack.pieces}
+
+
+def write_tensors(
+    folder: str | os.PathLike, values: dict[str, Any], tensor: Callable[[str], np.ndarray], dtype: str,
+) -> None:
+  """Writes a model that is at hand tensor by tensor: its safetensors files and its config.json.
+
+  Args:
+    folder: where to; made if missing.
+    values: the config.json.
+    tensor: name -> the tensor, in `dtype`; asked for once each, one after another.
+    dtype: of all of them.
+
+  Raises:
+    HuggingFaceError: the family is not supported.
+    DiskError: the disk is full or cannot be written.
+  """
+  plan = {name: _Entry(dtype, shape) for name, shape in tensor_shapes(values).items()}
+  with disk_errors(folder):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    _write_shards(pathlib.Path(folder), plan, tensor, SHARD_BYTES)
+    _write_json(pathlib.Path(folder) / "config.json", values)
 
 
 def save_generation_config(
@@ -296,7 +330,6 @@ class _Entry(NamedTuple):
 
   dtype: str
   shape: tuple[int, ...]
-  parts: list[tuple[_Piece, str, tuple[int, ...]]]
 
   @property
   def nbytes(self) -> int:

@@ -105,7 +105,8 @@ def check_stops(scratch):
       settings.max_new_tokens, settings.do_sample = 24, False
       text = model.generate(**prompts, generation_config=settings)
       stopped = [row[3:].tolist().index(0) + 1 if 0 in row[3:] else None for row in text]
-      print(f"{said}: stops at {settings.eos_token_id}; {text.shape[1] - 3} tokens, the first 0 is at {stopped}")
+      print(f"{said}: stops at {settings.eos_token_id}; {text.shape[1] - 3} tokens, the first 0 is at "
+            f"{stopped}")
       if said != "as the base's" and (None in stopped or text.shape[1] - 3 != max(stopped)):
         wrong.append(said)
       if said == "as the base's" and text.shape[1] - 3 != 24:
