@@ -113,8 +113,11 @@ def _read_back(
     workdir: str | os.PathLike, adapter: checkpoint.Adapter, out: str | os.PathLike, base: str,
     tokenizer: Any, stop_ids: tuple[int, ...],
 ) -> str:
-  """Holds an adapter's folder to the merged policy, if the base that it names is there."""
-  if not hf.is_model_folder(base):
+  """Holds an adapter's folder to the merged policy, if the base that it names is there.
+
+  The run's own is, or was fetched once; another that is no folder is not fetched for this.
+  """
+  if base != adapter.settings.model.checkpoint and not hf.is_model_folder(os.path.expanduser(base)):
     return f"not read back: the base {base!r} is no folder here"
   policy = checkpoint.load_policy(workdir, adapter.step)
   return str(readback.check(

@@ -99,6 +99,8 @@ def _check_ids(folder: pathlib.Path, tokenizer: Any) -> list[int]:
     written = tokenization.load_tokenizer(str(folder))
   except DataError as error:
     raise HuggingFaceError(f"{folder} cannot be read back: {error}") from error
+  if tokenizer.chat_template and not written.chat_template:
+    raise _differs(folder, "the chat template", repr(tokenizer.chat_template), "missing")
   conversations = [CONVERSATION] if tokenizer.chat_template else []
   encode = lambda tokenizer: [
       str(each) if isinstance(each, DataError) else each[0] for each in tokenization.encode_prompts(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -149,6 +150,7 @@ def test_only_whole_responses_end_somewhere(given):
     ("stop", r"generation_config.json, .*: eos_token_id was \[0, 5, 6\] and is \[5, 6\]"),
     ("tokenizer", "ids of 'Which way is north.* was .* and is "),
     ("no tokenizer", "cannot be read back: tokenizer .* cannot be loaded"),
+    ("template", "the chat template was .*add_generation_prompt.* and is missing there"),
 ])
 def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tmp_path, monkeypatch):
   def spoiled(source, folder):
@@ -162,14 +164,24 @@ def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tm
           {"rope_theta": 600.0} if what == "rope" else {"eos_token_id": [5, 6]})))
     if what != "no tokenizer":
       copy(source, folder)
+    if what == "template":
+      (folder / "chat_template.jinja").unlink()
     if what == "tokenizer":
       path = folder / "tokenizer.json"
       path.write_text(path.read_text().replace("WhitespaceSplit", "Whitespace"))
 
-  copy = hf.copy_tokenizer
+  run, copy = other_eos / "sft", hf.copy_tokenizer
+  if what == "template":
+    shutil.copytree(run, tmp_path / "run")
+    tokenizer = tokenization.load_tokenizer(str(other_eos / "base"))
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %} is {% endif %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(read_json(path) | {"tokenizer": str(tmp_path / "chat")}))
+    run = tmp_path / "run"
   monkeypatch.setattr(hf, "copy_tokenizer", spoiled)
   with pytest.raises(hf.HuggingFaceError, match=message):
-    export.export(other_eos / "sft", tmp_path / "out")
+    export.export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes, message", [
