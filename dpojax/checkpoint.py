@@ -28,12 +28,16 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class Policy(NamedTuple):
-  """A trained model. `params` are NumPy arrays, `settings` the config of the run they come from."""
+  """A trained model. `params` are NumPy arrays, `settings` the config of the run they come from.
+
+  `stop_ids` are those that ended a response in training, none where the run is too old to tell.
+  """
 
   config: ModelConfig
   params: Any
   step: int
   settings: ml_collections.ConfigDict
+  stop_ids: tuple[int, ...] = ()
 
 
 class Adapter(NamedTuple):
@@ -44,6 +48,7 @@ class Adapter(NamedTuple):
   params: Any
   step: int
   settings: ml_collections.ConfigDict
+  stop_ids: tuple[int, ...] = ()
 
 
 class Checkpoints:
@@ -196,7 +201,8 @@ def load_adapter(workdir: str | os.PathLike, step: int | None = None) -> Adapter
   adapter = config_lib.lora_of(policy.settings)
   if adapter is None:
     raise CheckpointError(f"{workdir} holds no adapter: it was run with lora.rank=0")
-  return Adapter(policy.config, adapter, policy.params, policy.step, policy.settings)
+  return Adapter(
+      policy.config, adapter, policy.params, policy.step, policy.settings, policy.stop_ids)
 
 
 def load_weights(
@@ -228,7 +234,8 @@ def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:
   settings = load_settings(workdir)
   with _opened(workdir, step) as (checkpoints, step):
     params, about = checkpoints.restore_arrays(step, "params")
-  return Policy(ModelConfig(**about["model"]), params, step, settings), about
+  return Policy(
+      ModelConfig(**about["model"]), params, step, settings, tuple(about.get("stop_ids", ()))), about
 
 
 @contextlib.contextmanager

@@ -359,11 +359,11 @@ def _set_up(config: ml_collections.ConfigDict, settings: Settings):
   data = resolve.load_data(ppo_config.data_config(config))
   train_prompts = _prompts(data.train, width, "training")
   held_out = _prompts(data.held_out, width, "held-out") if config.eval_every else None
+  stop_ids = tuple(dict.fromkeys((tokenizer.eos_token_id, *model.stop_ids)))
   trainer = ppo_config.in_keys(lambda: Trainer(
-      policy, model.params, reward, settings, devices=devices,
-      stop_id=tuple(dict.fromkeys((tokenizer.eos_token_id, *model.stop_ids))),
+      policy, model.params, reward, settings, devices=devices, stop_id=stop_ids,
       critic_params=critic and critic.params))
-  about = {"model": model.config.as_dict(), "data": data.fingerprint,
+  about = {"model": model.config.as_dict(), "data": data.fingerprint, "stop_ids": list(stop_ids),
            "reference": checkpoint.fingerprint(model.params)}
   return trainer, train_prompts, held_out, about
 

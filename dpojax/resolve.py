@@ -30,6 +30,13 @@ class Data(NamedTuple):
   held_out: loader.Subset | loader.Mismatched | None
   fingerprint: str
 
+  @property
+  def stop_ids(self) -> list[int]:
+    """The ids that end whole training responses, the most frequent first."""
+    train = self.train.subset if isinstance(self.train, loader.Mismatched) else self.train
+    ends = train.data.report.get("ended_by", {})
+    return [int(i) for i in sorted(ends, key=lambda i: (-ends[i], int(i)))]
+
 
 class Setup(NamedTuple):
   """What a run trains: the model, its first params, the objective, and the reference, or None.

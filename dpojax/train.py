@@ -75,7 +75,7 @@ def run(
   _check_metrics(setup, train_loader, config, devices.axis_name)
   tx, train_step = resolve.make_train_step(config, setup.objective, devices)
   about = {
-      "model": setup.model.as_dict(), "data": data.fingerprint,
+      "model": setup.model.as_dict(), "data": data.fingerprint, "stop_ids": data.stop_ids,
       "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
   reference = None if setup.reference is None else devices.place(
       setup.reference, donated=bool(config.reference.sync_every))

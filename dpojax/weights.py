@@ -59,7 +59,8 @@ def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfi
 class Loaded(NamedTuple):
   """A model by itself: `settings` are those of its run, None of a Hugging Face model.
 
-  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays.
+  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays,
+  `ended_by` the ids that ended a response in its run.
   """
 
   config: ModelConfig
@@ -67,13 +68,21 @@ class Loaded(NamedTuple):
   tokenizer: str
   name: str
   settings: ml_collections.ConfigDict | None = None
+  ended_by: tuple[int, ...] = ()
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    """The ids that the published model's generation_config.json ends with; a chat has its own."""
-    published = json.loads(self.config.published or "{}")
-    ids = published.get("generation_config", {}).get("eos_token_id")
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    """The ids that end a text: those of its run, and the published model's; a chat has its own."""
+    return tuple(dict.fromkeys((*self.ended_by, *published_stop_ids(self.config))))
+
+
+def published_stop_ids(config: ModelConfig) -> tuple[int, ...]:
+  """Returns the ids that a published model's generation_config.json, or else its config.json, ends with."""
+  published = json.loads(config.published or "{}")
+  ids = None
+  for name in ("config", "generation_config"):
+    ids = published.get(name, {}).get("eos_token_id", ids)
+  return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
@@ -94,7 +103,7 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
     policy = checkpoint.load_policy(path, step)
     config = dataclasses.replace(policy.config, **changes)
     return Loaded(config, policy.params, policy.settings.tokenizer, f"{name} step {policy.step}",
-                  policy.settings)
+                  policy.settings, policy.stop_ids)
   if step is not None:
     raise ConfigError(f"{name} is a Hugging Face model, which has no step {step}; leave it out")
   try:

@@ -160,6 +160,7 @@ class _Sweep:
     self.starts = {seed: setups.get(seed, setup).params for seed in seeds}
     self.about = {
         "model": setup.model.as_dict(), "data": [each.fingerprint for each in datasets.values()],
+        "stop_ids": list(dict.fromkeys(i for each in datasets.values() for i in each.stop_ids)),
         "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
     stored = setup.objective.needs_reference and config.reference.mode == "stored"
     if stored:

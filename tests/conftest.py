@@ -21,7 +21,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import train
-from tests import servers, worlds
+from tests import made_data, servers, worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
@@ -38,14 +38,37 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-@pytest.fixture(scope="session")
-def real_data() -> pathlib.Path:
-  """The folder of real preference pairs, sentences and tokenizers; $DPOJAX_DATA moves it."""
+def published_data() -> pathlib.Path | None:
+  """The folder $DPOJAX_DATA names, or shared/data beside this checkout; None where there is neither.
+
+  Raises:
+    pytest.UsageError: the variable names a folder without the files.
+  """
   folder = pathlib.Path(os.environ.get("DPOJAX_DATA", ROOT.parent / "shared" / "data"))
-  if not (folder / "hh_harmless_base_test.jsonl.gz").is_file():
-    pytest.fail(
-        f"no real data in {folder}: set DPOJAX_DATA to a folder with "
-        "hh_harmless_base_test.jsonl.gz and tokenizers/", pytrace=False)
+  if (folder / "hh_harmless_base_test.jsonl.gz").is_file():
+    return folder
+  if "DPOJAX_DATA" in os.environ:
+    raise pytest.UsageError(
+        f"DPOJAX_DATA is {folder}, which has no hh_harmless_base_test.jsonl.gz; unset it to test with "
+        "made data")
+  return None
+
+
+def pytest_generate_tests(metafunc):
+  """Tests that read preference pairs or tokenizers run on made ones, and on published ones where they are."""
+  if "data_folder" in metafunc.fixturenames:
+    published = [pytest.param("published", marks=pytest.mark.published)] if published_data() else []
+    metafunc.parametrize("data_folder", [made_data.NAME, *published], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def data_folder(request, tmp_path_factory) -> pathlib.Path:
+  """A folder of preference pairs, sentences and tokenizers."""
+  if request.param == "published":
+    return published_data()
+  folder = tmp_path_factory.mktemp("data") / made_data.NAME
+  folder.mkdir()
+  made_data.write(folder)
   return folder
 
 

@@ -18,6 +18,7 @@ import pytest
 from dpojax.data import builders
 from dpojax.data.builders import hh, imdb, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
+from tests import made_data
 
 TURN = "\n\nHuman: {}\n\nAssistant:"
 
@@ -66,11 +67,17 @@ def python(code, *arguments, **environment):
       timeout=120, env={**os.environ, "PYTHONPATH": str(root), **environment})
 
 
-def test_the_hh_test_set_has_2303_pairs_and_nine_records_without_one(prepare, real_data):
-  data = prepare("hh", path=real_data / "hh_harmless_base_test.jsonl.gz")
-  assert data.report == {"used": 2303, "empty_response": 4, "different_prompts": 5}
-  assert sum(data.report.values()) == 2312
-  assert len(data) == 2303
+@pytest.fixture(scope="session")
+def counts(data_folder):
+  """The HH dialogues of the data folder, by what becomes of them."""
+  published = {"used": 2303, "empty_response": 4, "different_prompts": 5}
+  return made_data.HH if data_folder.name == made_data.NAME else published
+
+
+def test_hh_has_a_prompt_and_two_responses_but_in_nine_records(prepare, data_folder, counts):
+  data = prepare("hh", path=data_folder / "hh_harmless_base_test.jsonl.gz")
+  assert data.report == counts
+  assert len(data) == counts["used"]
   for example in data:
     assert example.prompt.startswith("\n\nHuman:") and example.prompt.endswith("\n\nAssistant:")
     assert all(response.startswith(" ") and response.strip() for response in example.responses)
@@ -182,7 +189,7 @@ def test_unknown_names_are_answered_with_the_known_ones(prepare, tmp_path):
     prepare("jsonl", path=write(tmp_path / "a.jsonl", plain(0)), on_error="ignore")
 
 
-def test_preparing_and_reading_import_no_tensorflow_and_no_jax(tmp_path, real_data):
+def test_preparing_and_reading_import_no_tensorflow_and_no_jax(tmp_path, data_folder, counts):
   poison = tmp_path / "poison" / "tensorflow"
   poison.mkdir(parents=True)
   (poison / "__init__.py").write_text("raise AssertionError('tensorflow was imported')")
@@ -198,8 +205,8 @@ tokenized = tokenization.tokenize(data, tokenizer, truncation=truncation)
 loaded = [m for m in ("tensorflow", "jax") if m in sys.modules]
 print(len(data), len(data[0].responses), len(tokenized), loaded)
 """
-  done = python(code, real_data, tmp_path / "prepared", tmp_path / "poison")
-  assert done.stdout == "2303 2 2303 []\n", done.stderr
+  done = python(code, data_folder, tmp_path / "prepared", tmp_path / "poison")
+  assert done.stdout == "{used} 2 {used} []\n".format(**counts), done.stderr
   assert done.stderr == ""
 
 
@@ -356,11 +363,12 @@ def test_imdb_gives_two_to_eight_words_of_a_review_and_keeps_the_rest(prepare, t
       {"text": text} for text in reviews)))) == list(data)
 
 
-def test_imdb_of_real_sentences_uses_all_that_are_long_enough(prepare, real_data):
-  data = prepare("imdb", path=real_data / "movie_review_sentences.jsonl.gz", on_error="raise")
-  assert data.report.keys() == {"used", "too_short"} and sum(data.report.values()) == 10662
+def test_imdb_of_sentences_uses_all_that_are_long_enough(prepare, data_folder):
+  data = prepare("imdb", path=data_folder / "movie_review_sentences.jsonl.gz", on_error="raise")
+  sentences = made_data.SENTENCES if data_folder.name == made_data.NAME else 10662
+  assert data.report.keys() == {"used", "too_short"} and sum(data.report.values()) == sentences
   counts = [sum(len(e.prompt.split()) == n for e in data) for n in range(2, 9)]
-  assert min(counts) > 1200  # of 10662 / 7, less those that are too short
+  assert min(counts) > 0.11 * sentences  # a seventh, less those that are too short
 
 
 def test_imdb_is_downloaded_as_its_lists_say(prepare, served, monkeypatch):

@@ -1,6 +1,9 @@
 """A run that starts from a Hugging Face folder and ends as one."""
 
+import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpojax import checkpoint, export, train
+from dpojax import checkpoint, export, resolve, train, weights
+from dpojax.data import tokenization
 from dpojax.errors import UserError
 from dpojax.metrics import read_metrics
 from dpojax.models import hf
@@ -37,6 +41,10 @@ def run_config(given, kind="dpo", **changes):
       **{"model.checkpoint": str(given["folder"]), "steps": 2, "eval_every": 0} | changes)
 
 
+def read_json(path):
+  return json.loads(path.read_text())
+
+
 def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
   """In parts over a mesh; the second run starts where the first one ended."""
   train.run(run_config(given, **{
@@ -50,9 +58,12 @@ def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
       [sys.executable, "-m", "dpojax.export", f"--workdir={tmp_path / 'run'}",
        f"--out={tmp_path / 'out'}"], cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
   assert result.returncode == 0, result.stderr
-  assert result.stdout == f"the policy of step 2 of {tmp_path / 'run'} is in {tmp_path / 'out'}\n"
+  said, read_back = result.stdout.splitlines()
+  assert said == f"the policy of step 2 of {tmp_path / 'run'} is in {tmp_path / 'out'}; texts end at 0"
+  assert read_back.startswith("read back: the policy's params in bfloat16; log-prob of 14 tokens -")
   assert (tmp_path / "out" / "tokenizer.json").is_file()
-  assert json.loads((tmp_path / "out" / "config.json").read_text()) == models.CASES["gptj"]
+  assert read_json(tmp_path / "out" / "config.json") == models.CASES["gptj"] | {"eos_token_id": 0}
+  assert read_json(tmp_path / "out" / "generation_config.json") == {"eos_token_id": 0}
   before, after = (safetensors.numpy.load_file(folder / "model.safetensors")
                    for folder in (given["folder"], tmp_path / "out"))
   assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype("bfloat16")}
@@ -68,6 +79,109 @@ def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
   assert again.settings.tokenizer == str(given["folder"])
   hf.save(tmp_path / "out2", again.config, again.params, dtype="float32")
   assert "lm_head.bias" in safetensors.numpy.load_file(tmp_path / "out2" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def other_eos(given, tmp_path_factory):
+  """A base that ends at 5 and 6, trained with a tokenizer whose EOS is 0: all params, and an adapter."""
+  root = tmp_path_factory.mktemp("other_eos")
+  shapes = models.load_vectors()[0]["tensors"]["llama3"]
+  models.write_folder(
+      root / "base", "llama3", models.tensors_of(shapes), eos_token_id=5, bos_token_id=1, pad_token_id=None)
+  (root / "base" / "generation_config.json").write_text(
+      json.dumps({"eos_token_id": [5, 6], "temperature": 0.6}))
+  hf.copy_tokenizer(given["folder"], root / "base")
+  settings = {"model.checkpoint": str(root / "base"), "steps": 1}
+  adapter = {"lora.rank": 2, "optimizer.learning_rate": 0.1, "model.param_dtype": "bfloat16"}
+  train.run(run_config(given, "sft", **settings), root / "sft")
+  train.run(run_config(given, **settings | adapter), root / "lora")
+  return root
+
+
+@pytest.mark.parametrize("run", ["sft", "lora"])
+def test_the_export_ends_where_training_and_the_base_ended(run, other_eos, tmp_path):
+  assert export.export(other_eos / run, tmp_path / "out").stop_ids == (0, 5, 6)
+  assert read_json(tmp_path / "out" / "generation_config.json") == {
+      "eos_token_id": [0, 5, 6], "temperature": 0.6}
+  config = read_json(tmp_path / "out" / "config.json")
+  assert config == models.CASES["llama3"] | {
+      "eos_token_id": [0, 5, 6], "bos_token_id": 1, "pad_token_id": None}
+  assert tokenization.load_tokenizer(str(tmp_path / "out")).eos_token_id == 0
+  for model in (other_eos / run, tmp_path / "out"):
+    assert weights.load(str(model)).stop_ids == (0, 5, 6)
+
+
+def test_an_adapters_folder_says_where_its_base_would_not_end(other_eos, tmp_path):
+  done = export.export_adapter(other_eos / "lora", tmp_path / "out")
+  assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 5, 6]
+  read_back, note = done.notes
+  assert "which does not end at (0, 5, 6)" in note
+  policy, written = re.search("log-prob of 14 tokens (.*), the policy's (.*)", read_back).groups()
+  np.testing.assert_allclose(float(policy), float(written), rtol=0.01)
+  notes = export.export_adapter(other_eos / "lora", tmp_path / "elsewhere", base="org/name").notes
+  assert notes == ("not read back: the base 'org/name' is no folder here", note.replace("out", "elsewhere"))
+
+
+def test_whatever_ended_a_response_ends_the_export(given, tmp_path):
+  """The ids are those of the data, not the tokenizer's EOS."""
+  settings = weights.with_tokenizer(run_config(given, "sft", steps=1))
+  data = resolve.load_data(settings)
+  assert data.stop_ids == [0]
+  tokens = data.train.data
+  tokens = dataclasses.replace(tokens, report=tokens.report | {"ended_by": {"0": 3, "9": 1, "4": 7}})
+  data = data._replace(train=dataclasses.replace(data.train, data=tokens))
+  train.run(settings, tmp_path / "run", data=data)
+  assert export.export(tmp_path / "run", tmp_path / "out").stop_ids == (4, 0, 9)
+  assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [4, 0, 9]
+
+
+def test_only_whole_responses_end_somewhere(given):
+  load = lambda **changes: resolve.load_data(weights.with_tokenizer(run_config(given, **changes)))
+  whole = load().train.data.report
+  assert whole["ended_by"] == {"0": 160} and whole["responses_cut"] == 0
+  report = load(**{"data.max_length": 6, "data.max_prompt_length": 3}).train.data.report
+  assert report["responses_cut"] > 20
+  assert report["ended_by"] == {"0": 2 * report["used"] - report["responses_cut"]}
+
+
+@pytest.mark.parametrize("what, message", [
+    ("weights", r"parameter layers/up/kernel, largest difference was 0.0 and is 0.5"),
+    ("rope", "config.json, read back, .*: rope_theta was 500.0 and is 600.0"),
+    ("stop", r"generation_config.json, .*: eos_token_id was \[0, 5, 6\] and is \[5, 6\]"),
+    ("tokenizer", "ids of 'Which way is north.* was .* and is "),
+    ("no tokenizer", "cannot be read back: tokenizer .* cannot be loaded"),
+    ("template", "the chat template was .*add_generation_prompt.* and is missing there"),
+])
+def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tmp_path, monkeypatch):
+  def spoiled(source, folder):
+    if what == "weights":
+      tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+      tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.5
+      safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    elif what in ("rope", "stop"):
+      path = folder / ("config.json" if what == "rope" else "generation_config.json")
+      path.write_text(json.dumps(read_json(path) | (
+          {"rope_theta": 600.0} if what == "rope" else {"eos_token_id": [5, 6]})))
+    if what != "no tokenizer":
+      copy(source, folder)
+    if what == "template":
+      (folder / "chat_template.jinja").unlink()
+    if what == "tokenizer":
+      path = folder / "tokenizer.json"
+      path.write_text(path.read_text().replace("WhitespaceSplit", "Whitespace"))
+
+  run, copy = other_eos / "sft", hf.copy_tokenizer
+  if what == "template":
+    shutil.copytree(run, tmp_path / "run")
+    tokenizer = tokenization.load_tokenizer(str(other_eos / "base"))
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %} is {% endif %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(read_json(path) | {"tokenizer": str(tmp_path / "chat")}))
+    run = tmp_path / "run"
+  monkeypatch.setattr(hf, "copy_tokenizer", spoiled)
+  with pytest.raises(hf.HuggingFaceError, match=message):
+    export.export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes, message", [

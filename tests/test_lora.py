@@ -318,7 +318,7 @@ def test_a_trained_adapter_is_exported_alone_and_merged(trained, given, sft, tmp
       cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("the adapter of step 8")
-  assert export.export(trained, tmp_path / "whole") == 8
+  assert export.export(trained, tmp_path / "whole").step == 8
   settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   assert settings["base_model_name_or_path"] == sft
   policy = checkpoint.load_policy(trained).params

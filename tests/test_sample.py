@@ -96,8 +96,8 @@ def test_a_policy_is_at_no_distance_from_itself(runs, prompts, tmp_path):
   assert means["kl"] == 0
 
 
-def test_a_conversation_is_prompted_as_the_template_has_it(real_data):
-  tokenizer = tokenization.load_tokenizer(str(real_data / "tokenizers" / "llama2"))
+def test_a_conversation_is_prompted_as_the_template_has_it(data_folder):
+  tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "llama2"))
   tokenizer.chat_template = (
       "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
       "{% if add_generation_prompt %}[assistant]{% endif %}")
@@ -115,16 +115,16 @@ def test_a_published_models_own_stop_ids_end_samples_too(written, stop_ids):
 
 
 @pytest.mark.parametrize("keep, want", [("end", "<s> d e f"), ("start", "<s> a b c")])
-def test_a_long_prompt_is_cut_as_in_training(keep, want, real_data):
-  tokenizer = tokenization.load_tokenizer(str(real_data / "tokenizers" / "llama2"))
+def test_a_long_prompt_is_cut_as_in_training(keep, want, data_folder):
+  tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "llama2"))
   (ids, cut), = tokenization.encode_prompts(["a b c d e f"], tokenizer, longest=4, keep=keep)
   assert cut and tokenizer.decode(ids) == want
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama2"])
 @pytest.mark.parametrize("response", [" yes, it is.", "yes", "\n\nNo", " na\u00efve \u2603"])
-def test_a_response_is_decoded_with_the_space_it_has_behind_its_prompt(name, response, real_data):
-  tokenizer = tokenization.load_tokenizer(str(real_data / "tokenizers" / name))
+def test_a_response_is_decoded_with_the_space_it_has_behind_its_prompt(name, response, data_folder):
+  tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / name))
   (prompt, (ids,)), = tokenization.encode(
       [tokenization.Example("Is it? Assistant:", (response,))], tokenizer)
   assert tokenization.decode_response(tokenizer, prompt, ids) == response

@@ -30,8 +30,8 @@ USER = {"role": "user", "content": "Which way?"}
 
 
 @pytest.fixture(scope="session")
-def load(real_data):
-  return lambda name: tokenization.load_tokenizer(str(real_data / "tokenizers" / name))
+def load(data_folder):
+  return lambda name: tokenization.load_tokenizer(str(data_folder / "tokenizers" / name))
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +66,8 @@ def comparisons(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def hh(real_data, tmp_path_factory):
-  path = real_data / "hh_harmless_base_test.jsonl.gz"
+def hh(data_folder, tmp_path_factory):
+  path = data_folder / "hh_harmless_base_test.jsonl.gz"
   return builders.prepare("hh", path=path, data_dir=tmp_path_factory.mktemp("hh"))
 
 
@@ -363,7 +363,7 @@ def test_whatever_changes_the_ids_changes_the_fingerprint(both, load, chat, comp
   assert of(data, both["gpt2"]) == seen[0]
 
 
-def test_a_full_disk_leaves_nothing_half_written(real_data, tmp_path):
+def test_a_full_disk_leaves_nothing_half_written(data_folder, tmp_path):
   code = """
 import resource, sys
 from dpojax.data import builders, tokenization
@@ -381,20 +381,20 @@ except DataError as error:
 """
   root = pathlib.Path(__file__).parents[1]
   done = subprocess.run(
-      [sys.executable, "-c", code, str(real_data), str(tmp_path)], capture_output=True, text=True,
+      [sys.executable, "-c", code, str(data_folder), str(tmp_path)], capture_output=True, text=True,
       cwd=root, timeout=120, env={**os.environ, "PYTHONPATH": str(root)})
   assert f"could not write tokenized data to {tmp_path}" in done.stdout, done.stderr
   assert not list(tmp_path.iterdir())
 
 
-def test_tokenizers_that_cannot_be_loaded_are_named(tmp_path, real_data):
+def test_tokenizers_that_cannot_be_loaded_are_named(tmp_path, data_folder):
   for name in (str(tmp_path), str(tmp_path / "missing"), "nobody/has-this-tokenizer"):
     with pytest.raises(DataError, match="cannot be loaded .*give a folder with") as caught:
       tokenization.load_tokenizer(name)
     assert repr(name) in str(caught.value)
   with pytest.raises(DataError, match="config.tokenizer is empty"):
     tokenization.load_tokenizer("")
-  model = (real_data / "tokenizers" / "gpt2" / "tokenizer.json").read_bytes()
+  model = (data_folder / "tokenizers" / "gpt2" / "tokenizer.json").read_bytes()
   (tmp_path / "tokenizer.json").write_bytes(model)
   (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
   with pytest.raises(DataError, match="has no EOS token"):

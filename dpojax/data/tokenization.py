@@ -33,7 +33,7 @@ TRUNCATION_SIDE = {
 """Which end of an over-long prompt is kept. HH as in the paper's code, where the others keep the
 start; for local files the end, because a conversation's last turn is what is answered."""
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1024
 _CHECKED = 512
 _ANCHORS = ("\n", "\ue000", "=")
@@ -75,7 +75,8 @@ class Tokenized:
     ids: int32, every comparison's prompt and responses one after another.
     offsets: [N + 1] int64, where in `ids` a comparison starts.
     example: [N] int32, index into the comparisons that were tokenized.
-    report: counts of what was cut and dropped, and length percentiles.
+    report: counts of what was cut and dropped, the ids that end whole responses, and length
+      percentiles.
     fingerprint: SHA-256 of all that determines the arrays.
   """
 
@@ -377,7 +378,7 @@ def _tokenize(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
   """Returns the arrays and the report of `Tokenized`."""
   encoder = _Encoder(tokenizer)
-  counts, dropped = collections.Counter(), collections.Counter()
+  counts, dropped, ends = collections.Counter(), collections.Counter(), collections.Counter()
   lengths, ids, index = [], [], []
   chunks = range(0, len(comparisons), _CHUNK)
   for start in tqdm.tqdm(chunks, "tokenizing", disable=not sys.stderr.isatty()):
@@ -397,6 +398,8 @@ def _tokenize(
         text = encoder.decode(encoded[0], encoded[1][k])
         counts["checked"] += 1
         counts["changed_by_tokenizer"] += text != example.prompt + example.responses[k]
+      ends.update(str(each[-1]) for each, whole in zip(responses, encoded[1])
+                  if each and len(each) == len(whole))
       lengths.append([len(prompt), *map(len, responses)])
       ids.append(np.array([token for part in (prompt, *responses) for token in part], np.int32))
       index.append(i)
@@ -409,7 +412,7 @@ def _tokenize(
   responses = padded[:, 1:]
   report = {
       "examples": len(comparisons), "used": len(index), "dropped": dict(dropped),
-      **{name: counts[name] for name in _COUNTS},
+      **{name: counts[name] for name in _COUNTS}, "ended_by": dict(ends),
       "lengths": {"prompt": _percentiles(padded[:, 0]), "comparison": _percentiles(totals),
                   "response": _percentiles(responses[responses > 0])}}
   offsets = np.concatenate([np.zeros(1, np.int64), totals.cumsum()])

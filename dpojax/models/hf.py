@@ -175,11 +175,12 @@ def load(
 
 def save(
     folder: str | os.PathLike, config: ModelConfig, params: Any, *, dtype: str = "",
-    shard_bytes: int = SHARD_BYTES, **settings
+    shard_bytes: int = SHARD_BYTES, **token_ids
 ) -> None:
   """Writes a model as a folder that `transformers` reads.
 
-  A model that was read from a folder gets that folder's config.json, tensor names and dtypes.
+  A model that was read from a folder gets that folder's config.json, generation_config.json, tensor
+  names and dtypes.
 
   Args:
     folder: where to; made if missing.
@@ -187,7 +188,8 @@ def save(
     params: its params, NumPy or JAX arrays, whole or in parts over devices.
     dtype: of all tensors; '' keeps those of the folder the model was read from, or float32.
     shard_bytes: largest file, but for a tensor that is larger.
-    **settings: what a config.json of a model of our own says besides its dimensions.
+    **token_ids: bos_token_id, eos_token_id (one or several) and pad_token_id, for both files; None
+      leaves what the model came with.
 
   Raises:
     HuggingFaceError: the folder holds something already, or the model has no form in one.
@@ -201,8 +203,9 @@ def save(
         "the model has a reward head, for which causal language models of transformers have no "
         "place; write a policy, or take the head out of params")
   published = json.loads(config.published) if config.published else {
-      "config": families.write_config(config) | settings, "dtype": "float32"}
-  values = published["config"]
+      "config": families.write_config(config) | dict.fromkeys(token_ids), "dtype": "float32"}
+  token_ids = {key: value for key, value in token_ids.items() if value is not None}
+  values = published["config"] | token_ids
   if dtype:
     values = {key: value for key, value in values.items() if key != "dtype"} | {
         "torch_dtype": dtype}
@@ -218,17 +221,18 @@ def save(
   for path, stack in stacks.items():
     for i, piece in enumerate(stack.pieces):
       holders[piece.name].append((piece, path, (i,) if stack.layered else ()))
-  plan = {}
+  plan, parts_of = {}, {}
   for name, parts in holders.items():
     actual, stored = _as_published(name, published, family)
     shape = families.dimensions(config, parts[0][0].tensor.shape)
-    plan[actual] = _Entry(dtype or stored, shape, parts)
+    plan[actual] = _Entry(dtype or stored, shape)
+    parts_of[actual] = parts
 
   def tensor(name):
     entry = plan[name]
     whole = np.empty(entry.shape, jnp.dtype(entry.dtype))
     with np.errstate(over="raise"):
-      for piece, path, index in entry.parts:
+      for piece, path, index in parts_of[name]:
         try:
           piece.of(whole, config)[...] = np.asarray(arrays[path][index])
         except FloatingPointError as error:
@@ -239,9 +243,55 @@ def save(
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, plan, tensor, shard_bytes)
-    if "generation_config" in published:
-      _write_json(folder / "generation_config.json", published["generation_config"])
+    save_generation_config(folder, config, **token_ids)
     _write_json(folder / "config.json", values)  # last: a folder is a model once it is all there
+
+
+def tensor_shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the tensors of the model that a config.json describes, by their names.
+
+  Raises:
+    HuggingFaceError: its family, or a value, is not supported.
+  """
+  config, family = families.read_config(values), families.family_of(values)
+  return {piece.name: families.dimensions(config, piece.tensor.shape)
+          for stack in _stacks(config, family).values() for piece in stack.pieces}
+
+
+def write_tensors(
+    folder: str | os.PathLike, values: dict[str, Any], tensor: Callable[[str], np.ndarray], dtype: str,
+) -> None:
+  """Writes a model that is at hand tensor by tensor: its safetensors files and its config.json.
+
+  Args:
+    folder: where to; made if missing.
+    values: the config.json.
+    tensor: name -> the tensor, in `dtype`; asked for once each, one after another.
+    dtype: of all of them.
+
+  Raises:
+    HuggingFaceError: the family is not supported.
+    DiskError: the disk is full or cannot be written.
+  """
+  plan = {name: _Entry(dtype, shape) for name, shape in tensor_shapes(values).items()}
+  with disk_errors(folder):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    _write_shards(pathlib.Path(folder), plan, tensor, SHARD_BYTES)
+    _write_json(pathlib.Path(folder) / "config.json", values)
+
+
+def save_generation_config(
+    folder: str | os.PathLike, config: ModelConfig, **token_ids: int | list[int] | None) -> None:
+  """Writes a folder's generation_config.json, if there is anything to say in it; see `save`.
+
+  Raises:
+    DiskError: the disk is full or cannot be written.
+  """
+  values = json.loads(config.published or "{}").get("generation_config", {})
+  values |= {key: value for key, value in token_ids.items() if value is not None}
+  if values:
+    with disk_errors(folder):
+      _write_json(pathlib.Path(folder) / "generation_config.json", values)
 
 
 def copy_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> None:
@@ -280,7 +330,6 @@ class _Entry(NamedTuple):
 
   dtype: str
   shape: tuple[int, ...]
-  parts: list[tuple[_Piece, str, tuple[int, ...]]]
 
   @property
   def nbytes(self) -> int:

@@ -1,6 +1,8 @@
 """Holds greedy text of trained and exported models to transformers' generate, and folders of runs.
 
 python -m tests.parity.check_generation [CASE ...]   every family: trained here, exported, 64 tokens
+python -m tests.parity.check_generation --stops      a base that ends at one id, trained to end at another:
+    transformers' generate, with nothing said, stops where training ended
 python -m tests.parity.check_generation --out=OUT    what experiments.from_hugging_face left in OUT:
     its folders give in transformers, and in PEFT, the logits they give here
 """
@@ -75,6 +77,43 @@ def check_family(case, scratch):
   return agree, total, ids / total
 
 
+def check_stops(scratch):
+  """Trains texts that end at 0 from a base that ends at 5; says what does not end there in transformers."""
+  model, _ = model_of("llama3", eos_token_id=5, pad_token_id=5)
+  model.generation_config.eos_token_id = 5
+  model.save_pretrained(scratch / "base")
+  worlds.save_tokenizer(scratch / "tokenizer")
+  path = worlds.write_jsonl(scratch / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 80))
+  given = ("sft", str(scratch / "tokenizer"), path, scratch / "cache")
+  changes = {"model.checkpoint": str(scratch / "base"), "eval_every": 0, "log_every": 40, "steps": 80,
+             "checkpoint_every": 80, "optimizer.learning_rate": 2e-2}
+  wrong = []
+  for name, adapter in {"all": {}, "adapter": {"lora.rank": 4}}.items():
+    train.run(worlds.run_config(*given, **changes | adapter), scratch / name)
+    folders = {"exported": scratch / f"{name}_hf"}
+    print(*export.export(scratch / name, folders["exported"]), sep="\n")
+    model = load(folders["exported"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["exported"])
+    configs = {f"{name}, exported": model.generation_config}
+    if name == "adapter":
+      folders["peft"] = scratch / "adapter_peft"
+      print(*export.export_adapter(scratch / name, folders["peft"]), sep="\n")
+      configs["adapter, PEFT's folder"] = transformers.GenerationConfig.from_pretrained(folders["peft"])
+    configs["as the base's"] = transformers.GenerationConfig.from_pretrained(scratch / "base")
+    prompts = tokenizer(["the film is", "the score is"], return_tensors="pt")
+    for said, settings in configs.items():
+      settings.max_new_tokens, settings.do_sample = 24, False
+      text = model.generate(**prompts, generation_config=settings)
+      stopped = [row[3:].tolist().index(0) + 1 if 0 in row[3:] else None for row in text]
+      print(f"{said}: stops at {settings.eos_token_id}; {text.shape[1] - 3} tokens, the first 0 is at "
+            f"{stopped}")
+      if said != "as the base's" and (None in stopped or text.shape[1] - 3 != max(stopped)):
+        wrong.append(said)
+      if said == "as the base's" and text.shape[1] - 3 != 24:
+        wrong.append("the base's own stop ids would have done")
+  return wrong
+
+
 def check_folders(out):
   """Compares the logits of the folders of a run on the prompt of a pair."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(out / "all_params_hf")
@@ -99,12 +138,16 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("cases", nargs="*", choices=[[], *models.CASES])
   parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--stops", action="store_true")
   options = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   transformers.utils.logging.disable_progress_bar()
   wrong = []
   if options.out:
     wrong = check_folders(options.out)
+  elif options.stops:
+    with tempfile.TemporaryDirectory() as scratch:
+      wrong = check_stops(pathlib.Path(scratch))
   else:
     for case in options.cases or models.CASES:
       with tempfile.TemporaryDirectory() as scratch:
