@@ -16,6 +16,10 @@ import jax.numpy as jnp
 CHUNK_ELEMENTS = 2**24
 """Logits held at once when no chunk size is given: 2**24 float32 values, 64 MiB."""
 
+ACCELERATOR_CHUNK_ELEMENTS = 2**27
+"""The same on GPUs and TPUs, 512 MiB: each chunk reads and writes the head's whole gradient once, which
+takes longer than the products of the few tokens that a smaller one holds."""
+
 _LANES = 128
 
 CPU_TOKENS, CPU_BLOCK = 256, 19 * _LANES
@@ -67,7 +71,8 @@ def token_log_probs(
       do, and chunks that hold nothing else are not computed.
     bias: [V], added to the logits.
     soft_cap: a logit becomes cap * tanh(logit / cap); a constant, its gradient is 0.
-    chunk_size: scored tokens a chunk, along S; by default as many as fit `CHUNK_ELEMENTS` logits.
+    chunk_size: scored tokens a chunk, along S; by default as many as fit `CHUNK_ELEMENTS` logits
+      (`ACCELERATOR_CHUNK_ELEMENTS` on GPUs and TPUs).
 
   Returns:
     [..., S] log-probs, float32 (float64 for float64 inputs), differentiable in hidden, head and
@@ -253,7 +258,8 @@ def _in_chunks(shape, vocabulary: int, where: jax.Array | None, chunk_size: int 
   if chunk_size is not None:
     size = chunk_size * per_index
   else:
-    size = CPU_TOKENS if block < vocabulary else CHUNK_ELEMENTS // vocabulary
+    elements = CHUNK_ELEMENTS if on_cpu else ACCELERATOR_CHUNK_ELEMENTS
+    size = CPU_TOKENS if block < vocabulary else elements // vocabulary
   if where is None or cut_over_devices:
     size = min(max(1, size // max(1, per_index)), max(1, length))
     number = -(-length // size)

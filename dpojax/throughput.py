@@ -46,9 +46,10 @@ def chip_of(device_kind: str) -> str:
 class Throughput:
   """Counts what passes through the train loop, and where its time goes.
 
-  Steps run ahead of the host, so that its time has three parts: `input`, waiting for rows; `device`,
-  waiting for results; `host`, everything else (dispatch, logging, the start of a save). A run that
-  its devices bound spends nearly all of it in `device`.
+  The host's time has three parts: `input`, waiting for rows; `device`, in the call of a step and waiting
+  for its results; `host`, everything else (logging, evaluating, the start of a save). Programs with loops
+  run on GPUs while they are called, so that a call cannot be told from a wait. A run that its devices bound
+  spends nearly all of it in `device`; so does a step that is compiled.
   """
 
   def __init__(self, flops_per_comparison: float = 0.0):

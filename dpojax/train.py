@@ -124,7 +124,8 @@ def run(
     for batch, rows, waited in _placed_ahead(train_loader.training(first, config.steps), devices):
       step = batch.step + 1
       profile.before(step, state)
-      state, metrics = train_step(state, reference, rows)
+      with throughput.on_device():
+        state, metrics = train_step(state, reference, rows)
       if config.reference.sync_every and step % config.reference.sync_every == 0:
         reference, _ = move_reference(reference, state)
       log.advance()

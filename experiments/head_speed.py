@@ -34,11 +34,11 @@ def compiled(form: tuple[int, int], *arguments: jax.Array):
     scored = jnp.arange(target.size) < target.size * 420 // 512
     return log_probs.token_log_probs(hidden, head, target, where=scored).sum()
 
-  before = log_probs.CPU_TOKENS, log_probs.CPU_BLOCK, log_probs.CHUNK_ELEMENTS
+  before = log_probs.CPU_TOKENS, log_probs.CPU_BLOCK, log_probs.ACCELERATOR_CHUNK_ELEMENTS
   log_probs.CPU_TOKENS, log_probs.CPU_BLOCK = form
-  log_probs.CHUNK_ELEMENTS = form[0] * form[1]
+  log_probs.ACCELERATOR_CHUNK_ELEMENTS = form[0] * form[1]
   program = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*arguments).compile()
-  log_probs.CPU_TOKENS, log_probs.CPU_BLOCK, log_probs.CHUNK_ELEMENTS = before
+  log_probs.CPU_TOKENS, log_probs.CPU_BLOCK, log_probs.ACCELERATOR_CHUNK_ELEMENTS = before
   return program
 
 
