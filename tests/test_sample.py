@@ -144,10 +144,10 @@ def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "has no lines"),
+    ("", "has no records"),
     ('{"prompt": "a"}\n{"prompt": 1}\n', 'line 2: "prompt" is a number, not a string or a list'),
     ('{"text": "a"}\n', 'line 1: "prompt" is missing'),
-    ('{"prompt": "a"\n', "line 1 is not JSON"),
+    ('{"prompt": "a"\n', "line 1: not JSON"),
     ('{"prompt": []}\n', 'line 1: "prompt" has no messages')])
 def test_bad_prompts_are_named_by_their_line(text, message, tmp_path):
   (tmp_path / "prompts.jsonl").write_text(text)

@@ -143,7 +143,7 @@ def labelled(given: Given, plan: Plan, samples: str) -> pathlib.Path:
   out = given.workdir / "pairs" / "pairs.jsonl"
 
   def make():
-    records = [record for _, record in sample.read_lines(samples)]
+    records = stages.read_samples(samples)
     score = scorers.make_scorer(plan.reward, sample.make_mesh(1, 1))
     rewards = score([each["prompt"] for each in records], [each["response"] for each in records])
     pairs = label(records, rewards)
