@@ -230,6 +230,8 @@ def _table(file: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
     raise DataError(f"data.path {path} is not UTF-8 ({error}); save it as UTF-8") from error
   except csv.Error as error:
     raise DataError(f"data.path {path} line {rows.line_num} is no CSV ({error}); correct it") from error
+  finally:
+    text.detach()  # `file` is closed by who opened it
 
 
 def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:
