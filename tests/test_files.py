@@ -84,7 +84,7 @@ def test_a_table_is_read_as_pythons_own_writer_writes_it(tmp_path_factory, rows)
     ("a.parquet.gz", gzip.compress(parquet(PAIRS)), "is Parquet inside another compression; unpack it"),
     ("a.json", b'[{"prompt": "a"},', "is no JSON array (Expecting value"),
     ("a.csv", b'a,a\n1,2\n', "has two columns of one name (a, a); rename one"),
-    ("a.csv", b'a,b\n"1,2\n', "line 2 is no CSV"), ("a.csv", b"a,b\n\xff,2\n", "is not UTF-8"),
+    ("a.csv", b'a,b\n"1,2\n', "line 2 is no CSV"),
 ])
 def test_what_cannot_be_read_is_named(name, content, words, tmp_path):
   (tmp_path / name).write_bytes(content)
@@ -108,8 +108,8 @@ def test_every_cut_of_a_compressed_file_is_told_apart_from_its_end(tmp_path):
         "line 1": ("duplicate_key", '"a" stands twice'), "line 2": ("duplicate_key", '"b" stands twice')}),
     ("a.json", b'[{"a": 1, "a": 2}, {"a": [{"b": 1, "b": 1}]}, {"a": 1}]', {
         "element 1": ("duplicate_key", '"a" stands twice'), "element 2": ("duplicate_key", '"b" stands twice')}),
-    ("a.csv", b"a\n1,2\n3,4\n5\n", {
-        "row 1": ("wrong_columns", "2 fields under 1 names"), "row 2": ("wrong_columns", "quote those with commas")}),
+    ("a.csv", b"a\n1,2\n\xff\n5\n", {
+        "row 1": ("wrong_columns", "2 fields under 1 names; quote"), "row 2": ("broken_utf8", "not UTF-8")}),
 ])
 def test_a_record_that_lost_something_is_an_error_of_its_own(name, content, problems, tmp_path):
   (tmp_path / name).write_bytes(content)
@@ -303,6 +303,8 @@ def test_a_split_of_the_hub_is_prepared_as_its_files_are(tmp_path):
   folder = folder_of(tmp_path, *SHARDED)
   data = builders.prepare("jsonl", path=f"hub:{folder}", data_dir=tmp_path / "prepared")
   assert [example.prompt for example in data] == list(SHARDED[:2])
+  test = builders.prepare("jsonl", path=f"hub:{folder}", data_dir=tmp_path / "prepared", split="test")
+  assert [example.prompt for example in test] == [SHARDED[2]]
   assert [example.prompt for example in records.read_file(f"hub:{folder}:test", records.parse_prompt)] == [SHARDED[2]]
 
 

@@ -1,12 +1,14 @@
 """Records in published forms become the same examples, or are refused by name."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings, strategies
 
 from dpojax.data import records
 from dpojax.data.examples import DataError, Example, RecordError
+from tests import conftest
 
 USER = {"role": "user", "content": "Which way is north?"}
 SYSTEM = {"role": "system", "content": "You are a compass."}
@@ -340,3 +342,8 @@ def test_a_record_nested_too_deep_is_an_error_of_the_record():
     records.parse_record(bare(notes=deep))
   with pytest.raises(RecordError, match="nested more than 64 deep"):
     records.parse_record(bare(tools=json.dumps(deep)))
+
+
+def test_the_page_has_every_form_in_the_order_in_which_they_are_tried():
+  page = (conftest.ROOT / "docs" / "data.md").read_text().partition("## Forms of records")[2]
+  assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(records.FORMS)

@@ -23,8 +23,10 @@ _COMPRESSED = (".gz", ".zst", ".zstd")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def local_files(path: Path | Sequence[Path]) -> list[str]:
+def local_files(path: Path | Sequence[Path], split: str = "train") -> list[str]:
   """Returns the files that `path` names: a file, several, comma-separated, a glob, or hub:NAME.
+
+  `split` is that of the hub's data sets where the name gives none.
 
   Raises:
     DataError: a file is missing or a folder, a glob matches nothing, or the hub is out of reach.
@@ -36,7 +38,7 @@ def local_files(path: Path | Sequence[Path]) -> list[str]:
     names = [os.fspath(name) for name in path]
   files = []
   for name in filter(None, names):
-    files += hub.files(name) if name.startswith(hub.PREFIX) else _matches(os.path.expanduser(name))
+    files += hub.files(name, split) if name.startswith(hub.PREFIX) else _matches(os.path.expanduser(name))
   if not files:
     raise DataError(f"data.path is {path!r} and names no file; give a .jsonl or .jsonl.gz file")
   for name in files:
@@ -214,24 +216,29 @@ def _error_in(value: Any) -> RecordError | None:
 def _table(file: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
   """Yields the rows of a table with a header, by the header's names."""
   csv.field_size_limit(sys.maxsize)
-  text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+  text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
   rows = csv.reader(text, delimiter=_SEPARATORS[kind(path)], strict=True)
   try:
     names = next(rows, [])
     if len(set(names)) < len(names):
       raise DataError(f"data.path {path} has two columns of one name ({', '.join(names)}); rename one")
-    number = 0
-    for row in rows:
-      if row:
-        number += 1
-        yield f"row {number}", dict(zip(names, row)) if len(row) == len(names) else RecordError(
-            "wrong_columns", f"{len(row)} fields under {len(names)} names; quote those with commas")
-  except UnicodeDecodeError as error:
-    raise DataError(f"data.path {path} is not UTF-8 ({error}); save it as UTF-8") from error
+    for number, row in enumerate(filter(None, rows), 1):
+      yield f"row {number}", _row(names, row)
   except csv.Error as error:
     raise DataError(f"data.path {path} line {rows.line_num} is no CSV ({error}); correct it") from error
   finally:
     text.detach()  # `file` is closed by who opened it
+
+
+def _row(names: list[str], row: list[str]) -> dict | RecordError:
+  try:
+    "".join(row).encode()
+  except UnicodeEncodeError:  # what was decoded is no text
+    return RecordError("broken_utf8", "not UTF-8; save it as UTF-8")
+  if len(row) != len(names):
+    return RecordError(
+        "wrong_columns", f"{len(row)} fields under {len(names)} names; quote those with commas")
+  return dict(zip(names, row))
 
 
 def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:

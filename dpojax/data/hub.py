@@ -17,7 +17,8 @@ from dpojax.data.examples import DataError
 
 PREFIX = "hub:"
 CONVERTED = "refs/convert/parquet"
-DEFAULT_SPLIT = "train"
+UNSPLIT = "train"
+"""The split of a data set that has none."""
 
 
 class Repository(NamedTuple):
@@ -27,10 +28,10 @@ class Repository(NamedTuple):
   fetch: Callable[[str], str]
 
 
-def files(name: str) -> list[str]:
+def files(name: str, default: str) -> list[str]:
   """Returns the local paths of the Parquet files of hub:ORG/NAME, hub:ORG/NAME:SPLIT or a folder.
 
-  SPLIT is 'train' unless given, or CONFIG/SPLIT where a data set has several configs.
+  SPLIT is `default` unless given, or CONFIG/SPLIT where a data set has several configs.
 
   Raises:
     DataError: there is no such data set or split, several fit, or the hub is out of reach.
@@ -48,7 +49,7 @@ def files(name: str) -> list[str]:
   for repository in repositories:
     splits = _splits(repository)
     if splits:
-      return [repository.fetch(each) for each in _chosen(name, splits, split or DEFAULT_SPLIT)]
+      return [repository.fetch(each) for each in _chosen(name, splits, split or default)]
   raise DataError(
       f"data.path {name} has no Parquet files; download its files and name them in data.path")
 
@@ -111,7 +112,7 @@ def _of_card(repository: Repository, parquet: list[str]) -> dict[str, list[str]]
     found = {}
     for config in about.get("configs") or []:
       of_config = config.get("data_files") or []
-      of_config = [{"split": DEFAULT_SPLIT, "path": of_config}] if isinstance(of_config, str) else of_config
+      of_config = [{"split": UNSPLIT, "path": of_config}] if isinstance(of_config, str) else of_config
       for entry in of_config:
         paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
         names = [each for each in parquet if any(fnmatch.fnmatch(each, path) for path in paths)]
@@ -136,7 +137,7 @@ def _split_of(name: str) -> str:
   elif folders and _KEYWORD.fullmatch(folders[-1]):
     *folders, split = folders
   else:
-    split = DEFAULT_SPLIT  # a data set that is not split
+    split = UNSPLIT  # a data set that is not split
   return "/".join([each for each in folders if each != "data"] or ["default"]) + f"/{split}"
 
 

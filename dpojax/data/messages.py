@@ -1,4 +1,4 @@
-"""Messages in whatever form to those a chat template reads, and a comparison of conversations to prompt and rest."""
+"""Messages in whatever form to those a chat template reads; conversations to a prompt and what follows it."""
 
 import json
 from typing import Any, Callable, Sequence

@@ -183,7 +183,8 @@ def _behind_text(fields, text, sides, names) -> tuple[list[dict], list[list[dict
   prompt = sides[0][:shared]
   said = [message["content"].strip() for message in prompt if message["role"] == "user"]
   require(text.strip() in said[:1] + said[-1:], "prompt_contradicts",
-          f'"prompt" is {text[:40]!r} but {names[0]} asks {(said or ["nothing"])[-1][:40]!r}; drop one of them')
+          f'"prompt" is {text[:40]!r} but {names[0]} asks {(said or ["nothing"])[-1][:40]!r}; drop one of '
+          "them")
   fields.note("converted", "prompt_stood_in_response_too")
   return prompt, [side[shared:] for side in sides]
 
@@ -434,14 +435,15 @@ def _has(*keys: str, without: tuple[str, ...] = ()) -> Callable[[dict], bool]:
       record.get(key) is not None for key in without)
 
 
+_PROMPTS = ("prompt", "messages")
 FORMS = {
     "openai": Form(lambda record: _has("preferred_output", "non_preferred_output")(record) or isinstance(
         record.get("input"), dict) and "prompt" not in record, _openai),
     "swift": Form(_has("rejected_response", "rejected_messages"), _swift),
     "sharegpt": Form(_has("conversations", without=("prompt",)), _sharegpt),
-    "alpaca": Form(_has("instruction", without=("prompt", "messages")), _instruction("instruction", "output")),
-    "orca": Form(_has("question", without=("prompt", "messages")), _instruction("question", "response")),
-    "query": Form(_has("query", without=("prompt", "messages")), _instruction("query", "response")),
+    "alpaca": Form(_has("instruction", without=_PROMPTS), _instruction("instruction", "output")),
+    "orca": Form(_has("question", without=_PROMPTS), _instruction("question", "response")),
+    "query": Form(_has("query", without=_PROMPTS), _instruction("query", "response")),
     "ranking": Form(_has("responses"), _ranking),
     "unpaired": Form(_has("completion", without=("chosen",)), _unpaired),
     "conversation": Form(_has("messages", without=("prompt", "chosen", "rejected")), _conversation_form),

@@ -95,7 +95,7 @@ def prepare(
   root = pathlib.Path(data_dir or DATA_DIR).expanduser()
   builder_class = BUILDERS[source]
   if path:
-    files = local_files(path)
+    files = local_files(path, split)
     version = [digest(file) for file in files] + [form] * bool(form)
     chosen = base.LocalFiles(
         name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error, form=form)
