@@ -80,12 +80,19 @@ def checked(
   Raises:
     RecordError: otherwise.
   """
+  check_strings([prompt, *responses])
+  return compared(prompt, responses, names)
+
+
+def compared(
+    prompt: str | list[dict], responses: Sequence[str | list[dict]], names: Sequence[str]
+) -> Example:
+  """Returns what `checked` does, of strings that were checked before."""
   for name, response in zip(names, responses):
     require(_says_something(response), "empty_response", f"{name} is empty")
   for k, response in enumerate(responses):
     first = list(responses).index(response)
     require(first == k, "identical_responses", f"{names[first]} and {names[k]} are the same text")
-  check_strings([prompt, *responses])
   return Example(prompt, tuple(responses))
 
 
@@ -117,8 +124,9 @@ def of_kind(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
   """Returns the value; raises RecordError if it is not a `kind`."""
   kinds = kind if isinstance(kind, tuple) else (kind,)
   sound = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-  wanted = " or ".join(dict.fromkeys(_KINDS[each] for each in kinds))
-  require(sound, "wrong_type", f"{name} is {kind_of(value)}, not {wanted}")
+  if not sound:
+    wanted = " or ".join(dict.fromkeys(_KINDS[each] for each in kinds))
+    raise RecordError("wrong_type", f"{name} is {kind_of(value)}, not {wanted}")
   return value
 
 
@@ -147,8 +155,10 @@ def check_strings(value: Any, deepest: int = 64):
   while waiting:
     value, depth = waiting.pop()
     if isinstance(value, str):
-      require(_encodes(value), "broken_unicode",
-              f"the text {value[:40]!r} has half of a surrogate pair; write the whole character")
+      if not value.isascii() and not _encodes(value):
+        raise RecordError(
+            "broken_unicode",
+            f"the text {value[:40]!r} has half of a surrogate pair; write the whole character")
     elif isinstance(value, (dict, list, tuple)):
       require(depth < deepest, "too_deep", f"lists and objects are nested more than {deepest} deep")
       inside = (*value, *value.values()) if isinstance(value, dict) else value

@@ -155,13 +155,9 @@ def _message(value: Any, name: str, note: Note) -> dict:
     message = {"role": message.pop("from"), "content": message.pop("value", None)} | message
     note("converted", "sharegpt_message")
   role = message.get("role")
-  require(isinstance(role, str), "wrong_type",
-          f'{name} is not {{"role": str, "content": str}}: its "role" is {kind_of(role)}')
-  require(role in ROLES, "unknown_role",
-          f'{name} is of role "{role[:40]}"; known are {", ".join(ROLES)}: rename it')
-  if ROLES[role] != role:
-    note("converted", f"role_{role}_to_{ROLES[role]}")
-  message["role"] = ROLES[role]
+  message["role"] = _role(role, name)
+  if message["role"] != role:
+    note("converted", f"role_{role}_to_{message['role']}")
   for key in list(message):
     refuse_media(message, key, f'{name}["{key}"]')
     if not is_json(message[key]):
@@ -176,6 +172,16 @@ def _message(value: Any, name: str, note: Note) -> dict:
   return message
 
 
+def _role(role: Any, name: str) -> str:
+  if not isinstance(role, str):
+    raise RecordError(
+        "wrong_type", f'{name} is not {{"role": str, "content": str}}: its "role" is {kind_of(role)}')
+  if role not in ROLES:
+    raise RecordError(
+        "unknown_role", f'{name} is of role "{role[:40]}"; known are {", ".join(ROLES)}: rename it')
+  return ROLES[role]
+
+
 def _set_content(message: dict, name: str, note: Note) -> None:
   """Makes one text of parts, and refuses content that is none."""
   content = message.get("content")
@@ -186,9 +192,10 @@ def _set_content(message: dict, name: str, note: Note) -> None:
     return
   if content is None and message["role"] == "assistant":
     return
-  require(isinstance(content, str), "wrong_type",
-          f'{name} is not {{"role": str, "content": str}}: its "content" is '
-          f'{kind_of(content) if "content" in message else "missing"}')
+  if not isinstance(content, str):
+    found = kind_of(content) if "content" in message else "missing"
+    raise RecordError(
+        "wrong_type", f'{name} is not {{"role": str, "content": str}}: its "content" is {found}')
 
 
 def _part(part: Any, name: str) -> str:

@@ -137,7 +137,7 @@ def _example(fields: Fields, parts: Parts) -> Example:
               'chat template writes; write "prompt" as messages, or drop the key')
   if fields.prompt_only:
     return Example(prompt, (), tools, arguments)
-  example = examples.checked(prompt, sides, parts.names)
+  example = examples.compared(prompt, sides, parts.names)
   if parts.desirable is not None:
     absent = "" if isinstance(prompt, str) else []
     response, = sides
