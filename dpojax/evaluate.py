@@ -380,18 +380,20 @@ def _pairs_of(ours: str, theirs: str, limit: int, form: str) -> tuple[int, list[
 
 def _responses_of(path: str, form: str) -> dict[int, tuple[Example, list[str | list[dict]]]]:
   """Returns prompt and responses of a file by the prompt's number: samples, or what was chosen."""
-  found = {}
+  found, left_out = {}, []
 
-  def add(record):
+  def parse(record):
     if isinstance(record, dict) and "response" in record and "index" in record:
-      number, response = examples.get(record, "index", int), examples.get(record, "response", str)
-      found.setdefault(number, (records.parse_prompt(record), []))[1].append(response)
-    else:
-      example = records.parse_record(record, form)
-      found[len(found)] = example._replace(responses=()), [example.responses[0]]
+      return (examples.get(record, "index", int), records.parse_prompt(record),
+              examples.get(record, "response", str))
+    example = records.parse_record(record, form)
+    return None, example._replace(responses=()), example.responses[0]
 
-  for _ in records.read_file(path, add, given="--ours or --theirs"):
-    pass
+  every = records.read_file(path, parse, given="--ours or --theirs", left_out=left_out)
+  for i, (index, prompt, response) in every:
+    found.setdefault(i if index is None else index, (prompt, []))[1].append(response)
+  if left_out:
+    say(f"{path}: {records.counted(left_out)}")
   return found
 
 

@@ -194,44 +194,65 @@ class Generator:
     return width if self.longest_prompt is None else min(width, self.longest_prompt)
 
 
-def read_prompts(path: str | os.PathLike, limit: int = 0, form: str = "") -> list[Example]:
-  """Returns the prompts of a file, without responses; the first `limit` of them if that is not 0.
+def read_prompts(
+    path: str | os.PathLike, limit: int = 0, form: str = "", on_error: str = "raise"
+) -> dict[int, Example]:
+  """Returns the prompts of a file, without responses, by the number of their record, from 0.
 
   Args:
     path: in any form that can be trained on.
-    limit: 0 is all.
+    limit: how many are read, the first; 0 is all.
     form: a name in `records.FORMS`; '' recognises it by the records' keys.
+    on_error: "skip" leaves records without a prompt out, counts them and says so; "raise" stops at
+      the first.
 
   Raises:
-    DataError: the file is not there or empty, or a record has no prompt; it says which.
+    DataError: the file is not there or has no prompt, or a record has none; it says which.
   """
+  if on_error not in ("skip", "raise"):
+    raise DataError(f"--on_error is {on_error!r}; it is 'skip' or 'raise'")
+  left_out = [] if on_error == "skip" else None
   every = records.read_file(
-      path, lambda record: records.parse_prompt(record, form), given="--prompts")
-  prompts = list(itertools.islice(every, limit or None))
+      path, lambda record: records.parse_prompt(record, form), given="--prompts", left_out=left_out)
+  prompts = dict(itertools.islice(every, limit or None))
+  if left_out:
+    say(records.counted(left_out))
   if not prompts:
-    raise DataError(f"{path} has no records; give one object with \"prompt\" a line")
+    raise DataError(f"{path} has no records with a prompt; give one object with \"prompt\" a line")
   return prompts
 
 
 def encode(
-    prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str, path: Any
-) -> tuple[list[list[int]], int]:
-  """Returns the ids of prompts and how many were cut.
+    prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str, path: Any,
+    left_out: list | None = None,
+) -> tuple[list[list[int] | None], int]:
+  """Returns the ids of prompts and how many were cut; None of one that is left out.
+
+  `left_out` gets what is wrong with prompts that cannot be tokenized; None raises the first.
 
   Raises:
-    DataError: one cannot be tokenized; it says which.
+    DataError: one cannot be tokenized, or none can; it says which.
   """
-  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)
-  for i, each in enumerate(encoded):
+  ids, cuts = [], 0
+  for i, each in enumerate(tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)):
     if isinstance(each, RecordError):
-      raise DataError(f"{path} prompt {i + 1}: {each}") from each
-  return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
+      problem = f"{path} prompt {i + 1}: {each}"
+      if left_out is None:
+        raise DataError(problem) from each
+      left_out.append(RecordError(each.reason, problem))
+      ids.append(None)
+    else:
+      ids.append(each[0])
+      cuts += each[1]
+  if all(each is None for each in ids):
+    raise DataError(f"none of {len(ids)} prompts can be tokenized; {records.counted(left_out)}")
+  return ids, cuts
 
 
 def run(
     model: str, prompts: str, out: str, draw: Draw = Draw(), *, step: int | None = None,
     reference: str = "", batch_size: int = 16, max_prompt_length: int = 0, limit: int = 0,
-    fsdp: int = 1, tensor: int = 1, form: str = "",
+    fsdp: int = 1, tensor: int = 1, form: str = "", on_error: str = "raise",
 ) -> dict[str, float]:
   """Samples as the command does and returns the means over the samples in the file.
 
@@ -247,6 +268,7 @@ def run(
     limit: how many prompts are read; 0 is all.
     fsdp, tensor: how the params are cut over devices.
     form: of the prompts' records, a name in `records.FORMS`; '' recognises it by their keys.
+    on_error: "skip" leaves records without a prompt out and says so; "raise" stops at the first.
 
   Raises:
     ConfigError, DataError, CheckpointError: something given cannot be used.
@@ -260,16 +282,22 @@ def run(
   generator = Generator(
       policy, other, draw, eos=tokenizer.eos_token_id, batch_size=batch_size,
       devices=make_mesh(fsdp, tensor))
-  texts = read_prompts(prompts, limit, form)
+  texts = read_prompts(prompts, limit, form, on_error)
   longest, keep = prompt_room(policy, generator, max_prompt_length)
-  ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts)
+  left_out = [] if on_error == "skip" else None
+  ids, cut = encode(
+      list(texts.values()), tokenizer, longest=longest, keep=keep, path=prompts, left_out=left_out)
+  if left_out:
+    say(records.counted(left_out))
+  texts = {i: text for (i, text), each in zip(texts.items(), ids) if each is not None}
+  ids = [each for each in ids if each is not None]
   say(f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
       f"{policy.name}" + (f", reference {other.name}" if other else ", no reference"))
   settings = dataclasses.asdict(draw) | {
       "model": policy.name, "weights": checkpoint.fingerprint(policy.params),
       "reference": other and checkpoint.fingerprint(other.params), "batch_size": generator.batch_size,
       "max_prompt_length": longest, "keep": keep,
-      "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts]).encode()).hexdigest()}
+      "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts.values()]).encode()).hexdigest()}
   policy = other = None  # the placed copies are the only ones now
   return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
 
@@ -321,10 +349,10 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
   """Draws what is not in the file yet; in the end its lines stand in the order of the prompts."""
   start = time.perf_counter()
   lines = _reopen(out, settings)
-  count = generator.draw.num_samples
+  count, numbers = generator.draw.num_samples, list(texts)
   batches = [batch for batch in generator.batches([len(prompt) for prompt in ids])
-             if any((i, k) not in lines for i in batch for k in range(count))]
-  again = {i for batch in batches for i in batch}
+             if any((numbers[i], k) not in lines for i in batch for k in range(count))]
+  again = {numbers[i] for batch in batches for i in batch}
   lines = {place: line for place, line in lines.items() if place[0] not in again}
   kept = len(lines)
   with disk_errors(out.parent):
@@ -335,13 +363,14 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
       for batch in batches:
         for i, samples in zip(batch, generator([ids[i] for i in batch], batch)):
           for k, sample in enumerate(samples):
-            lines[i, k] = json.dumps({
-                "index": i, "sample": k, **records.prompt_record(texts[i]),
+            place = numbers[i], k
+            lines[place] = json.dumps({
+                "index": numbers[i], "sample": k, **records.prompt_record(texts[numbers[i]]),
                 "response": tokenization.decode_response(
                     tokenizer, ids[i], sample.ids[:-1] if sample.finished else sample.ids),
                 "log_prob": sample.log_prob, "reference_log_prob": sample.reference_log_prob,
                 "tokens": len(sample.ids), "finished": sample.finished}, ensure_ascii=False)
-            file.write(lines[i, k] + "\n")
+            file.write(lines[place] + "\n")
         file.flush()
         bar.update(len(batch) * count)
     _rewrite(out, [lines[place] for place in sorted(lines)])
@@ -435,6 +464,7 @@ def main():
                       help="a run's workdir, a Hugging Face folder or a hub name")
   parser.add_argument("--prompts", required=True, help="a file that can be trained on, such as .jsonl")
   parser.add_argument("--form", default="", help="of its records (docs/data.md); by default recognised")
+  parser.add_argument("--on_error", default="skip", choices=("skip", "raise"), help="records without a prompt")
   parser.add_argument("--out", required=True, help=".jsonl to write, or to go on with")
   parser.add_argument("--max_prompt_length", type=int, default=0, help="by default the run's")
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
@@ -445,7 +475,7 @@ def main():
         options.model, options.prompts, options.out, draw_of(options), step=options.step,
         reference=options.reference, batch_size=options.batch_size, limit=options.limit,
         max_prompt_length=options.max_prompt_length, fsdp=options.fsdp, tensor=options.tensor,
-        form=options.form)
+        form=options.form, on_error=options.on_error)
   print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
 
 

@@ -128,7 +128,7 @@ def test_a_function_gives_the_win_rate_of_a_file(judge, against, files):
   assert found["outcomes"] == ["loss", "win", "win", "win"] * 2
 
 
-def test_answers_in_messages_are_judged_as_their_text(tmp_path):
+def test_answers_in_messages_are_judged_as_their_text(tmp_path, capsys):
   asked = [{"role": "user", "content": "how is the film ?"}]
   call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "warm", "arguments": {}}}]}
   ours = worlds.write_jsonl(tmp_path / "ours.jsonl", [
@@ -139,6 +139,10 @@ def test_answers_in_messages_are_judged_as_their_text(tmp_path):
       for answer in ({"role": "assistant", "content": "cold"}, call)])
   found = evaluate.compare_files(ours, theirs, "tests.test_evaluate:calls")
   assert found["outcomes"] == ["tie", "loss"] and found["words"]["theirs"].value == 1
+  worse = worlds.write_jsonl(tmp_path / "worse.jsonl", [
+      {"prompt": asked, "chosen": " ", "rejected": "cold"}, {"prompt": asked, "chosen": [call], "rejected": "cold"}])
+  assert evaluate.compare_files(ours, worse, "tests.test_evaluate:calls")["outcomes"] == ["loss"]
+  assert f'{worse} line 1: "chosen" is empty' in capsys.readouterr().out
   tools = worlds.write_jsonl(tmp_path / "tools.jsonl", [
       {"prompt": asked, "chosen": [call], "rejected": "cold", "tools": [{"type": "function"}]}] * 2)
   with pytest.raises(DataError, match="prompt 0 of .*ours.jsonl is not that of .*tools.jsonl"):

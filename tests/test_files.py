@@ -305,7 +305,7 @@ def test_a_split_of_the_hub_is_prepared_as_its_files_are(tmp_path):
   assert [example.prompt for example in data] == list(SHARDED[:2])
   test = builders.prepare("jsonl", path=f"hub:{folder}", data_dir=tmp_path / "prepared", split="test")
   assert [example.prompt for example in test] == [SHARDED[2]]
-  assert [example.prompt for example in records.read_file(f"hub:{folder}:test", records.parse_prompt)] == [SHARDED[2]]
+  assert [(i, each.prompt) for i, each in records.read_file(f"hub:{folder}:test", records.parse_prompt)] == [(0, SHARDED[2])]
 
 
 def test_an_unknown_compression_is_no_record(tmp_path):

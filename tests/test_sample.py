@@ -137,7 +137,7 @@ def test_a_file_goes_on_whatever_ends_of_lines_stand_in_its_prompts(runs, tmp_pa
   sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   whole = out.read_bytes()
   assert [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]] == [
-      each.prompt for each in sample.read_prompts(prompts)]
+      each.prompt for each in sample.read_prompts(prompts).values()]
   sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   assert out.read_bytes() == whole
   out.write_bytes(whole[:len(whole) // 2])
@@ -157,7 +157,7 @@ MESSAGES = [{"role": "user", "content": "Q"}]
     ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}', "\n\nAssistant:")])
 def test_prompts_are_read_from_what_can_be_trained_on(name, content, prompt, tmp_path):
   (tmp_path / name).write_bytes(content)
-  assert sample.read_prompts(tmp_path / name) == [Example(prompt, ())]
+  assert sample.read_prompts(tmp_path / name) == {0: Example(prompt, ())}
 
 
 def test_other_settings_do_not_go_into_the_same_file(drawn, runs, prompts):
@@ -185,6 +185,22 @@ def test_bad_prompts_are_named_by_their_line(text, message, tmp_path):
     sample.read_prompts(tmp_path / "prompts.jsonl")
   with pytest.raises(DataError, match="^--prompts .*missing.jsonl: no such file"):
     sample.read_prompts(tmp_path / "missing.jsonl")
+
+
+def test_records_without_a_prompt_are_left_out_aloud_and_numbers_stay(runs, tmp_path, capsys):
+  lines = [{"prompt": "the film is"}, {"prompt": 1}, {"prompt": "the <eos> is"}, {"prompt": "the plot is"}]
+  prompts, out = worlds.write_jsonl(tmp_path / "prompts.jsonl", lines), tmp_path / "out.jsonl"
+  draw = Draw(max_new_tokens=2)
+  with pytest.raises(DataError, match='line 2: "prompt" is a number.*; correct the record or drop it'):
+    sample.run(runs.sft, prompts, str(out), draw)
+  sample.run(runs.sft, prompts, str(out), draw, on_error="skip")
+  assert f'1 records left out: wrong_type 1; first: {prompts} line 2: "prompt" is a number' in (said := capsys.readouterr().out)
+  assert f"1 records left out: eos_in_text 1; first: {prompts} prompt 2: the tokenizer makes EOS" in said
+  assert [(line["index"], line["prompt"]) for line in records_of(out)] == [(0, "the film is"), (3, "the plot is")]
+  whole = out.read_bytes()
+  out.write_bytes(whole[:whole.index(b"\n") + 1])
+  sample.run(runs.sft, prompts, str(out), draw, on_error="skip")
+  assert out.read_bytes() == whole
 
 
 def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):

@@ -4,6 +4,8 @@ A reader says which keys of a record are prompt and responses (`Parts`); what fo
 all: text or messages, the prompt where it stands twice, system, tools, and the checks.
 """
 
+import collections
+import itertools
 from typing import Any, Callable, Iterator, NamedTuple
 
 from dpojax.data import examples, files
@@ -86,29 +88,47 @@ def read(record: Any, form: str = "", *, prompt_only: bool = False) -> Reading:
   return Reading(example, name, fields.ignored(), fields.notes)
 
 
-def read_file(path: files.Path, parse: Callable[[Any], Any], *, given: str = "data.path") -> Iterator[Any]:
-  """Yields what `parse` makes of each record of local files, or of the hub's.
+def read_file(
+    path: files.Path, parse: Callable[[Any], Any], *, given: str = "data.path", left_out: list | None = None,
+) -> Iterator[tuple[int, Any]]:
+  """Yields the number, from 0, of each record of files, and what `parse` makes of it.
 
   Args:
     path: as of `files.local_files`.
     parse: takes a record; for prompts `parse_prompt`, for comparisons `parse_record`.
     given: what the user gave the path as.
+    left_out: gets the errors of unusable records, with their places; None raises the first.
 
   Raises:
-    DataError: a file or a record cannot be used; it says which.
+    DataError: a file cannot be used, or a record; it says which.
   """
+  number = itertools.count()
   try:
     for file in files.local_files(path):
       for where, record in files.read_records(file):
+        i = next(number)
         try:
           if isinstance(record, RecordError):
             raise record
           value = parse(record)
         except RecordError as error:
-          raise DataError(f"{file} {where}: {error}; correct the record or drop it") from error
-        yield value
+          problem = f"{file} {where}: {error}"
+          if left_out is None:
+            raise DataError(f"{problem}; correct the record or drop it") from error
+          left_out.append(RecordError(error.reason, problem))
+          continue
+        yield i, value
   except DataError as error:
     raise DataError(str(error).replace("data.path", given)) from error
+
+
+def counted(left_out: list[RecordError]) -> str:
+  """Returns how many records were left out, by reason, and the first of them; '' if none was."""
+  if not left_out:
+    return ""
+  reasons = collections.Counter(error.reason for error in left_out)
+  counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+  return f"{len(left_out)} records left out: {counts}; first: {left_out[0]}"
 
 
 def prompt_record(example: Example) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def with_shots(given: Given, plan: Plan, path: str, prompts: str) -> str:
       raise DataError(f"the training data have {len(every)} dialogues of one turn, not --shots={plan.shots}")
     chosen = np.random.default_rng(0).permutation(len(every))[:plan.shots]
     shots = "".join(every[i].prompt + every[i].responses[0] for i in chosen)
-    sweep.write_lines(out, [{"prompt": shots + each.prompt} for each in sample.read_prompts(prompts)])
+    sweep.write_lines(out, [{"prompt": shots + each.prompt} for each in sample.read_prompts(prompts).values()])
     return [{"shots": shots}]
 
   stages.stage(given, "shots", f"{plan.shots} training dialogues before each prompt",

@@ -174,7 +174,7 @@ def world_of(plan: Plan, given: Given, sft: str, pairs: str, prefixes: str, test
   bench = measure.Bench(
       model.config, reward, stop_id=tokenizer.eos_token_id, num_samples=plan.samples,
       max_new_tokens=plan.max_new_tokens, prompts_at_once=min(plan.prompts_at_once, plan.test_prefixes))
-  starts, held_out = (measure.prompt_ids(tokenizer, sample.read_prompts(path), LONGEST)
+  starts, held_out = (measure.prompt_ids(tokenizer, list(sample.read_prompts(path).values()), LONGEST)
                       for path in (prefixes, test))
   reference = jax.device_put(model.params)
   return methods.World(

@@ -224,12 +224,12 @@ def read_examples(path: str) -> Iterable[Example]:
   Raises:
     DataError: a file is missing, or a record has no known form.
   """
-  yield from records_lib.read_file(path, example_of)
+  yield from (example for _, example in records_lib.read_file(path, example_of))
 
 
 def read_samples(path: str) -> list[dict]:
   """Returns the samples of a file that `dpojax.sample` wrote."""
-  return list(records_lib.read_file(path, lambda record: record))
+  return [record for _, record in records_lib.read_file(path, lambda record: record)]
 
 
 def references(
