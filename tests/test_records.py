@@ -59,6 +59,11 @@ FORMS = {
         "preference", {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, *UP], "rejected": DOWN}, WITH_SYSTEM),
     "whole conversations without the system message": (
         "preference", {"prompt": [SYSTEM, USER], "chosen": [USER, *UP], "rejected": [USER, *DOWN]}, WITH_SYSTEM),
+    "one whole conversation and one answer": (
+        "preference", {"prompt": USER["content"], "chosen": [USER, *UP], "rejected": "Down."}, ASKED),
+    "one whole conversation and no prompt": ("preference", {"chosen": "Up.", "rejected": [USER, *DOWN]}, ASKED),
+    "a system message in the conversations alone": (
+        "preference", {"prompt": [USER], "chosen": [SYSTEM, USER, *UP], "rejected": [SYSTEM, USER, *DOWN]}, WITH_SYSTEM),
     "one message": ("preference", {"prompt": USER, "chosen": UP[0], "rejected": DOWN[0]}, ASKED),
     "text answers": ("preference", {"prompt": [USER], "chosen": "Up.", "rejected": "Down."}, ASKED),
     "an answer in the prompt": (
@@ -98,6 +103,9 @@ FORMS = {
     "shared calls": ("preference", {"chosen": [USER, LOOK, GIVES, *UP], "rejected": [USER, LOOK, GIVES, *DOWN]},
                      Example([USER, LOOK, GIVES], (UP, DOWN))),
     # Published forms under their own names.
+    "calls in JSON text": (
+        "preference", {"prompt": [USER], "chosen": [LOOK | {"tool_calls": json.dumps([CALL])}], "rejected": DOWN},
+        Example([USER], ([LOOK], DOWN))),
     "openai": ("openai", {
         "input": {"messages": [USER], "tools": TOOLS, "parallel_tool_calls": True},
         "preferred_output": [LOOK | {"tool_calls": [
@@ -108,6 +116,8 @@ FORMS = {
         "system": SYSTEM["content"]}, WITH_SYSTEM),
     "sharegpt": ("sharegpt", {"conversations": [human(), gpt("Up."), human(), gpt("Down.")]},
                  Example([USER], ([*UP, USER, *DOWN],))),
+    "sharegpt that greets first": ("sharegpt", {"conversation": [gpt("Ahoy!"), human(), gpt("Up.")]},
+                                   Example([answer("Ahoy!"), USER], (UP,))),
     "sharegpt calls": ("sharegpt", {
         "conversations": [human(), {"from": "function_call", "value": '{"name": "needle", "arguments": {"wait": 2}}'},
                           {"from": "observation", "value": "up"}, gpt("Up.")],
@@ -187,6 +197,8 @@ def test_what_was_ignored_and_changed_is_told():
   read = records.read(FORMS["openai"][1])
   assert read.ignored == ["input.parallel_tool_calls"]
   assert read.notes == {("converted", "call_arguments_to_objects"): 1}
+  read = records.read({"messages": [*DOWN, USER, *UP]})
+  assert read.notes == {("left_out", "answers_before_the_first_question"): 1}
   read = records.read({"messages": [USER, *UP, USER]})
   assert read.example.responses == (UP,)
   assert read.notes == {("left_out", "messages_behind_the_last_answer"): 1}
@@ -200,7 +212,7 @@ def bare(**keys):
     (["prompt"], "wrong_type", "a list, not an object"),
     ({"prompt": "Q", "chosen": "a"}, "missing_key", '"rejected" is missing'),
     ({"chosen": "a", "rejected": "b"}, "missing_key", '"prompt" is missing'),
-    ({"chosen": "a", "rejected": [USER, *UP]}, "missing_key", '"prompt" is missing beside'),
+    ({"chosen": "a", "rejected": DOWN}, "empty_prompt", '"chosen" and "rejected", and "prompt" is missing'),
     ({"prompt": "Q"}, "missing_key", '"chosen" is missing'),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type", '"prompt" is a number'),
     ({"prompt": "Q", "chosen": None, "rejected": "b"}, "wrong_type", '"chosen" is null'),
@@ -233,7 +245,10 @@ def bare(**keys):
     (bare(chosen=[SYSTEM, USER, *UP]), "prompt_contradicts", '"chosen" does not begin with the messages of "prompt"'),
     (bare(chosen=[USER | {"content": "South?"}, *UP]), "prompt_contradicts", "make them the same"),
     (bare(prompt="South?", chosen=[USER, *UP], rejected=[USER, *DOWN]), "prompt_contradicts", "drop one of them"),
-    (bare(prompt="South?", chosen=[USER, *UP]), "prompt_contradicts", "make them alike"),
+    (bare(prompt="South?", chosen=[USER, *UP]), "prompt_contradicts", "'South?' but \"chosen\" asks 'Which way"),
+    (bare(prompt=" ", chosen=UP), "empty_prompt", '"prompt" is empty beside messages'),
+    (bare(chosen=[LOOK | {"tool_calls": ["needle"]}]), "wrong_type", '"chosen"[0]["tool_calls"] is no list of objects'),
+    (bare(chosen=[LOOK | {"tool_calls": "needle"}]), "broken_json", '"chosen"[0]["tool_calls"] is text that is not JSON'),
     (bare(prompt=[USER, answer("Hm.")]), "prompt_ends_with_answer", "start of each response"),
     (bare(chosen=[answer(" ")]), "empty_response", '"chosen" is empty'),
     (bare(chosen=[answer(None)]), "empty_response", '"chosen" is empty'),

@@ -115,6 +115,26 @@ def shared_beginning(sides: Sequence[list[dict]], names: Sequence[str]) -> int:
   return found
 
 
+def without_shared(
+    sides: Sequence[list[dict]], names: Sequence[str]) -> tuple[list[dict], list[list[dict]]]:
+  """Returns the prompt that whole conversations share, and what follows it in each.
+
+  What starts with the assistant follows it already.
+  """
+  whole = [(side, name) for side, name in zip(sides, names) if side[0]["role"] != "assistant"]
+  shared = shared_beginning(*zip(*whole))
+  prompt = whole[0][0][:shared]
+  return prompt, [side if side[0]["role"] == "assistant" else side[shared:] for side in sides]
+
+
+def with_system_of(sides: Sequence[list[dict]], prompt: list[dict]) -> list[dict]:
+  """Returns prompt messages behind the system message that stands in front of them in all `sides`."""
+  if not sides or sides[0][0]["role"] not in ("system", "developer"):
+    return prompt
+  whole = [sides[0][0], *prompt]
+  return whole if all(same(side[:len(whole)], whole) for side in sides) else prompt
+
+
 def behind_prompt(prompt: list[dict], side: list[dict], name: str, note: Note) -> list[dict]:
   """Returns a response to prompt messages: what stands there, less the prompt where it stands there too.
 
@@ -165,6 +185,8 @@ def _message(value: Any, name: str, note: Note) -> dict:
               f'{name}["{key}"] holds {kind_of(message[key])}, which JSON lacks; write it as text')
       note("dropped_values", key)
       del message[key]
+  if "tool_calls" in message:
+    _set_calls(message, name, note)
   if role in CALLS:
     message |= {"content": "", "tool_calls": calls(message.get("content"), name)}
   else:
@@ -180,6 +202,17 @@ def _role(role: Any, name: str) -> str:
     raise RecordError(
         "unknown_role", f'{name} is of role "{role[:40]}"; known are {", ".join(ROLES)}: rename it')
   return ROLES[role]
+
+
+def _set_calls(message: dict, name: str, note: Note) -> None:
+  """Reads calls in JSON text, and refuses those that are no objects."""
+  found = message["tool_calls"]
+  if isinstance(found, str) and found.strip():
+    message["tool_calls"] = found = parsed(found, f'{name}["tool_calls"]')
+    note("converted", "json_text_to_calls")
+  if found and not (isinstance(found, list) and all(isinstance(each, dict) for each in found)):
+    raise RecordError("wrong_type", f'{name}["tool_calls"] is no list of objects; write each as '
+                      '{"type": "function", "function": {"name": str, "arguments": object}}')
 
 
 def _set_content(message: dict, name: str, note: Note) -> None:

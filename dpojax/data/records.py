@@ -166,47 +166,41 @@ def _example(fields: Fields, parts: Parts) -> Example:
 
 
 def _conversation(fields, prompt, sides, names) -> tuple[list[dict], list[list[dict]]]:
-  """Returns prompt messages and, of each side, those behind them."""
+  """Returns prompt messages and, of each side, those behind them.
+
+  Without prompt messages those of whole conversations are taken, of which a text must be what the user
+  says first or last.
+  """
   if any(isinstance(side, str) for side in sides):
-    require(prompt is not None, "missing_key", '"prompt" is missing beside an answer in text')
     fields.note("converted", "text_answer_to_message")
   sides = [[assistant(side)] if isinstance(side, str) else side for side in sides]
   for side, name in zip(sides, names):
     require(bool(side), "no_assistant_turn", f"{name} has no messages")
-  if prompt is None:
-    shared = messages_lib.shared_beginning(sides, names)
-    prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
-  elif isinstance(prompt, str):
-    prompt, sides = _behind_text(fields, prompt, sides, names)
-  else:
+  if isinstance(prompt, list):
     require(bool(prompt), "empty_prompt", '"prompt" has no messages')
-    prompt = _without_answer(fields, prompt, sides)
+    prompt = messages_lib.with_system_of(sides, _without_answer(fields, prompt, sides))
     sides = [messages_lib.behind_prompt(prompt, *each, fields.note) for each in zip(sides, names)]
+  elif any(side[0]["role"] != "assistant" for side in sides):
+    text = prompt
+    prompt, sides = messages_lib.without_shared(sides, names)
+    if text is not None:
+      _check_asked(text, prompt, names[0])
+      fields.note("converted", "prompt_stood_in_response_too")
+  else:
+    require(prompt is not None, "empty_prompt",
+            f'no message stands before the assistant\'s in {" and ".join(names)}, and "prompt" is missing')
+    require(bool(prompt.strip()), "empty_prompt", '"prompt" is empty beside messages')
+    fields.note("converted", "text_prompt_to_user_message")
+    prompt = [user(prompt)]
   for side, name in zip(sides, names):
     messages_lib.check_response(side, name)
   return prompt, sides
 
 
-def _behind_text(fields, text, sides, names) -> tuple[list[dict], list[list[dict]]]:
-  """Returns prompt messages and responses where the prompt is text and the responses are messages.
-
-  Whole conversations hold the prompt themselves: it must be what the user says first or last in them.
-  """
-  whole = [side[0]["role"] != "assistant" for side in sides]
-  if not any(whole):
-    require(bool(text.strip()), "empty_prompt", '"prompt" is empty beside messages')
-    fields.note("converted", "text_prompt_to_user_message")
-    return [user(text)], sides
-  require(all(whole), "prompt_contradicts",
-          f"of {' and '.join(names)} one begins with the prompt and one does not; make them alike")
-  shared = messages_lib.shared_beginning(sides, names)
-  prompt = sides[0][:shared]
+def _check_asked(text: str, prompt: list[dict], name: str):
   said = [message["content"].strip() for message in prompt if message["role"] == "user"]
   require(text.strip() in said[:1] + said[-1:], "prompt_contradicts",
-          f'"prompt" is {text[:40]!r} but {names[0]} asks {(said or ["nothing"])[-1][:40]!r}; drop one of '
-          "them")
-  fields.note("converted", "prompt_stood_in_response_too")
-  return prompt, [side[shared:] for side in sides]
+          f'"prompt" is {text[:40]!r} but {name} asks {(said or ["nothing"])[-1][:40]!r}; drop one of them')
 
 
 def _without_answer(fields, prompt, sides) -> list[dict]:
@@ -295,12 +289,7 @@ def _preference(fields: Fields) -> Parts:
   """{"prompt", "chosen", "rejected"} in text or messages; without "prompt" whole conversations (TRL)."""
   sides, names = _sides(fields, "chosen", "rejected")
   if "prompt" in fields or "messages" not in fields:
-    prompt = fields.raw("prompt")
-    if prompt is None:
-      alone = any(isinstance(side, str) for side in sides) or not sides
-      require(not alone or any(isinstance(side, list) for side in sides), "missing_key",
-              '"prompt" is missing')
-    return Parts(prompt, sides, names)
+    return Parts(fields.raw("prompt"), sides, names)
   whole = [side for side in sides if isinstance(side, list) and side and isinstance(side[0], dict)
            and side[0].get("role") != "assistant"]
   return Parts(None if whole else fields.get("messages", (list, str)), sides, names)
@@ -335,14 +324,16 @@ def _turns(fields: Fields, found: list[dict], name: str) -> Parts:
   if fields.prompt_only and not answers:
     return Parts(found, [], [])
   require(bool(answers), "no_assistant_turn", f"{name} has no message of the assistant")
-  last, first = answers[-1], answers[0]
+  last = answers[-1]
+  asked = [i for i in range(last) if found[i]["role"] == "user"] or ([] if 0 in answers else [0])
+  require(bool(asked), "empty_prompt", f"no message stands before the assistant's in {name}")
   desirable = _desirable(fields, needed=False)
+  first = next(i for i in answers if i > asked[0 if desirable is None else -1])
   if desirable is not None:
-    asked = [i for i in range(last) if found[i]["role"] != "assistant" and found[i]["role"] == "user"]
-    first = next(i for i in answers if i > (asked or [-1])[-1])
     require(last == len(found) - 1, "no_assistant_turn",
             f'the last message of {name} is of role "{found[-1]["role"]}", not "assistant"')
-  require(first > 0, "empty_prompt", f"no message stands before the assistant's in {name}")
+  elif first > answers[0]:
+    fields.note("left_out", "answers_before_the_first_question")
   if last < len(found) - 1:
     fields.note("left_out", "messages_behind_the_last_answer")
   return Parts(found[:first], [found[first:last + 1]], [name], desirable)
@@ -358,7 +349,7 @@ def _openai(fields: Fields) -> Parts:
   """OpenAI's preference form: developers.openai.com/api/docs/guides/direct-preference-optimization."""
   given = fields.inside("input")
   sides, names = _sides(fields, "preferred_output", "non_preferred_output")
-  read = lambda value, name: [
+  read = lambda value, name: value if isinstance(value, str) else [
       _with_object_arguments(fields, message)
       for message in messages_lib.conversation(value, name, fields.note)]
   return Parts(read(given.get("messages", list), '"input.messages"'), list(map(read, sides, names)), names,
@@ -390,12 +381,12 @@ def _swift(fields: Fields) -> Parts:
 
 def _sharegpt(fields: Fields) -> Parts:
   """ShareGPT's "conversations" of "from" and "value": whole, ranked or with "kto_tag" (LLaMA-Factory)."""
-  found = messages_lib.conversation(
-      fields.get("conversations", VALUE), '"conversations"', fields.note)
+  key = "conversation" if "conversation" in fields and "conversations" not in fields else "conversations"
+  found = messages_lib.conversation(fields.get(key, VALUE), fields.name(key), fields.note)
   tools = _as_functions(fields)
   if "chosen" in fields or "rejected" in fields:
     return Parts(found, *_sides(fields, "chosen", "rejected"), tools=tools)
-  return _turns(fields, found, '"conversations"')._replace(tools=tools)
+  return _turns(fields, found, fields.name(key))._replace(tools=tools)
 
 
 def _as_functions(fields: Fields) -> list[dict]:
@@ -460,7 +451,7 @@ FORMS = {
     "openai": Form(lambda record: _has("preferred_output", "non_preferred_output")(record) or isinstance(
         record.get("input"), dict) and "prompt" not in record, _openai),
     "swift": Form(_has("rejected_response", "rejected_messages"), _swift),
-    "sharegpt": Form(_has("conversations", without=("prompt",)), _sharegpt),
+    "sharegpt": Form(_has("conversations", "conversation", without=_PROMPTS), _sharegpt),
     "alpaca": Form(_has("instruction", without=_PROMPTS), _instruction("instruction", "output")),
     "orca": Form(_has("question", without=_PROMPTS), _instruction("question", "response")),
     "query": Form(_has("query", without=_PROMPTS), _instruction("query", "response")),
