@@ -116,6 +116,9 @@ FORMS = {
         "system": SYSTEM["content"]}, WITH_SYSTEM),
     "sharegpt": ("sharegpt", {"conversations": [human(), gpt("Up."), human(), gpt("Down.")]},
                  Example([USER], ([*UP, USER, *DOWN],))),
+    "a greeting shared": ("preference", {
+        "chosen": [answer("Ahoy!"), USER, *UP], "rejected": [answer("Ahoy!"), USER, *DOWN]},
+        Example([answer("Ahoy!"), USER], (UP, DOWN))),
     "sharegpt that greets first": ("sharegpt", {"conversation": [gpt("Ahoy!"), human(), gpt("Up.")]},
                                    Example([answer("Ahoy!"), USER], (UP,))),
     "sharegpt calls": ("sharegpt", {
@@ -212,7 +215,7 @@ def bare(**keys):
     (["prompt"], "wrong_type", "a list, not an object"),
     ({"prompt": "Q", "chosen": "a"}, "missing_key", '"rejected" is missing'),
     ({"chosen": "a", "rejected": "b"}, "missing_key", '"prompt" is missing'),
-    ({"chosen": "a", "rejected": DOWN}, "empty_prompt", '"chosen" and "rejected", and "prompt" is missing'),
+    ({"chosen": "a", "rejected": DOWN}, "empty_prompt", 'no message stands before the assistant\'s in "chosen"'),
     ({"prompt": "Q"}, "missing_key", '"chosen" is missing'),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type", '"prompt" is a number'),
     ({"prompt": "Q", "chosen": None, "rejected": "b"}, "wrong_type", '"chosen" is null'),

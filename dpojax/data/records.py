@@ -186,9 +186,10 @@ def _conversation(fields, prompt, sides, names) -> tuple[list[dict], list[list[d
     if text is not None:
       _check_asked(text, prompt, names[0])
       fields.note("converted", "prompt_stood_in_response_too")
+  elif prompt is None:  # the assistant greets
+    shared = messages_lib.shared_beginning(sides, names)
+    prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
   else:
-    require(prompt is not None, "empty_prompt",
-            f'no message stands before the assistant\'s in {" and ".join(names)}, and "prompt" is missing')
     require(bool(prompt.strip()), "empty_prompt", '"prompt" is empty beside messages')
     fields.note("converted", "text_prompt_to_user_message")
     prompt = [user(prompt)]
