@@ -13,7 +13,7 @@ PACKAGE = conftest.ROOT / "dpojax"
 ORDER = [
     "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
-    "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.records", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
+    "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.forms", "data.records", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
     "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
     "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]

@@ -111,6 +111,9 @@ FORMS = {
         "preferred_output": [LOOK | {"tool_calls": [
             CALL | {"function": {"name": "needle", "arguments": '{"wait": 2}'}}]}],
         "non_preferred_output": DOWN}, Example([USER], ([LOOK], DOWN), TOOLS)),
+    "openai with tools outside": ("openai", {
+        "input": {"messages": [USER]}, "preferred_output": UP[0], "non_preferred_output": "Down.", "tools": TOOLS},
+        Example([USER], (UP, DOWN), TOOLS)),
     "sharegpt ranking": ("sharegpt", {
         "conversations": [human()], "chosen": gpt("Up."), "rejected": gpt("Down."),
         "system": SYSTEM["content"]}, WITH_SYSTEM),
