@@ -151,6 +151,45 @@ def test_what_json_lacks_is_dropped_where_no_template_reads_it(tmp_path):
   assert data.report["ignored_keys"] == {"at": 2}
 
 
+def test_times_that_python_has_not_are_dropped_like_others(tmp_path):
+  message = pyarrow.struct({
+      "role": pyarrow.string(), "content": pyarrow.string(), "at": pyarrow.timestamp("ns", "Mars/Base"),
+      "took": pyarrow.duration("ns"), "clock": pyarrow.time64("ns")})
+  schema = pyarrow.schema({
+      "prompt": pyarrow.large_list(message), "chosen": pyarrow.large_string(), "rejected": pyarrow.string()})
+  asked = ASKED[0] | {"at": 1_704_164_645_123_456_789, "took": 1, "clock": 3}
+  data = prepared(tmp_path, "a.parquet", parquet(
+      [{"prompt": [asked], "chosen": "a", "rejected": "b"}], schema=schema))
+  assert data[0].prompt == ASKED
+  assert data.report["dropped_values"] == {"at": 1, "took": 1, "clock": 1}
+
+
+def test_a_row_that_cannot_be_read_leaves_the_others(tmp_path):
+  texts = pyarrow.array([b"P", b"\xff", b"Q"])
+  sink = pyarrow.BufferOutputStream()
+  pyarrow.parquet.write_table(pyarrow.table({
+      "prompt": pyarrow.Array.from_buffers(pyarrow.string(), 3, texts.buffers()),
+      "chosen": ["a"] * 3, "rejected": ["b"] * 3}), sink)
+  data = prepared(tmp_path, "a.parquet", sink.getvalue().to_pybytes())
+  assert [example.prompt for example in data] == ["P", "Q"]
+  assert data.report["unreadable_value"] == 1 and "a.parquet row 2: a value" in data.problems["unreadable_value"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(strategies.sampled_from(["a.parquet", "a.jsonl.zst", "a.jsonl.gz", "a.csv", "a.json"]), strategies.data())
+def test_damage_is_told_and_never_a_traceback(tmp_path_factory, name, data):
+  content = bytearray(dict(each for item in CONTENTS.items() for each in compressions(*item))[name])
+  for _ in range(data.draw(strategies.integers(1, 4))):
+    content[data.draw(strategies.integers(0, len(content) - 1))] ^= 1 << data.draw(strategies.integers(0, 7))
+  path = tmp_path_factory.mktemp("damaged") / name
+  path.write_bytes(content[:data.draw(strategies.integers(1, len(content)))])
+  try:
+    for _, record in files.read_records(str(path)):
+      assert isinstance(record, (dict, RecordError)) or name == "a.json"
+  except DataError as error:
+    assert str(path) in str(error)
+
+
 @pytest.mark.parametrize("row, words", [
     ({"prompt": [{"role": "user", "content": "Q", "name": datetime.date(2024, 1, 2)}]},
      '"prompt"[0]["name"] holds a value of type date, which JSON lacks; write it as text'),

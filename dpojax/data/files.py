@@ -244,13 +244,51 @@ def _row(names: list[str], row: list[str]) -> dict | RecordError:
 def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:
   import pyarrow.parquet
 
+  numbers = itertools.count(1)
   try:
-    numbers = itertools.count(1)
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-      for record in batch.to_pylist():
-        yield f"row {next(numbers)}", {key: _without_nulls(value) for key, value in record.items()}
-  except pyarrow.ArrowException as error:
+    parquet = pyarrow.parquet.ParquetFile(file)
+    schema = pyarrow.schema([_in_microseconds(field) for field in parquet.schema_arrow])
+    for batch in parquet.iter_batches(batch_size=1024):
+      for record in _values(pyarrow.Table.from_batches([batch]).cast(schema, safe=False)):
+        yield f"row {next(numbers)}", record
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise EOFError(str(error)) from error
+
+
+def _in_microseconds(field: Any) -> Any:
+  """Returns a field of Parquet's whose times are such as Python has: without nanoseconds and zones."""
+  from pyarrow import types
+  import pyarrow
+
+  kind = field.type
+  if types.is_timestamp(kind):
+    return field.with_type(pyarrow.timestamp("us"))
+  if types.is_time64(kind):
+    return field.with_type(pyarrow.time64("us"))
+  if types.is_duration(kind):
+    return field.with_type(pyarrow.duration("us"))
+  if types.is_struct(kind):
+    return field.with_type(pyarrow.struct([_in_microseconds(each) for each in kind]))
+  if types.is_list(kind):
+    return field.with_type(pyarrow.list_(_in_microseconds(kind.value_field)))
+  if types.is_large_list(kind):
+    return field.with_type(pyarrow.large_list(_in_microseconds(kind.value_field)))
+  return field
+
+
+def _values(table: Any) -> Iterator[dict | RecordError]:
+  """Yields the rows of a part of Parquet, one by one where one of them holds what Python cannot."""
+  try:
+    rows = table.to_pylist()
+  except (ValueError, OverflowError) as error:
+    if len(table) > 1:
+      for i in range(len(table)):
+        yield from _values(table.slice(i, 1))
+    else:
+      yield RecordError("unreadable_value", f"a value cannot be read ({error}); drop the row or its column")
+    return
+  for row in rows:
+    yield {key: _without_nulls(value) for key, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
