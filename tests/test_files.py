@@ -16,7 +16,8 @@ from hypothesis import given, settings, strategies
 from dpojax.data import builders, files, hub, records
 from dpojax.data.examples import DataError, Example, RecordError
 
-PAIRS = [{"prompt": f"Q{i}\u2028\u0085 of, \"many\"\r\nlines", "chosen": f"yes {i}", "rejected": "no"} for i in range(3)]
+PAIRS = [{"prompt": f"Q{i}\u2028\u0085 of, \"many\"\r\nlines", "chosen": f"yes {i}", "rejected": "no"}
+         for i in range(3)]
 
 
 def lines(ensure_ascii=False):
@@ -144,9 +145,11 @@ def test_nulls_by_which_parquet_fills_its_objects_are_left_out(tmp_path):
 
 def test_what_json_lacks_is_dropped_where_no_template_reads_it(tmp_path):
   when, paid = datetime.datetime(2024, 1, 2), decimal.Decimal("1.5")
-  row = {"prompt": [ASKED[0] | {"timestamp": when, "paid": paid, "raw": b"a"}], "chosen": "a", "rejected": "b", "at": when}
+  row = {"prompt": [ASKED[0] | {"timestamp": when, "paid": paid, "raw": b"a"}],
+         "chosen": "a", "rejected": "b", "at": when}
   data = prepared(tmp_path, "a.parquet", parquet([row, row]))
-  assert list(data) == [Example(ASKED, ([{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]))] * 2
+  assert list(data) == 2 * [
+      Example(ASKED, ([{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]))]
   assert data.report["dropped_values"] == {"timestamp": 2, "paid": 2, "raw": 2}
   assert data.report["ignored_keys"] == {"at": 2}
 
@@ -259,7 +262,8 @@ def folder_of(tmp_path, *names, card=""):
   return tmp_path / "set"
 
 
-SHARDED = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet")
+SHARDED = (
+    "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet")
 BINARIZED = ("data/train_prefs-00000-of-00001-cb7a.parquet", "data/train_sft-00000-of-00001-ab1.parquet")
 CARD = """configs:
 - config_name: easy
@@ -293,8 +297,10 @@ def test_a_split_is_the_files_that_the_hubs_layout_says(names, card, split, foun
 @pytest.mark.parametrize("names, card, split, words", [
     (SHARDED, "", ":dev", "has no split 'dev'; it has test, train: give hub:.*/set:SPLIT"),
     (BINARIZED, "", "", "has no split 'train'; it has train_prefs, train_sft"),
-    (("a/x.parquet", "b/one.parquet"), CARD, "", "split of several configs, easy/train, hard/train; give hub:.*CONFIG/SPLIT"),
-    ((), "license: mit\n", "", "has no Parquet files"), (("a.parquet",), "configs: [1]\n", "", "README.md cannot be read")])
+    (("a/x.parquet", "b/one.parquet"), CARD, "",
+     "split of several configs, easy/train, hard/train; give hub:.*CONFIG/SPLIT"),
+    ((), "license: mit\n", "", "has no Parquet files"),
+    (("a.parquet",), "configs: [1]\n", "", "README.md cannot be read")])
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(names, card, split, words, tmp_path):
   (tmp_path / "set").mkdir()
   with pytest.raises(DataError, match=words):
@@ -330,7 +336,7 @@ def test_what_was_fetched_before_is_read_without_a_network(tmp_path, monkeypatch
 
 
 def test_a_hub_out_of_reach_names_the_fix(tmp_path):
-  with pytest.raises(DataError, match=r"hub:org/no-such-set cannot be fetched from the hub .*name its folder: hub:FOLDER"):
+  with pytest.raises(DataError, match="hub:org/no-such-set cannot be fetched from the hub .*folder: hub:FOLDER"):
     files.local_files("hub:org/no-such-set")
   with pytest.raises(DataError, match="neither a folder nor a name on the hub; give hub:ORG/NAME"):
     files.local_files("hub:nowhere")
@@ -344,7 +350,8 @@ def test_a_split_of_the_hub_is_prepared_as_its_files_are(tmp_path):
   assert [example.prompt for example in data] == list(SHARDED[:2])
   test = builders.prepare("jsonl", path=f"hub:{folder}", data_dir=tmp_path / "prepared", split="test")
   assert [example.prompt for example in test] == [SHARDED[2]]
-  assert [(i, each.prompt) for i, each in records.read_file(f"hub:{folder}:test", records.parse_prompt)] == [(0, SHARDED[2])]
+  (number, example), = records.read_file(f"hub:{folder}:test", records.parse_prompt)
+  assert (number, example.prompt) == (0, SHARDED[2])
 
 
 def test_an_unknown_compression_is_no_record(tmp_path):

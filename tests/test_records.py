@@ -63,7 +63,8 @@ FORMS = {
         "preference", {"prompt": USER["content"], "chosen": [USER, *UP], "rejected": "Down."}, ASKED),
     "one whole conversation and no prompt": ("preference", {"chosen": "Up.", "rejected": [USER, *DOWN]}, ASKED),
     "a system message in the conversations alone": (
-        "preference", {"prompt": [USER], "chosen": [SYSTEM, USER, *UP], "rejected": [SYSTEM, USER, *DOWN]}, WITH_SYSTEM),
+        "preference", {"prompt": [USER], "chosen": [SYSTEM, USER, *UP], "rejected": [SYSTEM, USER, *DOWN]},
+        WITH_SYSTEM),
     "one message": ("preference", {"prompt": USER, "chosen": UP[0], "rejected": DOWN[0]}, ASKED),
     "text answers": ("preference", {"prompt": [USER], "chosen": "Up.", "rejected": "Down."}, ASKED),
     "an answer in the prompt": (
@@ -253,8 +254,8 @@ def bare(**keys):
     (bare(prompt="South?", chosen=[USER, *UP], rejected=[USER, *DOWN]), "prompt_contradicts", "drop one of them"),
     (bare(prompt="South?", chosen=[USER, *UP]), "prompt_contradicts", "'South?' but \"chosen\" asks 'Which way"),
     (bare(prompt=" ", chosen=UP), "empty_prompt", '"prompt" is empty beside messages'),
-    (bare(chosen=[LOOK | {"tool_calls": ["needle"]}]), "wrong_type", '"chosen"[0]["tool_calls"] is no list of objects'),
-    (bare(chosen=[LOOK | {"tool_calls": "needle"}]), "broken_json", '"chosen"[0]["tool_calls"] is text that is not JSON'),
+    (bare(chosen=[LOOK | {"tool_calls": ["needle"]}]), "wrong_type", '["tool_calls"] is no list of objects'),
+    (bare(chosen=[LOOK | {"tool_calls": "needle"}]), "broken_json", '["tool_calls"] is text that is not JSON'),
     (bare(prompt=[USER, answer("Hm.")]), "prompt_ends_with_answer", "start of each response"),
     (bare(chosen=[answer(" ")]), "empty_response", '"chosen" is empty'),
     (bare(chosen=[answer(None)]), "empty_response", '"chosen" is empty'),

@@ -81,7 +81,7 @@ class Fields:
 
 def refuse_media(of: dict, key: str, name: str):
   """Raises RecordError if `key` is one of images, audio or video and something stands there."""
-  if key in MEDIA and of[key] not in (None, "", [], {}):
+  if key in MEDIA and of[key]:
     raise RecordError(
         "media", f"{name} holds {key}, and dpojax trains on text alone; drop the record or the key")
 
