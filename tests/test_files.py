@@ -300,6 +300,7 @@ def test_a_split_is_the_files_that_the_hubs_layout_says(names, card, split, foun
     (("a/x.parquet", "b/one.parquet"), CARD, "",
      "split of several configs, easy/train, hard/train; give hub:.*CONFIG/SPLIT"),
     ((), "license: mit\n", "", "has no Parquet files"),
+    (SHARDED[1:2], "", "", "has 1 of the 2 files that data/train-00001-of-00002.parquet is one of; fetch the others"),
     (("a.parquet",), "configs: [1]\n", "", "README.md cannot be read")])
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(names, card, split, words, tmp_path):
   (tmp_path / "set").mkdir()

@@ -144,9 +144,20 @@ def _split_of(name: str) -> str:
 _KEYWORD = re.compile(r"(?<![A-Za-z])(train|test|validation|valid|dev|eval)(?![A-Za-z])")
 
 
+def _check_whole(name: str, of_split: list[str]):
+  """Refuses a split of which only some of the files are there, as their names tell."""
+  for each in of_split:
+    if shard := re.search(r"-\d{5}(-of-(\d{5}))", each):
+      there, whole = sum(shard[1] in other for other in of_split), int(shard[2])
+      if there < whole:
+        raise DataError(f"data.path {name} has {there} of the {whole} files that {each} is one of; fetch the "
+                        "others")
+
+
 def _chosen(name: str, splits: dict[str, list[str]], wanted: str) -> list[str]:
   fitting = [each for each in splits if wanted in (each, each.rpartition("/")[2])]
   if len(fitting) == 1:
+    _check_whole(name, splits[fitting[0]])
     return splits[fitting[0]]
   shown = lambda names: ", ".join(sorted(each.removeprefix("default/") for each in names))
   where = PREFIX + name.removeprefix(PREFIX).partition(":")[0]
