@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpojax import parallel, preference, step
+from dpojax.data import records
 from dpojax.errors import UserError
 from dpojax.models import config as model_config
 from dpojax.models import lora
@@ -97,7 +98,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.tokenizer = ""  # folder or hub name; empty: that of model.checkpoint
   config.data = ml_collections.ConfigDict()
   config.data.source = "jsonl"
-  config.data.path = ""  # local files, comma-separated; empty: the builder downloads
+  config.data.path = ""  # local files, comma-separated, or hub:ORG/NAME[:SPLIT]; empty: the builder downloads
+  config.data.form = ""  # of local records, a name of docs/data.md; empty: recognised by their keys
   config.data.config = ""  # the builder's config, such as hh's harmless-base
   config.data.eval_path = ""  # held-out local files; empty: eval_size are held out of the data
   config.data.eval_size = 256
@@ -178,6 +180,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "reference.mode", ("inline", "stored", "none"))
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))
+  _one_of(config, "data.form", ("", *records.FORMS))
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
@@ -204,6 +207,9 @@ def _check_combinations(config) -> None:
     raise ConfigError("config.tokenizer is empty; set it to a tokenizer folder or hub name")
   if data.source == "jsonl" and not data.path:
     raise ConfigError("config.data.path is empty; data.source='jsonl' needs local .jsonl files")
+  if data.form and data.source != "jsonl":
+    raise ConfigError(f"config.data.form is {data.form!r}, but data.source={data.source!r} has a form of "
+                      "its own; leave it empty")
   if data.max_prompt_length >= data.max_length:
     raise ConfigError(
         f"config.data.max_prompt_length is {data.max_prompt_length} and data.max_length "

@@ -29,7 +29,7 @@ from dpojax import intervals, judging, objectives, parallel, resolve, sample, sc
 from dpojax import reference as reference_lib
 from dpojax.command import command
 from dpojax.config import ConfigError
-from dpojax.data import builders, examples, loader, tokenization
+from dpojax.data import builders, examples, loader, records, tokenization
 from dpojax.data.examples import DataError, Example
 from dpojax.disk import disk_errors
 from dpojax.intervals import Estimate
@@ -116,7 +116,7 @@ def load_held_out(
   texts = builders.prepare(
       source.source, path=source.eval_path or source.path, config=source.config,
       data_dir=resolve.cache_dir(settings) / "prepared", on_error=source.on_error,
-      split="test" if source.eval_path else "train")
+      split="test" if source.eval_path else "train", form=source.get("form", ""))
   return HeldOut(loader.Loader(
       subset, seed=0, batch_size=settings.batch_size, row_length=settings.row_length,
       shards=devices.row_multiple), texts)
@@ -158,7 +158,7 @@ def perplexity(log_probs: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 
 def measure_samples(
-    generator: sample.Generator, tokenizer: Any, prompts: Sequence[str | list[dict]],
+    generator: sample.Generator, tokenizer: Any, prompts: Sequence[str | list[dict] | Example],
     room: tuple[int, str], score: scorers.Scorer | None,
 ) -> dict[str, Any]:
   """Returns means over samples to prompts; their errors are over prompts.
@@ -201,7 +201,7 @@ def measure_samples(
 def compare_files(
     ours: str, theirs: str, judge: str, *, question: str = "dialogue", seed: int = 0,
     limit: int = 0, judge_model: str = "", judge_options: str = "", api_key_env: str = "OPENAI_API_KEY",
-    answers: str = "", workers: int = 8,
+    answers: str = "", workers: int = 8, form: str = "",
 ) -> dict[str, Any]:
   """Returns the win rate of one file's responses against another's; see the module's text.
 
@@ -217,11 +217,12 @@ def compare_files(
     api_key_env: environment variable with the key for a URL; it may be unset.
     answers: file the answers of a URL are kept in; by default `ours` with .answers.jsonl.
     workers: requests under way at once.
+    form: of the records of a file that is not of samples; '' recognises it by their keys.
 
   Raises:
     ConfigError, DataError, CheckpointError, JudgeError: something given cannot be used.
   """
-  prompts, pairs, groups = _pairs_of(ours, theirs, limit)
+  prompts, pairs, groups = _pairs_of(ours, theirs, limit, form)
   kept = None
   if re.match(r"https?://", judge):
     endpoint = judging.Endpoint(
@@ -238,13 +239,15 @@ def compare_files(
     asked = judging.scored_judge(scorers.make_scorer(judge, sample.make_mesh(1, 1)))
   # A reward model reads the prompt as it was given; everyone else reads text.
   if kept is not None or scorers.is_function(judge):
-    pairs = [pair._replace(prompt=as_text(pair.prompt, query=kept is not None)) for pair in pairs]
+    pairs = [Pair(as_text(pair.prompt, query=kept is not None),
+                  *map(examples.response_text, (pair.ours, pair.theirs))) for pair in pairs]
   try:
     result = judging.compare(asked, pairs, groups, seed=seed)
   finally:
     if kept is not None:
       kept.close()
-  words = lambda texts: intervals.mean(np.array([len(text.split()) for text in texts]))
+  words = lambda responses: intervals.mean(np.array(
+      [len(examples.response_text(response).split()) for response in responses]))
   return {
       "ours": ours, "theirs": theirs, "judge": judge, "judge_model": judge_model,
       "question": question if kept is not None else None, "seed": seed,
@@ -256,15 +259,16 @@ def compare_files(
       "outcomes": result.outcomes}
 
 
-def as_text(prompt: str | list[dict], *, query: bool) -> str:
+def as_text(prompt: str | list[dict] | Example, *, query: bool) -> str:
   """Returns a prompt as a judge reads it.
 
   Messages become lines with their roles. As a query, an HH dialogue of one turn is what the human
   said, and a forum post loses the "TL;DR:" behind it.
   """
+  if isinstance(prompt, Example):
+    prompt = prompt.prompt
   if not isinstance(prompt, str):
-    return (prompt[0]["content"] if len(prompt) == 1 and query else
-            "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
+    return prompt[0]["content"] if len(prompt) == 1 and query else examples.messages_text(prompt)
   if not query:
     return prompt
   body = prompt.removesuffix(examples.ASSISTANT)
@@ -340,24 +344,24 @@ def _log_probs(
   return values
 
 
-def _prompts(held_out: HeldOut, count: int) -> list[str | list[dict]]:
+def _prompts(held_out: HeldOut, count: int) -> list[Example]:
   """Returns the first different prompts of held-out comparisons."""
   subset, prompts = held_out.batches.subset, {}
   for i in range(len(subset)):
-    prompt = held_out.texts[subset.example(i)].prompt
+    prompt = held_out.texts[subset.example(i)]._replace(responses=())
     prompts.setdefault(json.dumps(prompt), prompt)
     if len(prompts) == count:
       break
   return list(prompts.values())
 
 
-def _pairs_of(ours: str, theirs: str, limit: int) -> tuple[int, list[Pair], list[int]]:
+def _pairs_of(ours: str, theirs: str, limit: int, form: str) -> tuple[int, list[Pair], list[int]]:
   """Returns the number of prompts, the pairs and of each the prompt's number.
 
   Raises:
     DataError: the files are not of the same prompts.
   """
-  first, second = _responses_of(ours), _responses_of(theirs)
+  first, second = _responses_of(ours, form), _responses_of(theirs, form)
   numbers = sorted(first.keys() & second.keys())[:limit or None]
   if not numbers:
     raise DataError(f"{ours} and {theirs} have no prompt in common; sample both from one file")
@@ -366,30 +370,30 @@ def _pairs_of(ours: str, theirs: str, limit: int) -> tuple[int, list[Pair], list
     (prompt, responses), (other, against) = first[number], second[number]
     if prompt != other:
       raise DataError(
-          f"prompt {number} of {ours} is not that of {theirs} ({str(prompt)[:60]!r}, "
-          f"{str(other)[:60]!r}); sample both from one file")
+          f"prompt {number} of {ours} is not that of {theirs} ({str(prompt.prompt)[:60]!r}, "
+          f"{str(other.prompt)[:60]!r}); sample both from one file")
     for k, response in enumerate(responses):
       pairs.append(Pair(prompt, response, against[k % len(against)]))
       groups.append(number)
   return len(numbers), pairs, groups
 
 
-def _responses_of(path: str) -> dict[int, tuple[Any, list[str]]]:
+def _responses_of(path: str, form: str) -> dict[int, tuple[Example, list[str | list[dict]]]]:
   """Returns prompt and responses of a file by the prompt's number: samples, or what was chosen."""
-  found = {}
-  for i, (line, record) in enumerate(sample.read_lines(path)):
-    try:
-      if isinstance(record, dict) and "response" in record:
-        number, response = examples.get(record, "index", int), examples.get(record, "response", str)
-        found.setdefault(number, (sample.prompt_of(record), []))[1].append(response)
-      elif isinstance(record, dict) and "prompt" not in record and isinstance(record.get("chosen"), str):
-        pair = examples.split_dialogue(record["chosen"], examples.get(record, "rejected", str))
-        found[i] = pair.prompt, [pair.responses[0]]
-      else:
-        example = examples.parse_record(record)
-        found[i] = example.prompt, [example.responses[0]]
-    except examples.RecordError as error:
-      raise DataError(f"{path} line {line}: {error}") from error
+  found, left_out = {}, []
+
+  def parse(record):
+    if isinstance(record, dict) and "response" in record and "index" in record:
+      return (examples.get(record, "index", int), records.parse_prompt(record),
+              examples.get(record, "response", str))
+    example = records.parse_record(record, form)
+    return None, example._replace(responses=()), example.responses[0]
+
+  every = records.read_file(path, parse, given="--ours or --theirs", left_out=left_out)
+  for i, (index, prompt, response) in every:
+    found.setdefault(i if index is None else index, (prompt, []))[1].append(response)
+  if left_out:
+    say(f"{path}: {records.counted(left_out)}")
   return found
 
 
@@ -444,6 +448,7 @@ def main():
   of_files.add_argument("--api_key_env", default="OPENAI_API_KEY")
   of_files.add_argument("--answers", default="", help="file a URL's answers are kept in")
   of_files.add_argument("--workers", type=int, default=8, help="requests under way at once")
+  of_files.add_argument("--form", default="", help="of pairs' records (docs/data.md); by default recognised")
   of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
   with command():
@@ -462,7 +467,7 @@ def main():
           options.ours, options.theirs, options.judge, question=options.question,
           seed=options.seed, limit=options.limit, judge_model=options.judge_model,
           judge_options=options.judge_options, api_key_env=options.api_key_env,
-          answers=options.answers, workers=options.workers)
+          answers=options.answers, workers=options.workers, form=options.form)
     write(result, options.out)
   rows = show(result)
   width = max(len(name) for name, *_ in rows)

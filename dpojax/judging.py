@@ -22,6 +22,7 @@ import requests
 import tqdm
 
 from dpojax import intervals
+from dpojax.data.examples import Example
 from dpojax.disk import disk_errors
 from dpojax.errors import UserError
 from dpojax.intervals import Estimate
@@ -81,11 +82,11 @@ class JudgeError(UserError, RuntimeError):
 
 
 class Pair(NamedTuple):
-  """Two responses to one prompt, of which the first is ours."""
+  """Two responses to one prompt, of which the first is ours: in text, or as a reward model reads them."""
 
-  prompt: str
-  ours: str
-  theirs: str
+  prompt: str | list[dict] | Example
+  ours: str | list[dict]
+  theirs: str | list[dict]
 
 
 Judge = Callable[[Sequence[Pair]], list[str]]
@@ -240,7 +241,7 @@ class Answers:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
     whole = text[:text.rfind("\n") + 1]
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole.split("\n")[:-1], 1):
       try:
         entry = json.loads(line)
         self._known[entry["key"]] = entry["answer"], entry["refused"]

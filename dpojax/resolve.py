@@ -62,8 +62,10 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   def tokenized(path, name, split):
     comparisons = builders.prepare(
         settings.source, path=path, config=settings.config, data_dir=cache / "prepared",
-        on_error=settings.on_error, split=split)
+        on_error=settings.on_error, split=split, form=settings.get("form", ""))
     say(f"{name} records: {_counts(comparisons.report)}")
+    for reason, problem in comparisons.problems.items():
+      say(f"  the first of {reason}: {problem}")
     result = tokenization.tokenize(
         comparisons, tokenizer, truncation=truncation,
         cache_dir=cache / "tokenized", **_responses(config))

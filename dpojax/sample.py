@@ -3,25 +3,25 @@
 python -m dpojax.sample --workdir=RUN --prompts=FILE.jsonl --out=FILE.jsonl \\
     [--temperature=0.7 --top_p=0.95 --num_samples=4 --max_new_tokens=256 ...]
 
-A line of the prompts is an object with "prompt", text or a list of {"role", "content"}; a pair of
-whole HH dialogues will do too. A line of the output is a sample: `index` (the prompt's line, from
-0), `sample`, `prompt`, `response`, `log_prob` and `reference_log_prob` (summed over the response, at
-temperature 1), `tokens`, and `finished` (false where `max_new_tokens` cut it off). Started again
-after a kill the same command goes on, to the same file. `--out` with `.config.json` in place of its
+The prompts are those of any file that can be trained on (docs/data.md); responses need not be there.
+A line of the output is a sample: `index` (the prompt's record, from 0), `sample`, `prompt` (with `tools`
+and `chat_template_kwargs` where it has any), `response`, `log_prob` and `reference_log_prob` (summed over
+the response, at temperature 1), `tokens`, and `finished` (false where `max_new_tokens` cut it off). Started
+again after a kill the same command goes on, to the same file. `--out` with `.config.json` in place of its
 ending says what it was sampled with.
 """
 
 import argparse
 import copy
 import dataclasses
-import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -31,8 +31,8 @@ from dpojax import checkpoint, parallel, sampling, weights
 from dpojax import reference as reference_lib
 from dpojax.command import command
 from dpojax.config import ConfigError
-from dpojax.data import examples, packing, tokenization
-from dpojax.data.examples import DataError, RecordError
+from dpojax.data import packing, records, tokenization
+from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.disk import disk_errors
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
@@ -201,62 +201,65 @@ class Generator:
     return width if self.longest_prompt is None else min(width, self.longest_prompt)
 
 
-def read_prompts(path: str | os.PathLike, limit: int = 0) -> list[str | list[dict]]:
-  """Returns the prompts of a JSON lines file, the first `limit` of them if that is not 0.
+def read_prompts(
+    path: str | os.PathLike, limit: int = 0, form: str = "", on_error: str = "raise"
+) -> dict[int, Example]:
+  """Returns the prompts of a file, without responses, by the number of their record, from 0.
+
+  Args:
+    path: in any form that can be trained on.
+    limit: how many are read, the first; 0 is all.
+    form: a name in `records.FORMS`; '' recognises it by the records' keys.
+    on_error: "skip" leaves records without a prompt out, counts them and says so; "raise" stops at
+      the first.
 
   Raises:
-    DataError: the file is not there or empty, or a line has no prompt; it says which.
+    DataError: the file is not there or has no prompt, or a record has none; it says which.
   """
-  prompts = []
-  for number, record in read_lines(path):
-    try:
-      prompts.append(prompt_of(record))
-    except RecordError as error:
-      raise DataError(f"{path} line {number}: {error}") from error
-    if len(prompts) == limit:
-      break
+  if on_error not in ("skip", "raise"):
+    raise DataError(f"--on_error is {on_error!r}; it is 'skip' or 'raise'")
+  left_out = [] if on_error == "skip" else None
+  every = records.read_file(
+      path, lambda record: records.parse_prompt(record, form), given="--prompts", left_out=left_out)
+  prompts = dict(itertools.islice(every, limit or None))
+  if left_out:
+    say(records.counted(left_out))
   if not prompts:
-    raise DataError(f"{path} has no lines; give one object with \"prompt\" a line")
+    raise DataError(f"{path} has no records with a prompt; give one object with \"prompt\" a line")
   return prompts
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-  """Yields (line number, value) of a JSON lines file, gzipped or not; empty lines are passed over.
-
-  Raises:
-    DataError: it cannot be read, or a line is not JSON.
-  """
-  try:
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          try:
-            yield number, json.loads(line)
-          except ValueError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}); correct it") from error
-  except (OSError, UnicodeDecodeError, EOFError) as error:
-    raise DataError(f"{path} cannot be read ({error}); give a .jsonl or .jsonl.gz file") from error
-
-
 def encode(
-    prompts: Sequence[str | list[dict]], tokenizer: Any, *, longest: int, keep: str, path: Any
-) -> tuple[list[list[int]], int]:
-  """Returns the ids of prompts and how many were cut.
+    prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str, path: Any,
+    left_out: list | None = None,
+) -> tuple[list[list[int] | None], int]:
+  """Returns the ids of prompts and how many were cut; None of one that is left out.
+
+  `left_out` gets what is wrong with prompts that cannot be tokenized; None raises the first.
 
   Raises:
-    DataError: one cannot be tokenized; it says which.
+    DataError: one cannot be tokenized, or none can; it says which.
   """
-  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)
-  for i, each in enumerate(encoded):
+  ids, cuts = [], 0
+  for i, each in enumerate(tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)):
     if isinstance(each, RecordError):
-      raise DataError(f"{path} prompt {i + 1}: {each}") from each
-  return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
+      problem = f"{path} prompt {i + 1}: {each}"
+      if left_out is None:
+        raise DataError(problem) from each
+      left_out.append(RecordError(each.reason, problem))
+      ids.append(None)
+    else:
+      ids.append(each[0])
+      cuts += each[1]
+  if all(each is None for each in ids):
+    raise DataError(f"none of {len(ids)} prompts can be tokenized; {records.counted(left_out)}")
+  return ids, cuts
 
 
 def run(
     model: str, prompts: str, out: str, draw: Draw = Draw(), *, step: int | None = None,
     reference: str = "", batch_size: int = 16, max_prompt_length: int = 0, limit: int = 0,
-    fsdp: int = 1, tensor: int = 1,
+    fsdp: int = 1, tensor: int = 1, form: str = "", on_error: str = "raise",
 ) -> dict[str, float]:
   """Samples as the command does and returns the means over the samples in the file.
 
@@ -271,6 +274,8 @@ def run(
     max_prompt_length: tokens kept of a prompt; 0 is what the run was trained with.
     limit: how many prompts are read; 0 is all.
     fsdp, tensor: how the params are cut over devices.
+    form: of the prompts' records, a name in `records.FORMS`; '' recognises it by their keys.
+    on_error: "skip" leaves records without a prompt out and says so; "raise" stops at the first.
 
   Raises:
     ConfigError, DataError, CheckpointError: something given cannot be used.
@@ -281,21 +286,33 @@ def run(
       weights.load(reference, dtype=policy.config.dtype) if reference
       else weights.load_reference(policy))
   tokenizer = tokenization.load_tokenizer(policy.tokenizer)
-  texts = read_prompts(prompts, limit)
+  texts = read_prompts(prompts, limit, form, on_error)
   generator = Generator(
       policy, other, draw, eos=tokenizer.eos_token_id, devices=make_mesh(fsdp, tensor),
       batch_size=min(batch_size, power_of_two(len(texts))))
   longest, keep = prompt_room(policy, generator, max_prompt_length)
-  ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts)
+  left_out = [] if on_error == "skip" else None
+  ids, cut = encode(
+      list(texts.values()), tokenizer, longest=longest, keep=keep, path=prompts, left_out=left_out)
+  if left_out:
+    say(records.counted(left_out))
+  texts = {i: text for (i, text), each in zip(texts.items(), ids) if each is not None}
+  ids = [each for each in ids if each is not None]
   say(f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
       f"{policy.name}" + (f", reference {other.name}" if other else ", no reference"))
   settings = dataclasses.asdict(draw) | {
       "model": policy.name, "weights": checkpoint.fingerprint(policy.params),
       "reference": other and checkpoint.fingerprint(other.params), "batch_size": generator.batch_size,
       "max_prompt_length": longest, "keep": keep,
-      "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+      "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts.values()]).encode()).hexdigest()}
   policy = other = None  # the placed copies are the only ones now
   return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
+
+
+def _identity(example: Example) -> str | list[dict] | dict:
+  """What tells a prompt from another: itself, or where it has tools and the like the record of it all."""
+  record = records.prompt_record(example)
+  return record if len(record) > 1 else example.prompt
 
 
 def make_mesh(fsdp: int, tensor: int) -> parallel.Mesh:
@@ -339,10 +356,10 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
   """Draws what is not in the file yet; in the end its lines stand in the order of the prompts."""
   start = time.perf_counter()
   lines = _reopen(out, settings)
-  count = generator.draw.num_samples
+  count, numbers = generator.draw.num_samples, list(texts)
   batches = [batch for batch in generator.batches([len(prompt) for prompt in ids])
-             if any((i, k) not in lines for i in batch for k in range(count))]
-  again = {i for batch in batches for i in batch}
+             if any((numbers[i], k) not in lines for i in batch for k in range(count))]
+  again = {numbers[i] for batch in batches for i in batch}
   lines = {place: line for place, line in lines.items() if place[0] not in again}
   kept = len(lines)
   with disk_errors(out.parent):
@@ -353,32 +370,33 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
       for batch in batches:
         for i, samples in zip(batch, generator([ids[i] for i in batch], batch)):
           for k, sample in enumerate(samples):
-            lines[i, k] = json.dumps({
-                "index": i, "sample": k, "prompt": texts[i],
+            place = numbers[i], k
+            lines[place] = json.dumps({
+                "index": numbers[i], "sample": k, **records.prompt_record(texts[numbers[i]]),
                 "response": tokenization.decode_response(
                     tokenizer, ids[i], sample.ids[:-1] if sample.finished else sample.ids),
                 "log_prob": sample.log_prob, "reference_log_prob": sample.reference_log_prob,
                 "tokens": len(sample.ids), "finished": sample.finished}, ensure_ascii=False)
-            file.write(lines[i, k] + "\n")
+            file.write(lines[place] + "\n")
         file.flush()
         bar.update(len(batch) * count)
     _rewrite(out, [lines[place] for place in sorted(lines)])
   seconds = time.perf_counter() - start
-  records = [json.loads(line) for line in lines.values()]
-  new = sum(record["tokens"] for record in records[kept:])
-  say(f"{len(records) - kept} samples drawn ({kept} were there) in {seconds:.1f} s, "
+  samples = [json.loads(line) for line in lines.values()]
+  new = sum(record["tokens"] for record in samples[kept:])
+  say(f"{len(samples) - kept} samples drawn ({kept} were there) in {seconds:.1f} s, "
       f"{new / seconds:.0f} tokens a second, compiling included; written to {out}")
-  return summary(records)
+  return summary(samples)
 
 
-def summary(records: Sequence[dict]) -> dict[str, float]:
+def summary(samples: Sequence[dict]) -> dict[str, float]:
   """Returns means over samples; `kl` is of log-prob minus reference log-prob, where there is one."""
   mean = lambda values: float(np.mean(np.array(list(values), np.float64)))
-  result = {"samples": float(len(records)), "tokens": mean(r["tokens"] for r in records),
-            "finished": mean(r["finished"] for r in records),
-            "log_prob": mean(r["log_prob"] for r in records)}
-  if records[0]["reference_log_prob"] is not None:
-    result["kl"] = mean(r["log_prob"] - r["reference_log_prob"] for r in records)
+  result = {"samples": float(len(samples)), "tokens": mean(r["tokens"] for r in samples),
+            "finished": mean(r["finished"] for r in samples),
+            "log_prob": mean(r["log_prob"] for r in samples)}
+  if samples[0]["reference_log_prob"] is not None:
+    result["kl"] = mean(r["log_prob"] - r["reference_log_prob"] for r in samples)
   return result
 
 
@@ -396,10 +414,8 @@ def _reopen(out: pathlib.Path, settings: dict) -> dict[tuple[int, int], str]:
     return {}
   try:
     was = json.loads(about.read_text())
-    lines = [line for line in out.read_text(encoding="utf-8").splitlines(keepends=True)
-             if line.endswith("\n")]
-    found = {(record["index"], record["sample"]): line.rstrip("\n")
-             for line in lines for record in [json.loads(line)]}
+    lines = out.read_text(encoding="utf-8").split("\n")[:-1]  # texts hold other ends of lines
+    found = {(record["index"], record["sample"]): line for line in lines for record in [json.loads(line)]}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
         f"{out} exists and was not written by this command ({error}); give another --out") from error
@@ -415,18 +431,6 @@ def _rewrite(out: pathlib.Path, lines) -> None:
   temporary = out.with_name(out.name + ".tmp")
   temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
   os.replace(temporary, out)
-
-
-def prompt_of(record: Any) -> str | list[dict]:
-  """Returns the prompt of a line: what stands under "prompt", or of a pair of HH dialogues.
-
-  Raises:
-    RecordError: there is none.
-  """
-  if isinstance(record, dict) and "prompt" not in record and all(
-      isinstance(record.get(key), str) for key in ("chosen", "rejected")):
-    return examples.split_dialogue(record["chosen"], record["rejected"]).prompt
-  return examples.parse_prompt(record)
 
 
 def _rounded(length: int) -> int:
@@ -470,7 +474,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", "--checkpoint", dest="model", required=True,
                       help="a run's workdir, a Hugging Face folder or a hub name")
-  parser.add_argument("--prompts", required=True, help=".jsonl or .jsonl.gz")
+  parser.add_argument("--prompts", required=True, help="a file that can be trained on, such as .jsonl")
+  parser.add_argument("--form", default="", help="of its records (docs/data.md); by default recognised")
+  parser.add_argument("--on_error", default="skip", choices=("skip", "raise"), help="records without a prompt")
   parser.add_argument("--out", required=True, help=".jsonl to write, or to go on with")
   parser.add_argument("--max_prompt_length", type=int, default=0, help="by default the run's")
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
@@ -480,7 +486,8 @@ def main():
     means = run(
         options.model, options.prompts, options.out, draw_of(options), step=options.step,
         reference=options.reference, batch_size=options.batch_size, limit=options.limit,
-        max_prompt_length=options.max_prompt_length, fsdp=options.fsdp, tensor=options.tensor)
+        max_prompt_length=options.max_prompt_length, fsdp=options.fsdp, tensor=options.tensor,
+        form=options.form, on_error=options.on_error)
   print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
 
 

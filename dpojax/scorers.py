@@ -10,10 +10,14 @@ import numpy as np
 from dpojax import objectives, parallel, weights
 from dpojax.config import ConfigError
 from dpojax.data import loader, tokenization
+from dpojax.data.examples import Example
 from dpojax.models import transformer
 
-Prompt = str | list[dict]
-Scorer = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]
+Prompt = str | list[dict] | Example
+"""Text, messages, or an example with the tools of its prompt."""
+
+Response = str | list[dict]
+Scorer = Callable[[Sequence[Prompt], Sequence[Response]], np.ndarray]
 """(prompts, responses) -> a number of each response, [N]."""
 
 _BATCH = 64
@@ -34,8 +38,9 @@ def make_scorer(name: str, devices: parallel.Mesh, step: int | None = None) -> S
   if not is_function(name):
     return RewardModel(weights.load(name, step), devices)
   function = load_function(name, ("prompt", "response"))
+  plain = lambda prompt: prompt.prompt if isinstance(prompt, Example) else prompt
   return lambda prompts, responses: np.array(
-      [float(function(p, r)) for p, r in zip(prompts, responses)], np.float64)
+      [float(function(plain(p), r)) for p, r in zip(prompts, responses)], np.float64)
 
 
 def is_function(name: str) -> bool:
@@ -96,7 +101,7 @@ class RewardModel:
 
     self._score = devices.lift(score, donate_state=False)
 
-  def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+  def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
     """Returns the reward of each response, [N] float64.
 
     Prompts and responses are cut as in the run's training.

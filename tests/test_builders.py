@@ -92,7 +92,7 @@ def test_every_form_comes_back_from_disk_as_it_was_parsed(prepare, tmp_path):
       {"prompt": "", "responses": ["a\r\n", " b", "c", "d"]})
   data = prepare("jsonl", path=path)
   assert list(data) == [
-      Example("Q0", ("yes 0", "no 0")), Example([user], ("Là 🧭", "\0")),
+      Example("Q0", ("yes 0", "no 0")), Example([user], ([yes], [no])),
       Example("", ("a\r\n", " b", "c", "d"))]
   assert data[-1] == data[2]
   with pytest.raises(IndexError, match="comparison 3 of 3"):
@@ -112,7 +112,8 @@ def test_a_second_call_reads_what_the_first_prepared(prepare, tmp_path):
   os.rename(path, tmp_path / "b.jsonl")
   second = prepare("jsonl", path=tmp_path / "b.jsonl")
   assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*array_record*")} == files
-  assert second.report == first.report == {"used": 2, "broken_json": 1}
+  assert second.report == first.report == {
+      "used": 2, "broken_json": 1, "forms": {"preference": 2}}
   assert second.fingerprint == first.fingerprint
   assert list(second) == list(first)
 
@@ -139,7 +140,7 @@ def test_unusable_records_are_counted_by_reason(prepare, tmp_path):
       {**plain(3), "prompt": 3}, plain(4))
   assert prepare("jsonl", path=path).report == {
       "used": 2, "broken_json": 2, "broken_utf8": 1, "wrong_type": 2, "empty_response": 1,
-      "identical_responses": 1, "missing_key": 1}
+      "identical_responses": 1, "missing_key": 1, "forms": {"preference": 2}}
 
 
 def test_raise_names_file_line_and_fix_even_after_a_skipping_run(prepare, tmp_path):

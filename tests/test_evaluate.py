@@ -32,6 +32,11 @@ def kinder(prompt, a, b):
   return "A" if first > second else "B" if second > first else "tie"
 
 
+def calls(prompt, response):
+  """A scorer that counts calls of the tool `warm`."""
+  return response.count("warm({})")
+
+
 def three(a, b, c, d):
   """Neither scorer nor judge."""
 
@@ -121,6 +126,27 @@ def test_a_function_gives_the_win_rate_of_a_file(judge, against, files):
   found = evaluate.compare_files(files[0], files[against], judge, seed=1)
   assert found["win_rate"].value == 0.75 and (found["win"], found["tie"], found["loss"]) == (6, 0, 2)
   assert found["outcomes"] == ["loss", "win", "win", "win"] * 2
+
+
+def test_answers_in_messages_are_judged_as_their_text(tmp_path, capsys):
+  asked = [{"role": "user", "content": "how is the film ?"}]
+  call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "warm", "arguments": {}}}]}
+  ours = worlds.write_jsonl(tmp_path / "ours.jsonl", [
+      {"index": i, "sample": 0, "prompt": asked, "response": " warm"} for i in range(2)])
+  theirs = worlds.write_jsonl(tmp_path / "theirs.jsonl", [
+      {"input": {"messages": asked}, "preferred_output": [answer], "non_preferred_output": [
+          {"role": "assistant", "content": "other"}]}
+      for answer in ({"role": "assistant", "content": "cold"}, call)])
+  found = evaluate.compare_files(ours, theirs, "tests.test_evaluate:calls")
+  assert found["outcomes"] == ["tie", "loss"] and found["words"]["theirs"].value == 1
+  worse = worlds.write_jsonl(tmp_path / "worse.jsonl", [
+      {"prompt": asked, "chosen": " ", "rejected": "cold"}, {"prompt": asked, "chosen": [call], "rejected": "cold"}])
+  assert evaluate.compare_files(ours, worse, "tests.test_evaluate:calls")["outcomes"] == ["loss"]
+  assert f'{worse} line 1: "chosen" is empty' in capsys.readouterr().out
+  tools = worlds.write_jsonl(tmp_path / "tools.jsonl", [
+      {"prompt": asked, "chosen": [call], "rejected": "cold", "tools": [{"type": "function"}]}] * 2)
+  with pytest.raises(DataError, match="prompt 0 of .*ours.jsonl is not that of .*tools.jsonl"):
+    evaluate.compare_files(ours, tools, "tests.test_evaluate:kinder")
 
 
 def test_a_reward_model_judges_files(runs, files):

@@ -13,7 +13,8 @@ PACKAGE = conftest.ROOT / "dpojax"
 ORDER = [
     "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models.gguf", "models",
-    "data.examples", "data.builders", "data.tokenization", "data.gguf", "data.packing", "data.loader", "data",
+    "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.forms", "data.records",
+    "data.builders", "data.tokenization", "data.gguf", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
     "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "train", "sample", "intervals",
     "judging",
@@ -22,7 +23,7 @@ ORDER = [
 
 HOMES = {
     "flax": ("models",), "tensorflow_datasets": ("data.builders",), "transformers": ("data.tokenization",),
-    "huggingface_hub": ("models.hf",), "gguf": ("models.gguf",),
+    "huggingface_hub": ("models.hf", "data.hub"), "gguf": ("models.gguf",),
     "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",),
     "requests": ("judging", "data.builders")}
 """The modules a library may be imported in."""

@@ -12,7 +12,7 @@ from dpojax import sample, weights
 from dpojax.checkpoint import CheckpointError
 from dpojax.config import ConfigError
 from dpojax.data import tokenization
-from dpojax.data.examples import DataError
+from dpojax.data.examples import DataError, Example
 from dpojax.sample import Draw
 from tests import conftest, worlds
 
@@ -130,6 +130,36 @@ def test_a_response_is_decoded_with_the_space_it_has_behind_its_prompt(name, res
   assert tokenization.decode_response(tokenizer, prompt, ids) == response
 
 
+def test_a_file_goes_on_whatever_ends_of_lines_stand_in_its_prompts(runs, tmp_path):
+  prompts = worlds.write_jsonl(tmp_path / "prompts.jsonl", [
+      {"prompt": f"the film{end}is"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n")])
+  out = tmp_path / "samples.jsonl"
+  sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
+  whole = out.read_bytes()
+  assert [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]] == [
+      each.prompt for each in sample.read_prompts(prompts).values()]
+  sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
+  assert out.read_bytes() == whole
+  out.write_bytes(whole[:len(whole) // 2])
+  sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
+  assert out.read_bytes() == whole
+
+
+MESSAGES = [{"role": "user", "content": "Q"}]
+
+
+@pytest.mark.parametrize("name, content, prompt", [
+    ("a.jsonl", b'\xef\xbb\xbf{"prompt": "Q"}\r\n', "Q"), ("a.csv", b"prompt,chosen\nQ,a\n", "Q"),
+    ("a.json", b'[{"prompt": "Q"}]', "Q"),
+    ("a.jsonl", json.dumps({"chosen": [*MESSAGES, {"role": "assistant", "content": "a"}],
+                            "rejected": [*MESSAGES, {"role": "assistant", "content": "b"}]}).encode(), MESSAGES),
+    ("a.jsonl", json.dumps({"input": {"messages": MESSAGES}}).encode(), MESSAGES),
+    ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}', "\n\nAssistant:")])
+def test_prompts_are_read_from_what_can_be_trained_on(name, content, prompt, tmp_path):
+  (tmp_path / name).write_bytes(content)
+  assert sample.read_prompts(tmp_path / name) == {0: Example(prompt, ())}
+
+
 def test_other_settings_do_not_go_into_the_same_file(drawn, runs, prompts):
   with pytest.raises(ConfigError, match="holds samples of temperature 1.0, not 0.5; give another --out"):
     sample.run(runs.dpo, prompts, str(drawn[0]), Draw(
@@ -144,15 +174,33 @@ def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "has no lines"),
+    ("", "has no records"),
     ('{"prompt": "a"}\n{"prompt": 1}\n', 'line 2: "prompt" is a number, not a string or a list'),
     ('{"text": "a"}\n', 'line 1: "prompt" is missing'),
-    ('{"prompt": "a"\n', "line 1 is not JSON"),
+    ('{"prompt": "a"\n', "line 1: not JSON"),
     ('{"prompt": []}\n', 'line 1: "prompt" has no messages')])
 def test_bad_prompts_are_named_by_their_line(text, message, tmp_path):
   (tmp_path / "prompts.jsonl").write_text(text)
   with pytest.raises(DataError, match=message):
     sample.read_prompts(tmp_path / "prompts.jsonl")
+  with pytest.raises(DataError, match="^--prompts .*missing.jsonl: no such file"):
+    sample.read_prompts(tmp_path / "missing.jsonl")
+
+
+def test_records_without_a_prompt_are_left_out_aloud_and_numbers_stay(runs, tmp_path, capsys):
+  lines = [{"prompt": "the film is"}, {"prompt": 1}, {"prompt": "the <eos> is"}, {"prompt": "the plot is"}]
+  prompts, out = worlds.write_jsonl(tmp_path / "prompts.jsonl", lines), tmp_path / "out.jsonl"
+  draw = Draw(max_new_tokens=2)
+  with pytest.raises(DataError, match='line 2: "prompt" is a number.*; correct the record or drop it'):
+    sample.run(runs.sft, prompts, str(out), draw)
+  sample.run(runs.sft, prompts, str(out), draw, on_error="skip")
+  assert f'1 records left out: wrong_type 1; first: {prompts} line 2: "prompt" is a number' in (said := capsys.readouterr().out)
+  assert f"1 records left out: eos_in_text 1; first: {prompts} prompt 2: the tokenizer makes EOS" in said
+  assert [(line["index"], line["prompt"]) for line in records_of(out)] == [(0, "the film is"), (3, "the plot is")]
+  whole = out.read_bytes()
+  out.write_bytes(whole[:whole.index(b"\n") + 1])
+  sample.run(runs.sft, prompts, str(out), draw, on_error="skip")
+  assert out.read_bytes() == whole
 
 
 def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):

@@ -311,6 +311,8 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"optimizer.name": "adam"}, "config.optimizer.name is 'adam'.*did you mean adamw"),
     ({"model.heads": 3}, "config.model.width is 32 and model.heads 3; heads must divide width"),
     ({"data.max_prompt_length": 32}, "data.max_prompt_length is 32.*lower max_prompt_length"),
+    ({"data.form": "open_ai"}, "config.data.form is 'open_ai'; it must be one of.*did you mean openai"),
+    ({"data.form": "orca", "data.source": "hh"}, "data.source='hh' has a form of its own; leave it empty"),
     ({"row_length": 16}, "config.row_length is 16, shorter than data.max_length 32; raise row_length"),
     ({"data.eval_size": 0}, "nothing to evaluate on; set data.eval_path"),
     ({"checkpoint_best": "loss", "eval_every": 3}, "checkpoint_every=2 is not a multiple of eval_every=3"),

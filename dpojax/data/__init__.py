@@ -1,5 +1,6 @@
 """From preference files to packed rows, in NumPy: nothing here imports jax.
 
-`examples` turns one record into a prompt and its responses, `builders` a data set into prepared
-comparisons, `tokenization` text into ids, `packing` lengths into rows, `loader` rows into batches.
+`files` and `hub` read records; `records`, by `forms`, `fields` and `messages`, turns one into an
+example of `examples`; `builders` a data set into prepared comparisons, `tokenization` text into ids,
+`packing` lengths into rows, `loader` rows into batches.
 """

@@ -159,18 +159,22 @@ def tokenize(
 
 
 def tokenize_answers(
-    answers: Sequence[tuple[str | list[dict], str]], tokenizer: Any, *, truncation: Truncation
+    answers: Sequence[tuple[str | list[dict] | Example, str | list[dict]]], tokenizer: Any, *,
+    truncation: Truncation,
 ) -> Tokenized:
   """Returns (prompt, response) pairs in ids, every one of them; an empty response is EOS alone.
+
+  A prompt may be an example, which then gives its tools too.
 
   Raises:
     DataError: one cannot be tokenized, or is a conversation without a chat template.
   """
   encoder, counts = _Encoder(tokenizer), collections.Counter()
-  encoded = encoder.encode([Example(prompt, (response,)) for prompt, response in answers])
-  for i, (each, (prompt, _)) in enumerate(zip(encoded, answers)):
+  asked = [_asked(prompt, (response,)) for prompt, response in answers]
+  encoded = encoder.encode(asked)
+  for i, each in enumerate(encoded):
     if isinstance(each, RecordError) and each.reason == "empty_response":
-      each, = encoder.encode([Example(prompt, ("",))])
+      each, = encoder.encode([asked[i]._replace(responses=("",))])
     if isinstance(each, RecordError):
       raise DataError(f"response {i + 1}: {each}") from each
     ids, (response,) = each
@@ -204,12 +208,13 @@ def encode(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
 
 
 def encode_prompts(
-    prompts: Sequence[str | list[dict]], tokenizer: Any, *, longest: int, keep: str
+    prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str
 ) -> list[tuple[list[int], bool] | RecordError]:
   """Returns the ids of each prompt and whether it was cut, or what is wrong with it.
 
   Args:
-    prompts: texts or conversations; these get the template's generation prompt behind them.
+    prompts: texts or conversations, which get the template's generation prompt behind them; or
+      examples, which give their tools too and whose responses do not count.
     tokenizer: from `load_tokenizer`.
     longest: tokens a prompt may have; of a longer one the rest is left out.
     keep: which part of that stays, as in `Truncation`.
@@ -218,10 +223,17 @@ def encode_prompts(
     DataError: there is no chat template for a conversation.
   """
   encoder = _Encoder(tokenizer)
-  encoded = encoder.encode([Example(prompt, ()) for prompt in prompts])
+  encoded = encoder.encode([_asked(prompt, ()) for prompt in prompts])
   ids = [each if isinstance(each, RecordError) else each[0] for each in encoded]
   return [each if isinstance(each, RecordError)
           else (_cut_prompt(each, longest, keep, encoder.bos), len(each) > longest) for each in ids]
+
+
+def _asked(prompt: str | list[dict] | Example, responses: tuple) -> Example:
+  """Returns a prompt with these responses."""
+  if isinstance(prompt, Example):
+    return prompt._replace(responses=responses)
+  return Example(prompt, responses)
 
 
 def decode_response(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> str:
@@ -312,12 +324,18 @@ class _Encoder:
           f"the data are conversations but tokenizer {self.tokenizer.name_or_path!r} has no chat "
           "template; take a chat model's tokenizer, or give plain text prompts")
     mark = lambda text: self.special.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)
-    messages = [{**message, "content": mark(message["content"])} for message in example.prompt]
-    answers = [{"role": "assistant", "content": mark(text)} for text in example.responses]
-    render = functools.partial(self.tokenizer.apply_chat_template, tokenize=False)
+    marked = lambda messages: [
+        message | {"content": mark(message["content"])} if isinstance(message.get("content"), str)
+        else message for message in messages]
+    messages = marked(example.prompt)
+    answers = [marked([{"role": "assistant", "content": each}] if isinstance(each, str) else each)
+               for each in example.responses]
+    render = functools.partial(
+        self.tokenizer.apply_chat_template, tokenize=False, tools=example.tools,
+        **(example.arguments or {}))
     try:
       prompt = render(messages, add_generation_prompt=True)
-      full = [render([*messages, answer]) for answer in answers]
+      full = [render([*messages, *answer]) for answer in answers]
     except Exception as error:  # a template refuses with jinja's errors, and fails with any
       raise RecordError("refused_by_template", f"the chat template fails ({error})") from error
     if not all(text.startswith(prompt) for text in full):

@@ -61,7 +61,7 @@ def write_pairs(settings: dict, batches: loader.Loader, folder: pathlib.Path) ->
   pairs, ids = folder / "pairs.jsonl", folder / "ids.jsonl"
   with open(pairs, "w") as text_lines, open(ids, "w") as id_lines:
     for i in index:
-      prompt, responses = texts[batches.subset.example(int(i))]
+      prompt, responses, *_ = texts[batches.subset.example(int(i))]
       text_lines.write(json.dumps(
           {"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}) + "\n")
       prompt, responses = batches.subset.comparison(int(i))

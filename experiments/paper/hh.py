@@ -70,7 +70,7 @@ def with_shots(given: Given, plan: Plan, path: str, prompts: str) -> str:
       raise DataError(f"the training data have {len(every)} dialogues of one turn, not --shots={plan.shots}")
     chosen = np.random.default_rng(0).permutation(len(every))[:plan.shots]
     shots = "".join(every[i].prompt + every[i].responses[0] for i in chosen)
-    sweep.write_lines(out, [{"prompt": shots + prompt} for prompt in sample.read_prompts(prompts)])
+    sweep.write_lines(out, [{"prompt": shots + each.prompt} for each in sample.read_prompts(prompts).values()])
     return [{"shots": shots}]
 
   stages.stage(given, "shots", f"{plan.shots} training dialogues before each prompt",
@@ -84,9 +84,9 @@ def first_turn(given: Given, name: str, samples: str, prompts: str) -> str:
 
   def make():
     plain = sample.read_prompts(prompts)
-    records = [record for _, record in sample.read_lines(samples)]
+    records = stages.read_samples(samples)
     sweep.write_lines(out, [record | {
-        "prompt": plain[record["index"]], "response": record["response"].partition(HUMAN.rstrip())[0]}
+        "prompt": plain[record["index"]].prompt, "response": record["response"].partition(HUMAN.rstrip())[0]}
         for record in records])
     return [{"samples": len(records)}]
 

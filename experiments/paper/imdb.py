@@ -143,7 +143,7 @@ def labelled(given: Given, plan: Plan, samples: str) -> pathlib.Path:
   out = given.workdir / "pairs" / "pairs.jsonl"
 
   def make():
-    records = [record for _, record in sample.read_lines(samples)]
+    records = stages.read_samples(samples)
     score = scorers.make_scorer(plan.reward, sample.make_mesh(1, 1))
     rewards = score([each["prompt"] for each in records], [each["response"] for each in records])
     pairs = label(records, rewards)
@@ -174,7 +174,7 @@ def world_of(plan: Plan, given: Given, sft: str, pairs: str, prefixes: str, test
   bench = measure.Bench(
       model.config, reward, stop_id=tokenizer.eos_token_id, num_samples=plan.samples,
       max_new_tokens=plan.max_new_tokens, prompts_at_once=min(plan.prompts_at_once, plan.test_prefixes))
-  starts, held_out = (measure.prompt_ids(tokenizer, sample.read_prompts(path), LONGEST)
+  starts, held_out = (measure.prompt_ids(tokenizer, list(sample.read_prompts(path).values()), LONGEST)
                       for path in (prefixes, test))
   reference = jax.device_put(model.params)
   return methods.World(

@@ -27,7 +27,7 @@ from dpojax import config as config_lib
 from dpojax.command import command
 from dpojax.config import ConfigError
 from dpojax.data import examples
-from dpojax.data.builders import base, local_files
+from dpojax.data import records as records_lib
 from dpojax.data.examples import DataError, Example
 from dpojax.metrics import read_metrics
 from experiments import methods, sweep, win_rate
@@ -155,10 +155,10 @@ def best_of(
   files = {n: str(given.workdir / name / f"best_of_{n}.jsonl") for n in sizes}
 
   def make():
-    records = [record for _, record in sample.read_lines(samples)]
+    records = read_samples(samples)
     step = methods.best_evaluation(read_metrics(reward_model))["step"]
     score = scorers.make_scorer(reward_model, sample.make_mesh(fsdp, 1), step)
-    scores = score([each["prompt"] for each in records], [each["response"] for each in records])
+    scores = score(list(map(records_lib.parse_prompt, records)), [each["response"] for each in records])
     for n, path in files.items():
       best = {}
       for record, value in zip(records, scores):
@@ -204,7 +204,7 @@ def judged(given: Given, name: str, about: Line, ours: str, theirs: str, questio
 def example_of(record: Any) -> Example:
   """Returns a prompt and the response that stands in the data set.
 
-  The forms are those of `examples.parse_record`; {"prompt", "label"}, as summaries of posts are
+  The forms are those of `dpojax.data.records`; {"prompt", "label"}, as summaries of posts are
   published; and {"article", "highlights"}, as CNN/DailyMail is, which gets "TL;DR:" behind it.
 
   Raises:
@@ -215,21 +215,21 @@ def example_of(record: Any) -> Example:
     return Example(f"{article}\n\nTL;DR:", (f" {highlights}",))
   if isinstance(record, dict) and isinstance(record.get("label"), str):
     return Example(examples.get(record, "prompt", str), (f" {record['label'].strip()}",))
-  return examples.parse_record(record)
+  return records_lib.parse_record(record)
 
 
 def read_examples(path: str) -> Iterable[Example]:
-  """Yields the examples of JSON lines or Parquet files.
+  """Yields the examples of files; see `example_of`.
 
   Raises:
     DataError: a file is missing, or a record has no known form.
   """
-  for file in local_files(path):
-    for where, record in base.read_records(file):
-      try:
-        yield example_of(record)
-      except examples.RecordError as error:
-        raise DataError(f"{file} {where}: {error}") from error
+  yield from (example for _, example in records_lib.read_file(path, example_of))
+
+
+def read_samples(path: str) -> list[dict]:
+  """Returns the samples of a file that `dpojax.sample` wrote."""
+  return [record for _, record in records_lib.read_file(path, lambda record: record)]
 
 
 def references(
@@ -243,7 +243,7 @@ def references(
       raise DataError(f"{what}: there are {len(every)}, fewer than --prompts={count}; lower it")
     order = np.random.default_rng(0).permutation(len(every))[:count]
     sweep.write_lines(path, [
-        {"prompt": every[i].prompt, "responses": [every[i].responses[0]]} for i in order])
+        records_lib.prompt_record(every[i]) | {"responses": [every[i].responses[0]]} for i in order])
     return [{"prompts": count, "of": len(every)}]
 
   stage(given, name, f"{count} of {what}", {"what": what, "count": count}, make)

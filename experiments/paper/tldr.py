@@ -70,6 +70,8 @@ def policies_of(plan: Plan, given: Given, also: str) -> list[Policy]:
 
 def shortened(article: Example, tokenizer: Any, longest: int) -> Example:
   """Returns an article of which as much is kept as fits in front of what stands last in the prompt."""
+  if not isinstance(article.prompt, str):
+    return article
   text, mark, _ = article.prompt.rpartition("\n\nTL;DR:")
   ids, end = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, mark))
   room = longest - len(end)

@@ -4,11 +4,9 @@ A builder is a TFDS `GeneratorBasedBuilder` on ArrayRecord. TensorFlow is never 
 """
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
-import os
 import pathlib
 import sys
 import urllib.error
@@ -19,14 +17,14 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
+from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
+from dpojax.data.files import Path, digest, local_files
 
 BUILDERS = {builder.name: builder for builder in (
     hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
 """Names that `data.source` takes."""
-
-Path = str | os.PathLike
 
 DATA_DIR = "~/.cache/dpojax/prepared"
 """Where prepared data stand unless told otherwise."""
@@ -38,14 +36,20 @@ class Comparisons(Sequence[Example]):
   Attributes:
     source: the builder's name.
     fingerprint: SHA-256 over the builder's name and version and the source files' contents.
-    report: how many examples are used, and how many records were dropped, by reason.
+    report: how many examples are used, how many records were dropped, by reason, and of local files in
+      how many records something was so: "forms", "ignored_keys", "converted", "dropped_values",
+      "left_out".
+    problems: of each reason the first record that was dropped for it: its place and what is wrong.
   """
 
-  def __init__(self, records: Sequence[dict], *, source: str, fingerprint: str, report: dict):
+  def __init__(
+      self, records: Sequence[dict], *, source: str, fingerprint: str, report: dict,
+      problems: dict[str, str] | None = None):
     self._records = records
     self.source = source
     self.fingerprint = fingerprint
     self.report = report
+    self.problems = problems or {}
 
   def __len__(self) -> int:
     return len(self._records)
@@ -53,16 +57,12 @@ class Comparisons(Sequence[Example]):
   def __getitem__(self, i: int) -> Example:
     if not -len(self) <= i < len(self):
       raise IndexError(f"comparison {i} of {len(self)}")
-    record = self._records[i % len(self)]
-    prompt = record["prompt"].decode()
-    return Example(
-        json.loads(prompt) if record["conversational"] else prompt,
-        tuple(response.decode() for response in record["responses"]))
+    return base.decode(self._records[i % len(self)])
 
 
 def prepare(
     source: str, *, path: Path | Sequence[Path] = "", config: str = "",
-    data_dir: Path = DATA_DIR, on_error: str = "skip", split: str = "train",
+    data_dir: Path = DATA_DIR, on_error: str = "skip", split: str = "train", form: str = "",
 ) -> Comparisons:
   """Returns a data set's comparisons, prepared on the first call and read from disk afterwards.
 
@@ -73,11 +73,13 @@ def prepare(
   Args:
     source: a name in `BUILDERS`.
     path: local files of the data set's published form, instead of downloading: one, several,
-      comma-separated, or a glob. All their records are taken; `config` and `split` choose none.
+      comma-separated, a glob, or hub:ORG/NAME[:SPLIT] for a split of the hub's Parquet files. All their
+      records are taken; `config` and `split` choose none.
     config: the builder's config, such as hh's "harmless-base"; empty: its first.
     data_dir: where prepared data are kept.
     on_error: "skip" counts unusable records of local files by reason; "raise" stops at the first.
     split: "train" or "test" of a downloaded data set.
+    form: of the records of local files, a name in `records.FORMS`; empty: recognised by their keys.
 
   Raises:
     DataError: the source, a file or every record is unusable, the network is out of reach, or
@@ -87,13 +89,16 @@ def prepare(
     raise DataError(f"data.source is {source!r}; it is one of {', '.join(sorted(BUILDERS))}")
   if on_error not in ("skip", "raise"):
     raise DataError(f"data.on_error is {on_error!r}; it is 'skip' or 'raise'")
+  if form and (source != jsonl.Jsonl.name or form not in records_lib.FORMS):
+    raise DataError(f"data.form is {form!r} and data.source {source!r}; with 'jsonl' it is one of "
+                    f"{', '.join(records_lib.FORMS)}, else empty")
   root = pathlib.Path(data_dir or DATA_DIR).expanduser()
   builder_class = BUILDERS[source]
   if path:
-    files = local_files(path)
-    version = [base.digest(file) for file in files]
+    files = local_files(path, split)
+    version = [digest(file) for file in files] + [form] * bool(form)
     chosen = base.LocalFiles(
-        name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error)
+        name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error, form=form)
     split = "train"
   else:
     chosen = _published(builder_class, config)
@@ -107,36 +112,9 @@ def prepare(
   with _quiet():
     records = builder.as_data_source(split=split)
   return Comparisons(
-      records, source=source, report=found[split]["report"],
-      fingerprint=_sha256([source, str(builder.version), split, found[split]["files"]]))
-
-
-def local_files(path: Path | Sequence[Path]) -> list[str]:
-  """Returns the files that `path` names: a file, several, comma-separated, or a glob.
-
-  Raises:
-    DataError: a file is missing or a folder, or a glob matches nothing.
-  """
-  if isinstance(path, (str, os.PathLike)):
-    path = os.fspath(path)
-    names = [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
-  else:
-    names = [os.fspath(name) for name in path]
-  files = []
-  for name in filter(None, names):
-    name = os.path.expanduser(name)
-    matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-    if not matches:
-      raise DataError(f"data.path {name}: no such file; check the path (from {os.getcwd()})")
-    files += matches
-  if not files:
-    raise DataError(f"data.path is {path!r} and names no file; give a .jsonl or .jsonl.gz file")
-  for name in files:
-    if os.path.isdir(name):
-      raise DataError(f"data.path {name} is a folder; name its files, such as {name}/*.jsonl")
-    if not os.access(name, os.R_OK):
-      raise DataError(f"data.path {name} cannot be read; check its permissions")
-  return files
+      records, source=source, report=found[split]["report"], problems=found[split]["problems"],
+      fingerprint=_sha256(
+          [source, str(builder.version), split, found[split]["files"]] + [form] * bool(form)))
 
 
 def _published(builder_class: type, name: str) -> tfds.core.BuilderConfig:

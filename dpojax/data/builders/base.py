@@ -3,36 +3,35 @@
 import abc
 import collections
 import dataclasses
-import gzip
-import hashlib
 import json
-import zlib
-from typing import Any, BinaryIO, Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from dpojax.data.examples import DataError, Example, LeftOut, RecordError
-
-_PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
+from dpojax.data.files import digest, read_records
+from dpojax.data.records import Reading
 
 
 @dataclasses.dataclass
 class LocalFiles(tfds.core.BuilderConfig):
-  """Comparisons from files at hand. `on_error` is 'skip' or 'raise'."""
+  """Comparisons from files at hand. `on_error` is 'skip' or 'raise', `form` a form of records or ''."""
 
   files: tuple[str, ...] = ()
   on_error: str = "skip"
+  form: str = ""
 
 
 class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Prepares comparisons as ArrayRecord, in the order of the source.
 
   A data set defines `urls` and `parse`. The counts of used and unusable records, the first unusable
-  one and the digests of the source files stand in the prepared data's metadata, by split.
+  one of each reason, what was changed and ignored, and the digests of the source files stand in the
+  prepared data's metadata, by split.
   """
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("2.0.0")
   code_path = None  # TFDS would look for description and checksum files beside the code
 
   def urls(self) -> dict[str, list[str]]:
@@ -44,7 +43,7 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     return dl_manager.download(self.urls())
 
   @abc.abstractmethod
-  def parse(self, record: Any) -> Iterable[Example | RecordError]:
+  def parse(self, record: Any) -> Iterable[Example | Reading | RecordError]:
     """Returns the comparisons of a record, or raises or returns what is wrong with it."""
 
   def records(self, split: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
@@ -52,13 +51,6 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     for path in paths:
       for number, record in read_records(path):
         yield f"{path} {number}", record
-
-  def encode(self, example: Example) -> dict:
-    """Returns the example as its features are: a conversation's prompt is JSON text."""
-    conversational = not isinstance(example.prompt, str)
-    prompt = json.dumps(example.prompt) if conversational else example.prompt
-    return {"prompt": prompt, "responses": list(example.responses),
-            "conversational": conversational}
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -68,6 +60,8 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             "prompt": tfds.features.Text(),
             "responses": tfds.features.Sequence(tfds.features.Text()),
             "conversational": np.bool_,
+            "tools": tfds.features.Text(),
+            "arguments": tfds.features.Text(),
         }),
         metadata=tfds.core.MetadataDict(),
         disable_shuffling=True)
@@ -81,27 +75,30 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
     stop_at_first = isinstance(config, LocalFiles) and config.on_error == "raise"
-    report, first_problem = collections.Counter(used=0), ""
+    report, problems = Report(), {}
     for where, record in self.records(split, paths):
       for result in self._results(record):
-        if isinstance(result, Example):
-          yield report["used"], self.encode(result)
-          report["used"] += 1
+        if not isinstance(result, RecordError):
+          yield report.counts["used"], encode(report.add(result))
+          report.counts["used"] += 1
           continue
-        report[result.reason] += 1
+        report.counts[result.reason] += 1
         if not isinstance(result, LeftOut):
-          first_problem = first_problem or f"{where}: {result}"
+          problems.setdefault(result.reason, f"{where}: {result}")
           if stop_at_first:
-            raise DataError(f"data.path {first_problem}; {FIX}")
-    if not report["used"]:
-      counts = ", ".join(f"{reason} {count}" for reason, count in sorted(report.items()))
+            raise DataError(f"data.path {problems[result.reason]}; {FIX}")
+    first_problem = next(iter(problems.values()), "")
+    if not report.counts["used"]:
+      counts = ", ".join(f"{reason} {count}" for reason, count in sorted(report.counts.items()))
       first = f"; first: {first_problem}" if first_problem else ""
       raise DataError(
-          f"no usable record in {', '.join(paths)} ({counts}{first}); check data.source and the files")
+          f"no usable record in {', '.join(paths)} ({counts}{first}); check data.source, data.form and the "
+          "files")
     self.info.metadata[split] = {
-        "report": dict(report), "first_problem": first_problem, "files": [digest(p) for p in paths]}
+        "report": report.as_dict(), "first_problem": first_problem, "problems": problems,
+        "files": [digest(path) for path in paths]}
 
-  def _results(self, record: Any) -> Iterator[Example | RecordError]:
+  def _results(self, record: Any) -> Iterator[Example | Reading | RecordError]:
     if isinstance(record, RecordError):
       yield record
       return
@@ -111,71 +108,46 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
       yield error
 
 
+class Report:
+  """What became of records: how many were used, or why not, and what was changed and ignored in them."""
+
+  def __init__(self):
+    self.counts = collections.Counter(used=0)
+    self._parts = collections.defaultdict(collections.Counter)
+
+  def add(self, result: Example | Reading) -> Example:
+    """Counts how an example was read, where that is known, and returns it."""
+    if isinstance(result, Example):
+      return result
+    self._parts["forms"][result.form] += 1
+    self._parts["ignored_keys"].update(result.ignored)
+    for kind, what in result.notes:
+      self._parts[kind][what] += 1
+    return result.example
+
+  def as_dict(self) -> dict[str, Any]:
+    """Returns counts by reason, and by kind the counts of records in which something was so."""
+    parts = {kind: dict(counts) for kind, counts in self._parts.items() if counts}
+    return dict(self.counts) | parts
+
+
+def encode(example: Example) -> dict:
+  """Returns an example as features: those of a conversation, and what a template gets, as JSON text."""
+  conversational = not isinstance(example.prompt, str)
+  text = json.dumps if conversational else str
+  return {
+      "prompt": text(example.prompt), "responses": list(map(text, example.responses)),
+      "conversational": conversational,
+      "tools": json.dumps(example.tools), "arguments": json.dumps(example.arguments)}
+
+
+def decode(features: dict) -> Example:
+  """Returns the example of its features."""
+  text = json.loads if features["conversational"] else str
+  return Example(
+      text(features["prompt"].decode()),
+      tuple(text(response.decode()) for response in features["responses"]),
+      json.loads(features["tools"]), json.loads(features["arguments"]))
+
+
 FIX = "drop the record or set data.on_error='skip'"
-
-
-def read_records(path: str) -> Iterator[tuple[str, Any]]:
-  """Yields the records of a file of JSON lines (plain or gzip) or a Parquet file.
-
-  Yields:
-    "line N" or "row N", from 1, and the record, or a RecordError for a line that is not JSON or
-    not UTF-8. Blank lines are passed over.
-
-  Raises:
-    DataError: the file cannot be read.
-  """
-  try:
-    with open(path, "rb") as file:
-      start = file.read(4)
-      file.seek(0)
-      if start == _PARQUET:
-        yield from _rows(file)
-      elif start[:2] == _GZIP or path.endswith(".gz"):
-        with gzip.open(file) as lines:
-          yield from _lines(lines)
-      else:
-        yield from _lines(file)
-  except gzip.BadGzipFile as error:
-    raise DataError(f"data.path {path} is not gzip ({error}); rename it or compress it") from error
-  except (EOFError, zlib.error) as error:
-    raise DataError(f"data.path {path} is cut off or damaged ({error}); fetch it again") from error
-
-
-def count_rows(path: str) -> int:
-  """Returns the number of rows of a Parquet file."""
-  import pyarrow.parquet  # only Parquet files need it, and it is slow to import
-
-  return pyarrow.parquet.read_metadata(path).num_rows
-
-
-def digest(path: str) -> str:
-  """Returns the size and SHA-256 of a file."""
-  with open(path, "rb") as file:
-    sha = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"{file.tell()}:{sha}"
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-  for number, line in enumerate(file, 1):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-      record = RecordError("broken_utf8", f"not UTF-8 at byte {error.start} of the line")
-    except (ValueError, RecursionError) as error:
-      record = RecordError("broken_json", f"not JSON ({error})")
-    yield f"line {number}", record
-
-
-def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-  import pyarrow.parquet
-
-  number = 0
-  try:
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-      for record in batch.to_pylist():
-        number += 1
-        yield f"row {number}", record
-  except pyarrow.ArrowException as error:
-    raise EOFError(str(error)) from error

@@ -9,7 +9,7 @@ from typing import Any, Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dpojax.data import examples
+from dpojax.data import examples, files
 from dpojax.data.builders import base
 
 URL = ("https://huggingface.co/api/datasets/HuggingFaceH4/stack-exchange-preferences/"
@@ -33,15 +33,15 @@ class StackExchange(base.ComparisonBuilder, skip_registration=True):
     return {"train": [URL], "test": [URL]}
 
   def download(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[str]]:
-    files = json.loads(pathlib.Path(dl_manager.download(URL)).read_text())
-    paths = dl_manager.download(files)
+    listed = json.loads(pathlib.Path(dl_manager.download(URL)).read_text())
+    paths = dl_manager.download(listed)
     return {"train": paths, "test": paths}
 
   def records(self, split: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
     records = super().records(split, paths)
     if isinstance(self.builder_config, base.LocalFiles):
       return records
-    in_test = _in_test(sum(base.count_rows(path) for path in paths))
+    in_test = _in_test(sum(files.count_rows(path) for path in paths))
     return itertools.compress(records, in_test if split == "test" else ~in_test)
 
   def parse(self, record: Any) -> Iterator[examples.Example | examples.RecordError]:
