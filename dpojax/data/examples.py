@@ -9,17 +9,22 @@ HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 
 
 class Example(NamedTuple):
-  """A comparison in text.
+  """A comparison: a prompt and its responses, in text or in messages.
 
   Attributes:
-    prompt: plain text, or the messages of a conversation, each {"role": str, "content": str}.
-    responses: [K] texts, best first. In a conversation, the content of the assistant's message. Of
-      a response alone that was judged by itself, the absent counterpart is "": (text, "") is
-      desirable, ("", text) is not.
+    prompt: plain text, or the messages of a conversation with every key that a chat template may
+      read: role, content, name, tool_calls, tool_call_id, reasoning_content, ...
+    responses: [K], best first: texts to a text; to messages lists of messages, which start and end
+      with one of the assistant's. Of a response alone that was judged by itself the absent
+      counterpart is "" or []: (response, "") is desirable, ("", response) is not.
+    tools: what a chat template gets as `tools`.
+    arguments: the record's own further arguments of the template, above all others.
   """
 
   prompt: str | list[dict]
-  responses: tuple[str, ...]
+  responses: tuple[str, ...] | tuple[list[dict], ...]
+  tools: list[dict] | None = None
+  arguments: dict | None = None
 
 
 class DataError(UserError, ValueError):
