@@ -9,6 +9,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpojax import parallel, preference, step
+from dpojax.data import templates
+from dpojax.data.examples import DataError
 from dpojax.errors import UserError
 from dpojax.models import config as model_config
 from dpojax.models import lora
@@ -105,6 +107,10 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.max_prompt_length = 256
   config.data.keep = ""  # end or start of an over-long prompt; empty: the data set's policy
   config.data.on_error = "skip"  # skip, raise
+  config.data.score = "all"  # which of the assistant's messages in a response are scored: all, last
+  config.data.special_tokens = "text"  # a special token's name in a text is text; parse: that token; raise: an error
+  config.data.template_arguments = ml_collections.ConfigDict()  # of the chat template, such as {'enable_thinking': False}
+  config.data.template_date = ""  # the day a chat template's clock says, YYYY-MM-DD; empty: the run's first
   config.data.unique_prompts = False  # only the last comparison of each prompt, as the paper's SFT
   config.data.shuffle_labels = False  # control: swap chosen and rejected at random in training
   config.data.cache_dir = ""  # prepared data; empty: ~/.cache/dpojax
@@ -147,6 +153,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   known = flatten(defaults())
   given = flatten(config)
   for key, value in given.items():
+    if key.startswith("data.template_arguments."):  # the template's to read
+      continue
     if key not in known:
       near = difflib.get_close_matches(key, known, n=1)
       raise ConfigError(f"config.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
@@ -176,6 +184,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "reference.mode", ("inline", "stored", "none"))
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))
+  _check_reading(config)
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
@@ -193,6 +202,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise ConfigError(f"config.{key} is {given[key]}; it must be positive")
   _check_combinations(config)
   _check_lora(config)
+
+
+def _check_reading(config) -> None:
+  if not isinstance(config.data.template_arguments, (ml_collections.ConfigDict, dict)):
+    raise ConfigError(
+        f"config.data.template_arguments is {config.data.template_arguments!r}; give a mapping, such as "
+        "{'enable_thinking': False}")
+  try:
+    templates.Reading.of(config.data)
+  except DataError as error:
+    raise ConfigError(f"config.{error}") from error
 
 
 def _check_combinations(config) -> None:

@@ -232,17 +232,22 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
 
 
 def encode(
-    prompts: Sequence[str | list[dict]], tokenizer: Any, *, longest: int, keep: str, path: Any
+    prompts: Sequence[str | list[dict] | examples.Example], tokenizer: Any, *, longest: int, keep: str, path: Any,
+    reading: tokenization.Reading = tokenization.Reading(), vocab_size: int | None = None,
 ) -> tuple[list[list[int]], int]:
   """Returns the ids of prompts and how many were cut.
 
   Raises:
-    DataError: one cannot be tokenized; it says which.
+    DataError: one cannot be tokenized, or has an id that the model has no embedding of; it says which.
   """
-  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)
+  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep, reading=reading)
   for i, each in enumerate(encoded):
     if isinstance(each, RecordError):
       raise DataError(f"{path} prompt {i + 1}: {each}") from each
+    if vocab_size is not None and max(each[0], default=0) >= vocab_size:
+      raise DataError(
+          f"{path} prompt {i + 1} has id {max(each[0])} ({tokenizer.convert_ids_to_tokens(max(each[0]))!r}), but the "
+          f"model has embeddings of {vocab_size} ids; take the model's own tokenizer, or leave out that token")
   return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
@@ -279,16 +284,30 @@ def run(
       devices=make_mesh(fsdp, tensor))
   texts = read_prompts(prompts, limit)
   longest, keep = prompt_room(policy, generator, max_prompt_length)
-  ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts)
+  reading = reading_of(policy, out)
+  ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts, reading=reading,
+                    vocab_size=policy.config.vocab_size)
   say(f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
       f"{policy.name}" + (f", reference {other.name}" if other else ", no reference"))
   settings = dataclasses.asdict(draw) | {
       "model": policy.name, "weights": checkpoint.fingerprint(policy.params),
       "reference": other and checkpoint.fingerprint(other.params), "batch_size": generator.batch_size,
-      "max_prompt_length": longest, "keep": keep,
+      "max_prompt_length": longest, "keep": keep, "reading": dataclasses.asdict(reading),
       "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
   policy = other = None  # the placed copies are the only ones now
   return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
+
+
+def reading_of(policy: weights.Loaded, out: str | os.PathLike = "") -> tokenization.Reading:
+  """Returns how prompts are read: as the run's data were; of another model on the day its file was begun."""
+  if policy.settings is not None:
+    return tokenization.Reading.of(policy.settings.data)
+  about = pathlib.Path(out).with_suffix(".config.json") if out else None
+  try:
+    kept = json.loads(about.read_text())["reading"]["date"] if about else ""
+  except (OSError, ValueError, KeyError, TypeError):
+    kept = ""
+  return tokenization.Reading(date=kept or str(tokenization.Reading().day()))
 
 
 def make_mesh(fsdp: int, tensor: int) -> parallel.Mesh:

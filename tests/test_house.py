@@ -13,14 +13,16 @@ PACKAGE = conftest.ROOT / "dpojax"
 ORDER = [
     "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
-    "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
+    "data.examples", "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.encoder",
+    "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.packing", "data.loader",
+    "data.report", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
     "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
     "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {
-    "flax": ("models",), "tensorflow_datasets": ("data.builders",), "transformers": ("data.tokenization",),
+    "flax": ("models",), "tensorflow_datasets": ("data.builders",), "transformers": ("data.tokenization", "data.templates"),
     "huggingface_hub": ("models.hf",),
     "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",),
     "requests": ("judging", "data.builders")}
