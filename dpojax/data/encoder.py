@@ -209,8 +209,9 @@ class Encoder:
       return RecordError("empty_response", "the tokenizer leaves nothing of a response")
     shared = min((scored.index(True) for _, scored in branches), default=0)
     first = branches[0][0][:shared] if branches else []
-    while any(ids[:shared] != first[:shared] for ids, _ in branches):
-      shared -= 1
+    for ids, _ in branches:
+      if ids[:shared] != first[:shared]:
+        shared = next(i for i, (one, other) in enumerate(zip(ids, first)) if one != other)
     return Encoded(first[:shared], [ids[shared:] for ids, _ in branches],
                    [scored[shared:] for _, scored in branches], whole)
 

@@ -74,7 +74,7 @@ class Budget:
   def call(self, name: str, subject: Any, args: tuple, kwargs: dict) -> None:
     """Counts a call of a method or filter on what it works on."""
     length = _length(subject)
-    self.step(5 + length // (1000 if isinstance(subject, str) else 10))  # a call takes as long as five rounds
+    self.step(20 + length // (1000 if isinstance(subject, str) else 10))  # a call takes as long as many rounds
     given = (*args, *kwargs.values())
     if name in _WIDTHS:
       lines = subject.count("\n") + subject.count("\t") if isinstance(subject, str) else length
