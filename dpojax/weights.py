@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,8 @@ def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfi
 class Loaded(NamedTuple):
   """A model by itself: `settings` are those of its run, None of a Hugging Face model.
 
-  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays.
+  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays, `ended_by` the ids
+  that ended responses in the run's data.
   """
 
   config: ModelConfig
@@ -67,13 +69,15 @@ class Loaded(NamedTuple):
   tokenizer: str
   name: str
   settings: ml_collections.ConfigDict | None = None
+  ended_by: tuple[int, ...] = ()
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    """The ids that the published model's generation_config.json ends with; a chat has its own."""
+    """The ids that the published model's generation_config.json ends with, and those of the run's data."""
     published = json.loads(self.config.published or "{}")
     ids = published.get("generation_config", {}).get("eos_token_id")
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    ids = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    return tuple(dict.fromkeys((*ids, *self.ended_by)))
 
 
 def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
@@ -94,7 +98,7 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
     policy = checkpoint.load_policy(path, step)
     config = dataclasses.replace(policy.config, **changes)
     return Loaded(config, policy.params, policy.settings.tokenizer, f"{name} step {policy.step}",
-                  policy.settings)
+                  policy.settings, ended_by(path))
   if step is not None:
     raise ConfigError(f"{name} is a Hugging Face model, which has no step {step}; leave it out")
   try:
@@ -102,6 +106,15 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
   except HuggingFaceError as error:
     raise ConfigError(f"{name}: {error}") from error
   return Loaded(dataclasses.replace(model.config, **changes), model.params, name, name)
+
+
+def ended_by(workdir: str | os.PathLike) -> tuple[int, ...]:
+  """Returns the ids that ended responses in a run's training data, as its data_report.json has them; () of older runs."""
+  try:
+    report = json.loads(pathlib.Path(workdir, "data_report.json").read_text())
+    return tuple(report["training"]["tokens"]["stop_ids"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return ()
 
 
 def load_reference(policy: Loaded) -> Loaded | None:

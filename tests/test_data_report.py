@@ -54,6 +54,8 @@ def test_a_run_keeps_the_day_of_its_template_and_a_report_of_its_data(folder, tm
   assert "2 comparisons with a special token's name in their text; see data.special_tokens" in said
   assert written["held-out comparisons"] + written["training comparisons"] == tokens["used"]
   assert tokens["inputs"]["data.template_date"] == settings.data.template_date
+  end = chats.tokenizer("byte_level").convert_tokens_to_ids("<|end|>")
+  assert weights.load(str(tmp_path)).stop_ids == (end,) and tokens["stop_ids"] == [end]
 
 
 def test_a_resumed_run_has_the_day_it_was_started_on(folder, tmp_path, monkeypatch):

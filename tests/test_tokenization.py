@@ -198,6 +198,9 @@ def test_a_chat_template_without_eos_gets_one_and_no_bos_that_it_does_not_write(
   (prompt, (ids,)), = tokenization.encode([Example([USER], ("Left.",))], llama)
   whole = llama.apply_chat_template([USER, {"role": "assistant", "content": "Left."}], return_dict=False)
   assert prompt + ids == [*whole, llama.eos_token_id]
+  data = Memory([Example([USER], ("Left.", "Right."))])
+  report = tokenization.tokenize(data, llama, truncation=ROOMY).report
+  assert (report["without_bos"], report["responses_ended_with_eos_that_the_template_lacks"]) == (1, 2)
 
 
 def test_names_of_special_tokens_in_a_message_are_text(both, chat, monkeypatch):

@@ -209,6 +209,8 @@ class Encoder:
       return RecordError("empty_response", "the tokenizer leaves nothing of a response")
     shared = min((scored.index(True) for _, scored in branches), default=0)
     first = branches[0][0][:shared] if branches else []
+    if branches and self.bos is not None and branches[0][0][:1] != [self.bos]:
+      self.counts["without_bos"] += 1
     for ids, _ in branches:
       if ids[:shared] != first[:shared]:
         shared = next(i for i, (one, other) in enumerate(zip(ids, first)) if one != other)

@@ -76,7 +76,8 @@ class _Worker:
     return self
 
   def __exit__(self, *error) -> None:
-    self._process.stdin.close()
+    with contextlib.suppress(OSError):  # it may be gone
+      self._process.stdin.close()
     self._process.stdout.close()
     if error[0] is not None:
       self._process.kill()

@@ -11,6 +11,7 @@ _OF_TOKENS = {
     "prompts_rendered_otherwise_with_an_answer": "prompts that the chat template writes otherwise once they are answered",
     "with_text_that_the_template_leaves_out": "conversations of which the chat template leaves out text",
     "responses_ended_with_eos_that_the_template_lacks": "responses ended with EOS, which the chat template does not",
+    "without_bos": "conversations without the BOS that the tokenizer puts before texts: the chat template writes none",
     "prompts_started_with_eos": "empty prompts started with EOS",
     "changed_by_tokenizer": "texts that the tokenizer changes, of the first that were checked",
     "slow": "slow comparisons"}

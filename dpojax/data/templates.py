@@ -133,6 +133,10 @@ class Templates:
           f"correct it, or leave out the conversation that starts with {first_text(messages)}") from error
     except Exception as error:  # a template refuses with jinja's errors, and fails with any
       raise RecordError("refused_by_template", f"the chat template says: {error}") from error
+    try:
+      rendered.encode()
+    except UnicodeEncodeError as error:
+      raise RecordError("broken_unicode", "a text has half of a surrogate pair") from error
     return Rendering(rendered, budget.spans)
 
   def _compile(self, text: str) -> tuple["_Key", bool, Any]:

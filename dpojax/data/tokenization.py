@@ -245,6 +245,7 @@ def _tokenize(
   report = {
       "examples": len(comparisons), "used": len(padded), "dropped": dict(dropped),
       **{name: counts[name] for name in COUNTS}, "ended_by": ended,
+      "stop_ids": sorted(key[1] for key in counts if isinstance(key, tuple)),
       "lengths": {"prompt": _percentiles(padded[:, 0]), "comparison": _percentiles(padded.sum(axis=1)),
                   "response": _percentiles(responses[responses > 0])},
       "first": first, "inputs": inputs}
@@ -257,7 +258,7 @@ COUNTS = (
     "prompts_cut", "responses_cut", "responses_without_eos", "prompts_started_with_eos",
     "with_special_tokens_in_text", "with_special_tokens_that_the_template_reads",
     "prompts_rendered_otherwise_with_an_answer", "with_text_that_the_template_leaves_out",
-    "responses_ended_with_eos_that_the_template_lacks", "slow", "checked", "changed_by_tokenizer")
+    "responses_ended_with_eos_that_the_template_lacks", "without_bos", "slow", "checked", "changed_by_tokenizer")
 """What a report counts; the last two: of the first comparisons, those whose ids decode to another
 text, as with a tokenizer that lower-cases."""
 

@@ -137,8 +137,8 @@ class Tokenizing:
         text = encoder.decode(encoded.prompt, encoded.responses[k])
         counts["checked"] += 1
         counts["changed_by_tokenizer"] += text != example.prompt + example.responses[k]
-    for response in kept.responses:
-      if response and response[-1] in encoder.ids.special:
+    for response, uncut in zip(kept.responses, encoded.responses):
+      if response and encoded.whole and len(response) == len(uncut) and response[-1] in encoder.ids.special:
         counts["ended_by", response[-1]] += 1
     return kept
 
