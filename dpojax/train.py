@@ -371,7 +371,7 @@ def check_same(was: dict, now: dict, workdir: pathlib.Path, of_data: str = "") -
     workdir: the run's.
     of_data: in what the data differ, in words.
   """
-  what = {"model": "another model", "data": "other ids of its data", "reference": "other reference weights"}
+  what = {"model": "another model", "data": "other ids of its data", "reference": "another reference weights"}
   for key, name in what.items():
     if was[key] != now[key]:
       why = f"; what differs is {of_data}" if key == "data" and of_data else ""
