@@ -108,8 +108,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.keep = ""  # end or start of an over-long prompt; empty: the data set's policy
   config.data.on_error = "skip"  # skip, raise
   config.data.score = "all"  # which of the assistant's messages in a response are scored: all, last
-  config.data.special_tokens = "text"  # a special token's name in a text is text; parse: that token; raise: an error
-  config.data.template_arguments = ml_collections.ConfigDict()  # of the chat template, such as {'enable_thinking': False}
+  config.data.special_tokens = "text"  # what the name of one in a text is: text; parse: that token; raise
+  config.data.template_arguments = ml_collections.ConfigDict()  # such as {'enable_thinking': False}
   config.data.template_date = ""  # the day a chat template's clock says, YYYY-MM-DD; empty: the run's first
   config.data.unique_prompts = False  # only the last comparison of each prompt, as the paper's SFT
   config.data.shuffle_labels = False  # control: swap chosen and rejected at random in training
@@ -194,8 +194,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _at_least(config, key, 1)
   for key in ("seed", "chunk_size", "rows_at_once", "eval_every", "checkpoint_every", "checkpoint_keep",
               "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
-              "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
-              "lora.rank", "parallel.data", "parallel.process_id"):
+              "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm",
+              "optimizer.weight_decay", "lora.rank", "parallel.data", "parallel.process_id"):
     _at_least(config, key, 0)
   for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):

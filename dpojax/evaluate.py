@@ -160,7 +160,8 @@ def perplexity(log_probs: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 def measure_samples(
     generator: sample.Generator, tokenizer: Any, prompts: Sequence[str | list[dict]],
-    room: tuple[int, str], score: scorers.Scorer | None, reading: tokenization.Reading = tokenization.Reading(),
+    room: tuple[int, str], score: scorers.Scorer | None,
+    reading: tokenization.Reading = tokenization.Reading(),
 ) -> dict[str, Any]:
   """Returns means over samples to prompts; their errors are over prompts.
 

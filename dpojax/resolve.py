@@ -28,7 +28,7 @@ from dpojax.parts import Parts
 class Data(NamedTuple):
   """Training and held-out comparisons, either tokenized.
 
-  `fingerprint` is of the ids that they are taken from; `report` says what was read, cut and left out, and why.
+  `fingerprint` is of the ids that they are taken from, `report` what was read, cut and left out, and why.
   """
 
   train: loader.Subset | loader.Mismatched
@@ -367,10 +367,10 @@ def check_ids(model: ModelConfig, config: ml_collections.ConfigDict, data: Data)
     record = int(tokenized.example[np.searchsorted(tokenized.offsets, beyond[0], side="right") - 1])
     token = tokenization.load_tokenizer(config.tokenizer).convert_ids_to_tokens(found)
     raise ConfigError(
-        f"comparison {record} has id {found} ({token!r}) of the tokenizer {config.tokenizer}, but the model has "
-        f"embeddings of {model.vocab_size} ids; " + (
-            "take the model's own tokenizer, or leave out what writes that token" if config.model.checkpoint
-            else "set model.vocab_size=0, which is the tokenizer's"))
+        f"comparison {record} has id {found} ({token!r}) of the tokenizer {config.tokenizer}, but the model "
+        f"has embeddings of {model.vocab_size} ids; " + (
+            "take the model's own tokenizer, or leave out what writes that token" if config.model.
+            checkpoint else "set model.vocab_size=0, which is the tokenizer's"))
 
 
 def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:

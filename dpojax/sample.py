@@ -232,8 +232,14 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
 
 
 def encode(
-    prompts: Sequence[str | list[dict] | examples.Example], tokenizer: Any, *, longest: int, keep: str, path: Any,
-    reading: tokenization.Reading = tokenization.Reading(), vocab_size: int | None = None,
+    prompts: Sequence[str | list[dict] | examples.Example],
+    tokenizer: Any,
+    *,
+    longest: int,
+    keep: str,
+    path: Any,
+    reading: tokenization.Reading = tokenization.Reading(),
+    vocab_size: int | None = None,
 ) -> tuple[list[list[int]], int]:
   """Returns the ids of prompts and how many were cut.
 
@@ -244,10 +250,11 @@ def encode(
   for i, each in enumerate(encoded):
     if isinstance(each, RecordError):
       raise DataError(f"{path} prompt {i + 1}: {each}") from each
-    if vocab_size is not None and max(each[0], default=0) >= vocab_size:
+    largest = max(each[0], default=0)
+    if vocab_size is not None and largest >= vocab_size:
       raise DataError(
-          f"{path} prompt {i + 1} has id {max(each[0])} ({tokenizer.convert_ids_to_tokens(max(each[0]))!r}), but the "
-          f"model has embeddings of {vocab_size} ids; take the model's own tokenizer, or leave out that token")
+          f"{path} prompt {i + 1} has id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+          f"model has embeddings of {vocab_size} ids; take its own tokenizer, or leave out that token")
   return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 

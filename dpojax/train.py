@@ -157,7 +157,8 @@ def run(
   return log.last.get("eval", log.last.get("train", {}))
 
 
-def dry_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike = "", count: int = 3) -> resolve.Data:
+def dry_run(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike = "", count: int = 3) -> resolve.Data:
   """Reads a run's data, reports on them and shows some comparisons as they will be scored.
 
   Args:

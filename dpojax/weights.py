@@ -60,8 +60,8 @@ def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfi
 class Loaded(NamedTuple):
   """A model by itself: `settings` are those of its run, None of a Hugging Face model.
 
-  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays, `ended_by` the ids
-  that ended responses in the run's data.
+  `tokenizer` is a folder or hub name, `name` what the model is called, `params` NumPy arrays, `ended_by` the
+  ids that ended responses in the run's data.
   """
 
   config: ModelConfig
@@ -109,7 +109,7 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
 
 
 def ended_by(workdir: str | os.PathLike) -> tuple[int, ...]:
-  """Returns the ids that ended responses in a run's training data, as its data_report.json has them; () of older runs."""
+  """Returns the ids that ended responses in a run's training data, by its data_report.json, if it has one."""
   try:
     report = json.loads(pathlib.Path(workdir, "data_report.json").read_text())
     return tuple(report["training"]["tokens"]["stop_ids"])

@@ -1,10 +1,11 @@
-"""Times the tokenization of conversations beside `datasets.map`, same tokenizer, template and records, in one run.
+"""Times the tokenization of conversations beside `datasets.map`: same tokenizer, template, records and run.
 
 python -m experiments.tokenizing_speed --records=100000 --processes=2 --tokenizer=FOLDER
 
-Records are pairs of made-up conversations of one to three turns. Both sides render prompt, chosen and rejected
-with the tokenizer's chat template and make ids of them. `datasets` (pip install datasets) is timed as its users
-write it: a function of one record for `map(num_proc=N)`, the cache off. The answer counts are checked to agree.
+Records are pairs of made-up conversations of one to three turns. Both sides render prompt, chosen and
+rejected with the tokenizer's chat template and make ids of them. `datasets` (pip install datasets) is timed
+as its users write it: a function of one record for `map(num_proc=N)`, the cache off. Both must give as many
+tokens.
 Each is timed `--repeats` times, one after the other in turn, start of the processes included.
 """
 
@@ -22,8 +23,9 @@ _TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-_WORDS = ("the a spider has eight legs and which sea is salt who bakes bread in the morning before light of day "
-          "answers questions about weather towns rivers prime numbers colours music history").split()
+_WORDS = (
+    "the a spider has eight legs and which sea is salt who bakes bread in the morning before light of day "
+    "answers questions about weather towns rivers prime numbers colours music history").split()
 
 
 class Memory(list):
@@ -80,7 +82,8 @@ def theirs(made: list[dict], tokenizer: Any, processes: int) -> tuple[float, int
     return {"prompt_ids": prompt, "chosen_ids": sides[0], "rejected_ids": sides[1]}
 
   start = time.perf_counter()
-  mapped = data.map(tokenize, num_proc=processes, remove_columns=data.column_names, load_from_cache_file=False)
+  mapped = data.map(
+      tokenize, num_proc=processes, remove_columns=data.column_names, load_from_cache_file=False)
   seconds = time.perf_counter() - start
   return seconds, sum(len(each) for key in mapped.column_names for each in mapped[key])
 

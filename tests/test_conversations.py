@@ -1,4 +1,4 @@
-"""Conversations get the ids that `transformers` gives them, and the assistant's tokens of the response are scored."""
+"""Conversations get the ids that `transformers` gives them, and the assistant's tokens in them are scored."""
 
 import datetime
 import functools
@@ -24,9 +24,11 @@ AT_SPECIAL = ("system_moved", "bos", "other_turn_end")
 
 user = lambda content: {"role": "user", "content": content}
 assistant = lambda content, **more: {"role": "assistant", "content": content, **more}
-WORDS = strategies.lists(strategies.sampled_from(
-    ["way", "the sea", "Left,", "naïve", "12", "x\ny", "</think", "🙂", "  ", "<", "user"]), min_size=1, max_size=5).map(
-        lambda words: " ".join(words).strip() or "a")
+WORDS = strategies.lists(
+    strategies.sampled_from(
+        ["way", "the sea", "Left,", "naïve", "12", "x\ny", "</think", "🙂", "  ", "<", "user"]),
+    min_size=1,
+    max_size=5).map(lambda words: " ".join(words).strip() or "a")
 
 
 @strategies.composite
@@ -59,7 +61,7 @@ def kind(request):
 
 
 def theirs(tokenizer, messages, start, end, tools=None, **arguments):
-  """Ids of a conversation by `transformers`, which of them overlap [start, end), and whether one spans start."""
+  """Ids of a conversation by `transformers`, which of them overlap [start, end), whether one spans start."""
   whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **arguments)
   ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **arguments)
   untrimmed = tokenizer.backend_tokenizer
@@ -90,13 +92,15 @@ def test_ids_and_scores_are_those_of_transformers(name, kind):
     encoded, = encoder.encode([Example(prompt, tuple([assistant(answer)] for answer in answers))])
     why = refused(tokenizer, [*prompt, assistant("a")])
     if why:
-      assert isinstance(encoded, RecordError) and encoded.reason == "refused_by_template" and why in str(encoded)
+      assert isinstance(encoded,
+                        RecordError) and encoded.reason == "refused_by_template" and why in str(encoded)
       return
     before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     for answer, response, scored in zip(answers, encoded.responses, encoded.scored):
       messages = [*prompt, assistant(answer)]
       start = lambda whole: len(before) if whole.startswith(before) else (
-          whole.rindex(BOUNDARY[name] + (" " if name == "system_moved" else "") + answer) + len(BOUNDARY[name]))
+          whole.rindex(BOUNDARY[name] + (" "
+                                         if name == "system_moved" else "") + answer) + len(BOUNDARY[name]))
       end = lambda whole: whole.index(END.get(name, "<|end|>"), start(whole) + (
           len("<|start|>") if name == "no_generation_prompt" else 0)) + len(END.get(name, "<|end|>"))
       ids, mask, spans = theirs(tokenizer, messages, start, end)
@@ -134,8 +138,20 @@ def text_of(tokenizer, ids, scored):
 
 def test_tools_calls_and_every_key_that_a_template_reads_are_in_the_ids(kind):
   tokenizer = chats.tokenizer(kind, chats.TEMPLATES["tools"])
-  history = [user("Is it raining?"), assistant(None, tool_calls=[CALL]), {"role": "tool", "name": "weather", "content": "no"},
-             {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "yes"}]
+  history = [
+      user("Is it raining?"),
+      assistant(None, tool_calls=[CALL]), {
+          "role": "tool",
+          "name": "weather",
+          "content": "no"
+      }, {
+          "role": "assistant",
+          "tool_calls": [CALL]
+      }, {
+          "role": "tool",
+          "content": "yes"
+      }
+  ]
   answers = ([assistant("a", tool_calls=[CALL])], [assistant("a")], [assistant("a", reasoning_content="hm")])
   (encoded, alone) = Encoder(tokenizer).encode([
       Example(history, answers, [WEATHER]), Example(history, answers[:1], None)])
@@ -166,7 +182,8 @@ def test_of_a_response_of_several_messages_the_assistant_s_are_scored(score):
 def test_a_whole_conversation_is_scored_at_all_turns_or_the_last(kind):
   tokenizer = chats.tokenizer(kind, chats.TEMPLATES["generation_marks"])
   turns = [assistant("one"), user("and"), assistant("two")]
-  whole = tokenizer.apply_chat_template([user("Q"), *turns], return_dict=True, return_assistant_tokens_mask=True)
+  whole = tokenizer.apply_chat_template(
+      [user("Q"), *turns], return_dict=True, return_assistant_tokens_mask=True)
   last = max(i for i, each in enumerate(whole["assistant_masks"]) if each) + 1
   for score in ("all", "last"):
     encoded, = Encoder(tokenizer, Reading(score=score)).encode([Example([user("Q")], (turns,))])
@@ -199,7 +216,8 @@ def test_reasoning_that_the_generation_prompt_opens_is_prompt(kind):
   assert tokenizer.decode(encoded.prompt).endswith("<|start|>assistant\n<think>\n")
   assert tokenizer.decode(encoded.responses[0]) == "hm\n</think>\n\nyes<|end|>"
   without, = encoder.encode([Example([user("Q")], ([assistant("yes")],))])
-  assert tokenizer.decode(without.prompt).endswith("assistant\n") and tokenizer.decode(without.responses[0]) == "yes<|end|>"
+  assert tokenizer.decode(without.prompt).endswith("assistant\n") and tokenizer.decode(
+      without.responses[0]) == "yes<|end|>"
   assert encoder.counts["prompts_rendered_otherwise_with_an_answer"] == 1
 
 
@@ -210,13 +228,15 @@ def test_a_template_that_drops_a_message_is_counted():
   encoded, = encoder.encode([Example(prompt, ([assistant("a")], [assistant("b")]))])
   assert "Be brief." in tokenizer.decode(encoder.prompts([Example(prompt, ())])[0])
   whole = tokenizer.apply_chat_template([*prompt, assistant("a")], return_dict=False)
-  assert encoded.prompt + encoded.responses[0] == whole  # as `transformers` has it, without the system message
+  assert encoded.prompt + encoded.responses[0] == whole  # as `transformers` has it: no system message
   assert dict(encoder.counts) == {
       "prompts_rendered_otherwise_with_an_answer": 1, "with_text_that_the_template_leaves_out": 1}
 
 
 def test_a_token_that_would_span_the_start_of_an_answer_is_two():
-  template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+  template = (
+      "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}{% endfor %}"
+      "{% if add_generation_prompt %}assistant:\n{% endif %}")
   tokenizer = chats.tokenizer("byte_level", template)
   whole = tokenizer.apply_chat_template([user("Q"), assistant("\n\nhm")], return_dict=False)
   assert "ĊĊ" in tokenizer.convert_ids_to_tokens(whole)
@@ -227,34 +247,49 @@ def test_a_token_that_would_span_the_start_of_an_answer_is_two():
   assert tokenizer.convert_ids_to_tokens(encoded.responses[0])[0] == "Ċ"
 
 
-@pytest.mark.parametrize("template, words", [
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "10,000,000 steps"),
-    ("{{ 'a' * 10**9 }}", "a text or list of 1,000,000,000"),
-    ("{{ messages * 10**9 }}", "a text or list of 1,000,000,000"),
-    ("{{ 10 ** (10 ** 9) }}", "a number of 4,000,000,000 bits"),
-    ("{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "a text or list"),
-    ("{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}", "a text or list"),
-    ("{{ 'a' | center(10**9) }}", "a text or list"), ("{{ 'a'.ljust(10**9) }}", "a text or list"),
-    ("{{ '%1000000000d' % 1 }}", "a text or list"), ("{{ '{:1000000000}'.format(1) }}", "a text or list"),
-    ("{{ ('a' * 10**7).replace('a', 'b' * 10**6) }}", "a text or list"),
-    ("{{ range(99999) | join('x' * 10**7) }}", "a text or list"),
-    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "10,000,000 steps")])
+@pytest.mark.parametrize(
+    "template, words", [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "10,000,000 steps"), ("{{ 'a' * 10**9 }}", "a text or list of 1,000,000,000"),
+        ("{{ messages * 10**9 }}", "a text or list of 1,000,000,000"),
+        ("{{ 10 ** (10 ** 9) }}", "a number of 4,000,000,000 bits"),
+        (
+            "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "a text or list"),
+        (
+            "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+            "a text or list"), ("{{ 'a' | center(10**9) }}", "a text or list"),
+        ("{{ 'a'.ljust(10**9) }}", "a text or list"), ("{{ '%1000000000d' % 1 }}", "a text or list"),
+        ("{{ '{:1000000000}'.format(1) }}", "a text or list"),
+        ("{{ ('a' * 10**7).replace('a', 'b' * 10**6) }}", "a text or list"),
+        ("{{ range(99999) | join('x' * 10**7) }}", "a text or list"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "10,000,000 steps")
+    ])
 def test_a_template_without_end_is_refused_once_with_its_record(template, words):
   tokenizer = chats.tokenizer("byte_level", template)
   data = Memory([Example([user("Which way?")], ([assistant("a")], [assistant("b")]))] * 50)
-  with pytest.raises(DataError, match="records from 0 on: the chat template of tokenizer .* does not come to an end") as caught:
+  with pytest.raises(
+      DataError,
+      match="records from 0 on: the chat template of tokenizer .* does not come to an end") as caught:
     tokenization.tokenize(data, tokenizer, truncation=ROOMY)
   assert words in str(caught.value) and '"Which way?"' in str(caught.value)
 
 
 def test_limits_change_nothing_that_a_template_writes():
   template = (
-      "{% set ns = namespace(n=0) %}{% for m in messages recursive %}{{ loop.length }}{{ loop.last }}{{ loop.nextitem }}"
-      "{% set ns.n = ns.n + loop.index * 2 ** 3 %}{% endfor %}{{ ns.n }}{{ '%s-%d' % ('a', 3) }}{{ [1] + [2] * 2 }}"
-      "{{ 7 % 4 }}{{ 2.5 * 2 }}{{ 'a' ~ 1 ~ none }}{{ 'x' | indent(2, true) }}{{ ', '.join(['a', 'b']) }}"
-      "{{ messages | map(attribute='content') | join('|') }}{{ '{:>4}'.format('b') }}{{ messages | tojson(indent=1) }}"
-      "{% for k, v in messages[0].items() %}{{ k }}{% endfor %}{% for x in nothing %}{% else %}none{% endfor %}"
-      "{% for c in 'abc' if c != 'b' %}{{ loop.length }}{{ c }}{% endfor %}{% macro q(a) %}<{{ a }}>{% endmacro %}{{ q(1) }}")
+      "{% set ns = namespace(n=0) %}"
+      "{% for m in messages recursive %}{{ loop.length }}{{ loop.last }}{{ loop.nextitem }}"
+      "{% set ns.n = ns.n + loop.index * 2 ** 3 %}{% endfor %}{{ ns.n }}{{ '%s-%d' % ('a', 3) }}"
+      "{{ [1] + [2] * 2 }}{{ 7 % 4 }}{{ 2.5 * 2 }}{{ 'a' ~ 1 ~ none }}{{ 'x' | indent(2, true) }}"
+      "{{ ', '.join(['a', 'b']) }}{{ messages | map(attribute='content') | join('|') }}"
+      "{{ '{:>4}'.format('b') }}{{ messages | tojson(indent=1) }}"
+      "{% for k, v in messages[0].items() %}{{ k }}{% endfor %}"
+      "{% for x in nothing %}{% else %}none{% endfor %}"
+      "{% for c in 'abc' if c != 'b' %}{{ loop.length }}{{ c }}{% endfor %}"
+      "{% macro q(a) %}<{{ a }}>{% endmacro %}{{ q(1) }}")
   tokenizer = chats.tokenizer("byte_level", template)
   encoder = Encoder(tokenizer)
   messages = [user("one"), assistant("two")]
@@ -263,10 +298,11 @@ def test_limits_change_nothing_that_a_template_writes():
 
 
 def test_draws_and_broken_templates_are_refused():
-  for template, words in (("{{ [1, 2] | random }}", "random draws at random"), ("{{ lipsum() }}", "lipsum draws"),
-                          ("{% if %}", "is not valid Jinja")):
+  for template, words in (("{{ [1, 2] | random }}", "random draws at random"),
+                          ("{{ lipsum() }}", "lipsum draws"), ("{% if %}", "is not valid Jinja")):
     with pytest.raises(DataError, match=words):
-      tokenization.encode([Example([user("Q")], ([assistant("a")],))], chats.tokenizer("byte_level", template))
+      tokenization.encode(
+          [Example([user("Q")], ([assistant("a")],))], chats.tokenizer("byte_level", template))
 
 
 class Memory(list):
@@ -292,14 +328,19 @@ def test_a_template_s_clock_is_fixed_and_its_ids_are_the_identity(tmp_path):
 def test_arguments_of_the_run_and_of_a_record_reach_the_template():
   template = "{{ mood }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
   tokenizer = chats.tokenizer("byte_level", template)
-  texts = [tokenizer.decode(prompt) for prompt, _ in tokenization.encode([
-      Example([user("Q")], ([assistant("a")],)), Example([user("Q")], ([assistant("a")],), None, {"mood": "calm"})],
-      tokenizer, Reading(arguments={"mood": "glad"}))]
+  texts = [
+      tokenizer.decode(prompt) for prompt, _ in tokenization.encode(
+          [
+              Example([user("Q")], ([assistant("a")],)),
+              Example([user("Q")], ([assistant("a")],), None, {"mood": "calm"})
+          ], tokenizer, Reading(arguments={"mood": "glad"}))
+  ]
   assert texts == ["gladQ</s>", "calmQ</s>"]
   with pytest.raises(DataError, match="data.template_arguments has 'tokenize'"):
     Reading(arguments={"tokenize": True})
   with pytest.raises(DataError, match="'add_generation_prompt' is not the template's to read"):
-    tokenization.encode([Example([user("Q")], ([assistant("a")],), None, {"add_generation_prompt": True})], tokenizer)
+    tokenization.encode(
+        [Example([user("Q")], ([assistant("a")],), None, {"add_generation_prompt": True})], tokenizer)
 
 
 @pytest.mark.parametrize("values, words", [
@@ -322,11 +363,13 @@ def test_names_of_special_tokens_are_text_or_tokens_or_an_error(kind):
   assert text.fingerprint != parsed.fingerprint
   assert not {tokenizer.convert_tokens_to_ids("<|start|>")} & set(text[0][0].tolist())
   prompt, (one, other) = parsed[0]
-  whole = tokenizer("<s><|start|>user\nQ<|end|>\n<|start|>assistant\na<|end|>", add_special_tokens=False)["input_ids"]
+  whole = tokenizer(
+      "<s><|start|>user\nQ<|end|>\n<|start|>assistant\na<|end|>", add_special_tokens=False)["input_ids"]
   assert [*prompt, *one] == whole  # one BOS, no EOS behind the end of the turn
   assert tokenizer.decode(other) == "b</s>"
   assert parsed[1][0].tolist() == text[1][0].tolist() and parsed[1][1][0].tolist() == text[1][1][0].tolist()
-  with pytest.raises(DataError, match=r'record 0 \(.*the name of a special token; take it out, or set data.special_tokens'):
+  with pytest.raises(
+      DataError, match=r'record 0 \(.*the name of a special token; take it out, or set data.special_tokens'):
     tokenize("raise")
 
 
@@ -350,7 +393,8 @@ def test_names_in_calls_and_tools_are_text_too():
   ids = encoded.prompt + encoded.responses[0]
   count = lambda name: ids.count(tokenizer.convert_tokens_to_ids(name))
   assert (count("<|start|>"), count("<|end|>"), count("</s>")) == (3, 3, 0)
-  whole = tokenizer.apply_chat_template([*example.prompt, *example.responses[0]], tools=example.tools, tokenize=False)
+  whole = tokenizer.apply_chat_template(
+      [*example.prompt, *example.responses[0]], tools=example.tools, tokenize=False)
   assert tokenizer.decode(ids) == whole.rstrip("\n")
 
 
@@ -359,10 +403,15 @@ def test_long_texts_get_the_ids_they_would_get_whole(kind, keep):
   tokenizer = chats.tokenizer(kind, chats.TEMPLATES["bos"])
   text = lambda words, count: " ".join(words[i % len(words)] for i in range(count))
   long, other = text(["the", "sea", "way", "is"], 60_000), text(["left", "then"], 40_000)
-  data = Memory([Example(long, (" a", " b")), Example("Q", (f" {long}", f" {other}")), Example(long, (f" {long}", " b")),
-                 Example([user(long)], ([assistant("a")], [assistant("b")])),
-                 Example([user("Q")], ([assistant(long)], [assistant(other)])),
-                 Example("a" * 300_000, (" a", " b"))])
+  data = Memory(
+      [
+          Example(long, (" a", " b")),
+          Example("Q", (f" {long}", f" {other}")),
+          Example(long, (f" {long}", " b")),
+          Example([user(long)], ([assistant("a")], [assistant("b")])),
+          Example([user("Q")], ([assistant(long)], [assistant(other)])),
+          Example("a" * 300_000, (" a", " b"))
+      ])
   truncation = Truncation(60, 30, keep)
   tokens = tokenization.tokenize(data, tokenizer, truncation=truncation)
   encoder = Encoder(tokenizer)
@@ -385,7 +434,9 @@ def test_long_texts_get_the_ids_they_would_get_whole(kind, keep):
 def test_a_response_of_which_nothing_scored_is_left_is_dropped():
   tokenizer = chats.tokenizer("byte_level", chats.TEMPLATES["bos"])
   sides = lambda *last: tuple([assistant(f"way {each}" * 5), user("why"), assistant(each)] for each in last)
-  data = Memory([Example([user("Q")], sides("a", "b")), Example([user("Q")], ([assistant("a")], [assistant("b")]))])
+  data = Memory(
+      [Example([user("Q")], sides("a", "b")),
+       Example([user("Q")], ([assistant("a")], [assistant("b")]))])
   tokens = tokenization.tokenize(
       data, tokenizer, truncation=Truncation(20, 8, "end"), reading=Reading(score="last"))
   assert tokens.report["dropped"] == {"nothing_scored_after_truncation": 1} and tokens.example.tolist() == [1]
@@ -394,9 +445,12 @@ def test_a_response_of_which_nothing_scored_is_left_is_dropped():
 def test_processes_give_the_ids_of_one_in_order():
   tokenizer = chats.tokenizer("byte_level", chats.TEMPLATES["generation_marks"])
   data = Memory(
-      Example([user(f"Q{i}")], tuple([assistant(f"a{i}"), user("and"), assistant(text)] for text in ("b", f"c{i}")))
-      if i % 7 else Example([user("Q")], ([assistant("same")], [assistant("same")])) for i in range(2500))
-  one, many = (tokenization.tokenize(data, tokenizer, truncation=ROOMY, workers=workers) for workers in (0, 2))
+      Example(
+          [user(f"Q{i}")], tuple(
+              [assistant(f"a{i}"), user("and"), assistant(text)] for text in ("b", f"c{i}"))) if i %
+      7 else Example([user("Q")], ([assistant("same")], [assistant("same")])) for i in range(2500))
+  one, many = (
+      tokenization.tokenize(data, tokenizer, truncation=ROOMY, workers=workers) for workers in (0, 2))
   assert one.fingerprint == many.fingerprint and one.report == many.report
   assert one.mask is not None and one.report["dropped"] == {"identical_responses": 358}
   assert functools.reduce(int.__add__, one.report["dropped"].values()) + len(one) == 2500

@@ -13,7 +13,7 @@ PACKAGE = conftest.ROOT / "dpojax"
 ORDER = [
     "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
-    "data.examples", "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.encoder",
+    "data.examples", "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.shortening", "data.encoder",
     "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.packing", "data.loader",
     "data.report", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",

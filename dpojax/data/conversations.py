@@ -1,4 +1,4 @@
-"""What of a rendered conversation is scored: the assistant's tokens of the response, by the template's own words.
+"""What of a rendered conversation is scored: the assistant's tokens of the response, as its template says.
 
 Where the template marks what is generated, its marks decide. Otherwise it is asked: what it writes up to the
 assistant's message, generation prompt included, and what it writes with the message. A template may write
@@ -153,7 +153,7 @@ class Conversations:
     return start, end
 
   def _around(self, messages: list[dict], j: int, whole: str, render: Callable) -> tuple[int, int]:
-    """Returns where what stays the same ends and starts again when another answer is put in a message's place."""
+    """Returns where what stays the same ends and starts again with another answer in a message's place."""
     other = [*messages[:j], {"role": "assistant", "content": _OTHER}, *messages[j + 1:]]
     left, found, right = render(other, False).text.partition(_OTHER)
     clear = found and _OTHER not in right and _OTHER not in whole and len(left) + len(right) < len(whole)
@@ -188,11 +188,14 @@ class Conversations:
     """Returns whether the template writes the same where names are hidden from it."""
     hidden = self._with_hidden(example, names)
     whole = lambda example: [
-        self._renderer(example)([*example.prompt, *response], False).text for response in example.responses or ((),)]
+        self._renderer(example)([*example.prompt, *response], False).text
+        for response in example.responses or ((),)
+    ]
     return [text.replace(MARK, "") for text in whole(hidden)] == whole(example)
 
   def _with_hidden(self, example: Example, names: set[str]) -> Example:
-    prompt, responses, tools = self._names.hidden([example.prompt, list(example.responses), example.tools], names)
+    prompt, responses, tools = self._names.hidden(
+        [example.prompt, list(example.responses), example.tools], names)
     return example._replace(prompt=prompt, responses=tuple(responses), tools=tools)
 
   def _renderer(self, example: Example) -> Callable[[list[dict], bool], Rendering]:
@@ -243,7 +246,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def _any_of(names: Sequence[str]) -> str:
-  """Returns a pattern of any of the names, the longest first, that shares their starts: thousands cost as one."""
+  """Returns a pattern of any of the names, the longest first; they share starts, so thousands are fast."""
   if not names:
     return "(?!)"
   tree: dict = {}

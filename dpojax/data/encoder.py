@@ -4,42 +4,28 @@ Plain text: prompt and responses are tokenized apart and joined by ids, so no to
 prompt's ids are the same in every branch. Joined, they are the text's own ids as nearly as that allows: a
 response is tokenized as text that goes on, never as text that begins.
 
-Conversations: the ids are those of the whole, as `transformers` gives them, up to the end of the answer. They are
-cut where the answer starts; where a token would span that place both sides are tokenized apart, unless the
-template itself marks what is generated. What the branches of a comparison do not share stands in each branch
-and is not scored there.
+Conversations: the ids are those of the whole, as `transformers` gives them, up to the end of the answer. They
+are cut where the answer starts; where a token would span that place both sides are tokenized apart, unless
+the template itself marks what is generated. What the branches of a comparison do not share stands in each
+branch and is not scored there.
 """
 
 import collections
-import functools
 from typing import Any, Callable, NamedTuple, Sequence
 
 from dpojax.data.conversations import Conversations, Written, refusal
 from dpojax.data.examples import Example, RecordError
 from dpojax.data.ids import Ids, Pieces
+from dpojax.data.shortening import Room, Shortening, long_enough
 from dpojax.data.templates import Reading, Templates
 
-_MARGIN = 64
-"""Tokens that stay beyond a `Room`."""
-
-
 class Encoded(NamedTuple):
-  """A comparison in ids. `scored` tells of each response which of its ids are; `whole` is False of a cut text."""
+  """A comparison in ids: `scored` tells which of a response's ids are, `whole` is False of a cut text."""
 
   prompt: list[int]
   responses: list[list[int]]
   scored: list[list[bool]]
   whole: bool = True
-
-
-class Room(NamedTuple):
-  """Tokens of a prompt or a response behind which nothing matters, and which end of a prompt is kept.
-
-  Longer texts are cut by characters before they are tokenized, so far away that no id that is kept changes.
-  """
-
-  tokens: int
-  keep: str
 
 
 class Encoder:
@@ -51,6 +37,7 @@ class Encoder:
     self.ids = Ids(tokenizer)
     self.bos = self.ids.bos
     self._parse = reading.special_tokens == "parse"
+    self._shortening = Shortening(tokenizer, self.ids)
     self._conversations = Conversations(Templates(tokenizer, reading), reading, self.ids.names, self.counts)
 
   def encode(self, examples: Sequence[Example], room: Room | None = None) -> list[Encoded | RecordError]:
@@ -86,9 +73,9 @@ class Encoder:
     except RecordError as error:
       return error
     written = Written(text, [(len(text), len(text))], True, False)
-    short = written if room is None else self._shortened(written, room)
+    short = self._shortening.of_conversation(written, room)
     ids = self.ids.pieces([(short.text, ())])[0].ids
-    if short is not written and len(ids) < room.tokens + _MARGIN // 2:
+    if short.text != text and len(ids) < room.enough:
       ids = self.ids.pieces([(text, ())])[0].ids
     return ids or [self.eos if self.bos is None else self.bos]
 
@@ -96,14 +83,13 @@ class Encoder:
     """Returns ids of examples in plain text."""
     refused = [self._special_in(example) for example in examples]
     texts = [[] if error else self._as_texts(example) for example, error in zip(examples, refused)]
-    short = texts if room is None else [
-        [self._short(text, room.keep if not k else "start", room) for k, text in enumerate(each)] for each in texts]
+    short = [self._shortening.of_texts(each, room) for each in texts]
     flat = iter(self.ids.behind([text for each in short for text in each], self._parse))
     out = []
     for example, error, whole, cut in zip(examples, refused, texts, short):
       ids = [next(flat) for _ in whole]
       same = [a is b for a, b in zip(whole, cut)]
-      if not all(kept or len(each) >= room.tokens + _MARGIN // 2 for kept, each in zip(same, ids)):
+      if not all(kept or len(each) >= room.enough for kept, each in zip(same, ids)):
         out += self._again(self._texts, example)
       else:
         out.append(error or self._framed(ids, all(same)))
@@ -156,15 +142,16 @@ class Encoder:
       except RecordError as error:
         out.append(error)
     whole = [[] if isinstance(each, RecordError) else each for each in out]
-    short = whole if room is None else [[self._shortened(each, room) for each in of] for of in whole]
-    branches = [[_Branch(each, self.ids.cut_before(each.text, each.spans[0][0])) for each in of] for of in short]
+    short = [[self._shortening.of_conversation(each, room) for each in of] for of in whole]
+    branches = [
+        [_Branch(each, self.ids.cut_before(each.text, each.spans[0][0])) for each in of] for of in short]
     texts = dict.fromkeys(key for of in branches for each in of for key in (each.head, each.tail))
     pieces = dict(zip(texts, self.ids.pieces(list(texts))))
     for i, of in enumerate(branches):
       if isinstance(out[i], RecordError):
         continue
       out[i] = self._joined([self._branch(each, pieces) for each in of], short[i] == whole[i])
-      if not out[i].whole and not self._long_enough(out[i], whole[i], short[i], room):
+      if not out[i].whole and not long_enough(out[i].prompt, out[i].responses, whole[i], short[i], room):
         out[i], = self._again(self._chats, examples[i])
     return out
 
@@ -217,47 +204,6 @@ class Encoder:
     return Encoded(first[:shared], [ids[shared:] for ids, _ in branches],
                    [scored[shared:] for _, scored in branches], whole)
 
-  @functools.cached_property
-  def _longest(self) -> int:
-    """Characters of the longest token."""
-    return max(map(len, self.tokenizer.get_vocab()), default=1)
-
-  def _short(self, text: str, keep: str, room: Room) -> str:
-    """Returns a text of more than `room` without what is far beyond it."""
-    if len(text) <= 2 * room.tokens + _MARGIN:  # no token is shorter than a character, but for bytes
-      return text
-    most = (room.tokens + _MARGIN) * self._longest
-    if len(text) <= 2 * most:
-      return text
-    return text[:_word_end(text, most)] if keep == "start" else text[_word_end(text, len(text) - most - 1000):]
-
-  def _shortened(self, written: Written, room: Room) -> Written:
-    """Returns a conversation without what is far beyond `room` in its prompt and its response."""
-    text, start = written.text, written.spans[0][0]
-    if len(text) <= 2 * room.tokens + _MARGIN:
-      return written
-    most = (room.tokens + _MARGIN) * self._longest
-    if len(text) - start > 2 * most:
-      text = text[:_word_end(text, start + most)]
-    spans = [(low, min(high, len(text))) for low, high in written.spans if low < len(text)]
-    if start > 2 * most:
-      kept = (self.ids.names.start_of(text), start - most) if room.keep == "end" else (
-          most, max(self.ids.cut_before(text, start), start - most // 2))
-      text = text[:kept[0]] + text[kept[1]:]
-      gone = kept[1] - kept[0]
-      spans = [(low - gone, high - gone) for low, high in spans]
-    return written._replace(text=text, spans=spans)
-
-  def _long_enough(self, encoded: Encoded, whole: list[Written], short: list[Written], room: Room) -> bool:
-    """Returns whether what was cut by characters would have been cut by tokens."""
-    enough = room.tokens + _MARGIN // 2
-    start = lambda each: each.spans[0][0]
-    of_prompt = any(start(a) != start(b) for a, b in zip(whole, short))
-    of_response = [len(a.text) - start(a) != len(b.text) - start(b) for a, b in zip(whole, short)]
-    return (not of_prompt or len(encoded.prompt) >= enough) and all(
-        len(ids) >= enough for ids, cut in zip(encoded.responses, of_response) if cut)
-
-
 class _Branch:
   """A conversation in two texts, before and from a special token on, which are tokenized each by itself."""
 
@@ -278,14 +224,6 @@ def _overlapping(pieces: Pieces, spans: Sequence[tuple[int, int]]) -> list[bool]
       break
     scored[i] = end > spans[k][0]
   return scored
-
-
-def _word_end(text: str, place: int) -> int:
-  """Returns the next place where one space stands between words, if there is one near."""
-  for i in range(max(place, 1), min(place + 1000, len(text) - 1)):
-    if text[i] == " " and not (text[i - 1].isspace() or text[i + 1].isspace()):
-      return i
-  return place
 
 
 def _with_messages(example: Example) -> Example:

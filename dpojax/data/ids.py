@@ -1,7 +1,7 @@
 """Ids of texts, and where each id stands in its text, whatever the tokenizer does to a text that begins.
 
-A SentencePiece-like tokenizer puts a space before a text that begins. A text that goes on is tokenized behind an
-anchor there, whose ids are taken off again.
+A SentencePiece-like tokenizer puts a space before a text that begins. There a text that goes on is tokenized
+behind an anchor, whose ids are taken off again, so that " yes" keeps its space and "yes" gets none.
 """
 
 import bisect
@@ -35,7 +35,8 @@ class Ids:
         set(tokenizer.all_special_tokens) | {str(each) for each in added.values() if each.special},
         tokenizer.eos_token)
     self.special = {i for i, each in added.items() if each.special} | set(tokenizer.all_special_ids)
-    self._apart = {str(each) for each in added.values() if each.special and not (each.lstrip or each.single_word)}
+    self._apart = {
+        str(each) for each in added.values() if each.special and not (each.lstrip or each.single_word)}
     self._trims = tokenizer.is_fast and _trims(tokenizer.backend_tokenizer.post_processor)
 
   def of(self, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -44,7 +45,9 @@ class Ids:
 
   def behind(self, texts: Sequence[str], special: bool) -> list[list[int]]:
     """Returns ids of texts that stand behind another."""
-    return [each.ids for each in self._pieces_behind(texts, special)] if self.adds_space else self.of(texts, special)
+    if not self.adds_space:
+      return self.of(texts, special)
+    return [each.ids for each in self._pieces_behind(texts, special)]
 
   def pieces(self, texts: Sequence[tuple[str, Sequence[int]]]) -> list[Pieces]:
     """Returns pieces of rendered texts, in which names without a MARK are special tokens.
@@ -120,7 +123,8 @@ class Ids:
     """Returns pieces of a text in which some names of special tokens are marked as text."""
     out, at = Pieces([], []), 0
     for piece in re.split(f"({self.names.pattern.pattern})", text):
-      cuts = [] if self._tokenizer.is_fast else [place - at for place in places if at < place < at + len(piece)]
+      cuts = [] if self._tokenizer.is_fast else [
+          place - at for place in places if at < place < at + len(piece)]
       for start, stop in zip([0, *cuts], [*cuts, len(piece)]):
         part = piece[start:stop]
         ids, offsets = self._one(part, begins and not at and not start)
@@ -139,8 +143,9 @@ class Ids:
     ids, offsets = (self._pieces if begins else self._pieces_behind)([bare], special=False)[0]
     if not self._tokenizer.is_fast:
       return Pieces(ids, [(0, len(text))] * len(ids))
-    return Pieces(ids, [(place[low], place[high - 1] + 1) if low < high else (place[min(low, len(place) - 1)],) * 2
-                        for low, high in offsets])
+    there = lambda low, high: (
+        (place[low], place[high - 1] + 1) if low < high else (place[min(low, len(place) - 1)],) * 2)
+    return Pieces(ids, [there(*each) for each in offsets])
 
 
 def _trims(post_processor: Any) -> bool:

@@ -255,8 +255,9 @@ class Loader:
     first, count = self._span(total)
     row = self._dealt(plan.row[within], total)
     mine = (row >= first) & (row < first + count) & (index >= 0)
+    comparison = lambda i: (*self.subset.comparison(i), self.subset.scored(i))
     rows = packing.fill(
-        [(*self.subset.comparison(i), self.subset.scored(i)) if here else None for i, here in zip(index, mine)],
+        [comparison(i) if here else None for i, here in zip(index, mine)],
         row, count, plan.shape, num_responses=self.lengths.shape[1] - 1,
         example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
         first_row=first, reference=None if self.reference is None else self.reference[index])

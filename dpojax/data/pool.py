@@ -1,7 +1,7 @@
 """A function called on many inputs in processes of its own, one a core.
 
-The processes are told what to do through pipes. Unlike those of `multiprocessing` they import nothing but what
-the function needs: not the program that started them, and no jax.
+The processes are told what to do through pipes. Unlike those of `multiprocessing` they import nothing but
+what the function needs: not the program that started them, and no jax.
 """
 
 import contextlib
@@ -90,8 +90,8 @@ class _Worker:
       failed, result = pickle.loads(self._read(size))
     except (OSError, EOFError) as error:
       raise DataError(
-          f"a process that tokenizes has died (exit status {self._process.poll()}); it may have run out of memory: "
-          "shorten the longest records") from error
+          f"a process that tokenizes has died (exit status {self._process.poll()}); it may have run out of "
+          "memory: shorten the longest records") from error
     if failed:
       raise DataError(result)
     return result

@@ -6,12 +6,12 @@ from typing import Any, Iterator
 _OF_TOKENS = {
     "prompts_cut": "prompts cut to data.max_prompt_length",
     "responses_cut": "responses cut to what data.max_length leaves",
-    "with_special_tokens_in_text": "comparisons with a special token's name in their text; see data.special_tokens",
+    "with_special_tokens_in_text": "with a special token's name in their text; see data.special_tokens",
     "with_special_tokens_that_the_template_reads": "of these, read by the chat template itself",
-    "prompts_rendered_otherwise_with_an_answer": "prompts that the chat template writes otherwise once they are answered",
+    "prompts_rendered_otherwise_with_an_answer": "prompts that the template writes otherwise with an answer",
     "with_text_that_the_template_leaves_out": "conversations of which the chat template leaves out text",
-    "responses_ended_with_eos_that_the_template_lacks": "responses ended with EOS, which the chat template does not",
-    "without_bos": "conversations without the BOS that the tokenizer puts before texts: the chat template writes none",
+    "responses_ended_with_eos_that_the_template_lacks": "responses ended with EOS, as the template has none",
+    "without_bos": "conversations without the BOS that a text would get, as the template has none",
     "prompts_started_with_eos": "empty prompts started with EOS",
     "changed_by_tokenizer": "texts that the tokenizer changes, of the first that were checked",
     "slow": "slow comparisons"}
@@ -29,8 +29,10 @@ def table(report: dict) -> str:
     for key, value in records.items():
       if isinstance(value, dict) and value:
         lines.append(f"  {key}: {_flat(value)}")
-    lengths = ", ".join(f"{key} {each['50']} (longest {each['100']})" for key, each in tokens["lengths"].items())
-    lines.append(f"{name} comparisons in ids: {tokens['used']} of {tokens['examples']}; median tokens: {lengths}")
+    lengths = ", ".join(
+        f"{key} {each['50']} (longest {each['100']})" for key, each in tokens["lengths"].items())
+    lines.append(
+        f"{name} comparisons in ids: {tokens['used']} of {tokens['examples']}; median tokens: {lengths}")
     for reason, count in tokens["dropped"].items():
       lines.append(f"  {count} left out, {reason}: {tokens['first'].get(reason, '')}")
     lines += [f"  {tokens[key]} {words}" + (f": {tokens['first'][key]}" if key in tokens["first"] else "")
@@ -73,8 +75,9 @@ def shown(tokenizer: Any, comparison: tuple, scored: list | None, *, coloured: b
       continue
     which = [True] * len(response) if scored is None else list(map(bool, scored[k]))
     count = sum(which) - (which[0] and not len(prompt))
-    lines.append(f"response {k + 1} of {len(responses)}: {len(prompt)} tokens of the prompt, {len(response)} of the "
-                 f"response, {count} scored")
+    lines.append(
+        f"response {k + 1} of {len(responses)}: {len(prompt)} tokens of the prompt, {len(response)} of the "
+        f"response, {count} scored")
     parts = list(_parts(tokenizer, [*prompt, *response], [*["prompt"] * len(prompt), *(
         "scored" if each else "not scored" for each in which)]))
     if coloured:

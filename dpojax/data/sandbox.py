@@ -24,7 +24,8 @@ SECONDS = 60.0
 """What a rendering may take: the last resort, where single operations are slow."""
 
 _BITS = 100_000
-_WIDTHS = ("center", "expandtabs", "indent", "ljust", "rjust", "tojson", "wordwrap", "zfill", "batch", "slice")
+_WIDTHS = (
+    "center", "expandtabs", "indent", "ljust", "rjust", "tojson", "wordwrap", "zfill", "batch", "slice")
 
 
 class LimitError(Exception):
@@ -74,7 +75,8 @@ class Budget:
   def call(self, name: str, subject: Any, args: tuple, kwargs: dict) -> None:
     """Counts a call of a method or filter on what it works on."""
     length = _length(subject)
-    self.step(20 + length // (1000 if isinstance(subject, str) else 10))  # a call takes as long as many rounds
+    # A call takes as long as many rounds of a loop, and longer on what is long.
+    self.step(20 + length // (1000 if isinstance(subject, str) else 10))
     given = (*args, *kwargs.values())
     if name in _WIDTHS:
       lines = subject.count("\n") + subject.count("\t") if isinstance(subject, str) else length

@@ -1,4 +1,4 @@
-"""Conversations as a tokenizer's chat template writes them: `apply_chat_template`, whole, and what of it is the answer.
+"""Conversations as a tokenizer's chat template writes them: what `apply_chat_template` gives, whole.
 
 Nothing is rendered here that `transformers` would render otherwise. Its function is called with all that a
 record has, on the tokenizer's own template, with the run's arguments and its day in place of the clock.
@@ -17,9 +17,10 @@ from dpojax.data.examples import DataError, RecordError
 
 SPECIAL_TOKENS = ("text", "parse", "raise")
 SCORES = ("all", "last")
-_OURS = ("conversation", "chat_template", "tools", "add_generation_prompt", "continue_final_message", "tokenize",
-         "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
-         "sanitize_control_tokens", "tokenizer_kwargs")
+_OURS = (
+    "conversation", "chat_template", "tools", "add_generation_prompt", "continue_final_message", "tokenize",
+    "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
+    "sanitize_control_tokens", "tokenizer_kwargs")
 """Arguments of `apply_chat_template` that are not the template's."""
 
 
@@ -42,14 +43,16 @@ class Reading:
   def __post_init__(self):
     for name, allowed in (("special_tokens", SPECIAL_TOKENS), ("score", SCORES)):
       if getattr(self, name) not in allowed:
-        raise DataError(f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
+        raise DataError(
+            f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
     try:
       self.day()
     except ValueError as error:
       raise DataError(f"data.template_date is {self.date!r}; give a day as YYYY-MM-DD") from error
     for name in self.arguments:
       if name in _OURS:
-        raise DataError(f"data.template_arguments has {name!r}, which is not the template's to read; leave it out")
+        raise DataError(
+            f"data.template_arguments has {name!r}, which is not the template's to read; leave it out")
 
   def day(self) -> datetime.date:
     """Returns the day a template is told."""
@@ -121,7 +124,8 @@ class Templates:
     given = {**self._reading.arguments, **(arguments or {})}
     for name in given:
       if name in _OURS:
-        raise RecordError("template_arguments", f"its template argument {name!r} is not the template's to read")
+        raise RecordError(
+            "template_arguments", f"its template argument {name!r} is not the template's to read")
     try:
       with sandbox.Budget([messages, tools, given]) as budget:
         rendered = self._tokenizer.apply_chat_template(
@@ -129,8 +133,9 @@ class Templates:
             **given)
     except sandbox.LimitError as error:
       raise TemplateError(
-          f"the chat template of tokenizer {self._tokenizer.name_or_path!r} does not come to an end: {error}; "
-          f"correct it, or leave out the conversation that starts with {first_text(messages)}") from error
+          f"the chat template of tokenizer {self._tokenizer.name_or_path!r} does not come to an end: "
+          f"{error}; correct it, or leave out the conversation that starts with {first_text(messages)}"
+      ) from error
     except Exception as error:  # a template refuses with jinja's errors, and fails with any
       raise RecordError("refused_by_template", f"the chat template says: {error}") from error
     try:
@@ -153,7 +158,7 @@ class Templates:
 
 
 class _Key(str):
-  """An empty template, equal to no other, that `transformers` knows one of ours by; its own stay as they are."""
+  """An empty template, equal to no other, that `transformers` knows one of ours by."""
 
   __hash__ = object.__hash__
 

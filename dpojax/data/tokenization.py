@@ -1,7 +1,7 @@
 """Comparisons in ids: tokenized by all cores, kept in a cache, and with a report of what was cut and dropped.
 
-`templates` renders conversations, `conversations` finds what of them is scored, `encoder` makes ids of texts and
-conversations, `truncation` cuts them, `tokenizing` makes arrays of them.
+`templates` renders conversations, `conversations` finds what of them is scored, `encoder` makes ids of texts
+and conversations, `truncation` cuts them, `tokenizing` makes arrays of them.
 """
 
 import collections
@@ -21,8 +21,9 @@ import tqdm
 
 from dpojax.data import pool
 from dpojax.data.builders import Comparisons
-from dpojax.data.encoder import Encoder, Room
+from dpojax.data.encoder import Encoder
 from dpojax.data.examples import DataError, Example, RecordError
+from dpojax.data.shortening import Room
 from dpojax.data.templates import Reading, reads_the_clock
 from dpojax.data.tokenizing import Part, Settings, Tokenizing
 from dpojax.data.truncation import TRUNCATION_SIDE, Truncation, cut, cut_prompt
@@ -94,8 +95,8 @@ def load_tokenizer(name: str) -> Any:
     reason = str(error).strip().partition("\n")[0]
     if "trust_remote_code" in str(error):
       raise DataError(
-          f"tokenizer {name!r} cannot be loaded: it is code of its own, which dpojax does not run; give a folder "
-          "with tokenizer.json") from error
+          f"tokenizer {name!r} cannot be loaded: it is code of its own, which dpojax does not run; give a "
+          "folder with tokenizer.json") from error
     raise DataError(
         f"tokenizer {name!r} cannot be loaded ({reason}); give a folder with tokenizer.json, or a "
         "hub name while there is a network") from error
@@ -226,7 +227,8 @@ def _example(prompt: str | list[dict] | Example) -> Example:
 
 
 def _tokenize(
-    comparisons: Comparisons, tokenizer: Any, settings: Settings, inputs: dict, workers: int | None) -> Tokenized:
+    comparisons: Comparisons, tokenizer: Any, settings: Settings, inputs: dict,
+    workers: int | None) -> Tokenized:
   parts = list(_parts(comparisons, Tokenizing(tokenizer, settings), workers))
   merged = lambda name: sum((getattr(part, name) for part in parts), collections.Counter())
   counts, dropped, first = merged("counts"), merged("dropped"), {}
@@ -258,7 +260,8 @@ COUNTS = (
     "prompts_cut", "responses_cut", "responses_without_eos", "prompts_started_with_eos",
     "with_special_tokens_in_text", "with_special_tokens_that_the_template_reads",
     "prompts_rendered_otherwise_with_an_answer", "with_text_that_the_template_leaves_out",
-    "responses_ended_with_eos_that_the_template_lacks", "without_bos", "slow", "checked", "changed_by_tokenizer")
+    "responses_ended_with_eos_that_the_template_lacks", "without_bos", "slow", "checked",
+    "changed_by_tokenizer")
 """What a report counts; the last two: of the first comparisons, those whose ids decode to another
 text, as with a tokenizer that lower-cases."""
 

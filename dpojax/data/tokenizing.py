@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
-from dpojax.data.encoder import Encoder, Room
+from dpojax.data.encoder import Encoder
 from dpojax.data.examples import DataError, Example, RecordError
+from dpojax.data.shortening import Room
 from dpojax.data.templates import Reading, TemplateError, first_text
 from dpojax.data.truncation import Truncation, cut
 
@@ -92,9 +93,12 @@ class Tokenizing:
       index.append(i)
       lengths.append([len(kept.prompt), *map(len, kept.responses)])
       ids.append(np.array([token for part in (kept.prompt, *kept.responses) for token in part], np.int32))
-      scored.append(np.array([*[False] * len(kept.prompt), *(each for of in kept.scored for each in of)], bool))
+      scored.append(
+          np.array([*[False] * len(kept.prompt), *(each for of in kept.scored for each in of)], bool))
     whole = lambda arrays, dtype: np.concatenate([np.zeros(0, dtype), *arrays])
-    return Part(lengths, whole(ids, np.int32), whole(scored, bool), index, collections.Counter(counts), dropped, named)
+    return Part(
+        lengths, whole(ids, np.int32), whole(scored, bool), index, collections.Counter(counts), dropped,
+        named)
 
   def _encode(self, first: int, examples: list[Example], named: dict[str, str]) -> list:
     """Returns what the encoder makes of examples; very long ones by themselves, to see which are slow."""
@@ -108,8 +112,9 @@ class Tokenizing:
       seconds = time.perf_counter() - start
       if seconds > SLOW:
         self._encoder.counts["slow"] += 1
-        named.setdefault("slow", f"record {first + i} ({first_text(example.prompt)}): {_characters(example):,} "
-                                 f"characters took {seconds:.0f} s")
+        named.setdefault(
+            "slow", f"record {first + i} ({first_text(example.prompt)}): {_characters(example):,} "
+            f"characters took {seconds:.0f} s")
     for i, each in zip(usual, self._encoder_of([examples[i] for i in usual], first)):
       out[i] = each
     return out

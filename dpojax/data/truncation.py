@@ -66,7 +66,8 @@ def cut(
     responses, scored = [each[:room] for each in responses], [each[:room] for each in scored]
   for ids, which in zip(responses, scored):
     if ids and not any(which):
-      raise RecordError("nothing_scored_after_truncation", "data.max_length cuts off all that is scored of a response")
+      raise RecordError(
+          "nothing_scored_after_truncation", "data.max_length cuts off all that is scored of a response")
   _check_different(encoded, responses, scored)
   shorter = [len(each) < len(whole) for each, whole in zip(responses, encoded.responses)]
   counts["prompts_cut"] += len(prompt) < len(encoded.prompt)
