@@ -232,14 +232,8 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
 
 
 def encode(
-    prompts: Sequence[str | list[dict] | examples.Example],
-    tokenizer: Any,
-    *,
-    longest: int,
-    keep: str,
-    path: Any,
-    reading: tokenization.Reading = tokenization.Reading(),
-    vocab_size: int | None = None,
+    prompts: Sequence[str | list[dict] | examples.Example], tokenizer: Any, *, longest: int, keep: str,
+    path: Any, reading: tokenization.Reading = tokenization.Reading(), vocab_size: int | None = None,
 ) -> tuple[list[list[int]], int]:
   """Returns the ids of prompts and how many were cut.
 
