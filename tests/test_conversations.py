@@ -2,12 +2,13 @@
 
 import datetime
 import functools
+import os
 
 import pytest
 from hypothesis import given, settings, strategies
 from transformers.utils import chat_template_utils
 
-from dpojax.data import tokenization
+from dpojax.data import pool, tokenization
 from dpojax.data.encoder import Encoder
 from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.tokenization import Reading, Truncation
@@ -454,6 +455,12 @@ def test_processes_give_the_ids_of_one_in_order():
   assert one.fingerprint == many.fingerprint and one.report == many.report
   assert one.mask is not None and one.report["dropped"] == {"identical_responses": 358}
   assert functools.reduce(int.__add__, one.report["dropped"].values()) + len(one) == 2500
+
+
+def test_answers_of_processes_come_in_order_and_a_death_is_told():
+  assert list(pool.ordered(pow, ((i, 2) for i in range(20)), 2)) == [i * i for i in range(20)]
+  with pytest.raises(DataError, match="has died .exit status 3.; it may have run out of memory"):
+    list(pool.ordered(os._exit, [(3,)], 1))
 
 
 def test_an_error_in_a_process_is_an_error_here():

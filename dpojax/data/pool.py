@@ -90,7 +90,7 @@ class _Worker:
       failed, result = pickle.loads(self._read(size))
     except (OSError, EOFError) as error:
       raise DataError(
-          f"a process that tokenizes has died (exit status {self._process.poll()}); it may have run out of "
+          f"a process that tokenizes has died (exit status {self._process.wait(10)}); it may have run out of "
           "memory: shorten the longest records") from error
     if failed:
       raise DataError(result)

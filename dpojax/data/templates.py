@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import re
 from typing import Any, NamedTuple
 
 import jinja2
@@ -154,7 +155,7 @@ class Templates:
           f"the chat template of tokenizer {self._tokenizer.name_or_path!r} is not valid Jinja ({error}); "
           "correct it") from error
     compiled.__class__, compiled.__dict__ = bounded.__class__, bounded.__dict__
-    return key, "{% generation" in text.replace("{%-", "{%").replace("{%+", "{%"), compiled
+    return key, bool(re.search(r"\{%[-+]?\s*generation\b", text)), compiled
 
 
 class _Key(str):
