@@ -9,7 +9,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpojax import parallel, preference, step
-from dpojax.data import records
+from dpojax.data import records, templates
+from dpojax.data.examples import DataError
 from dpojax.errors import UserError
 from dpojax.models import config as model_config
 from dpojax.models import lora
@@ -108,6 +109,10 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.max_prompt_length = 256
   config.data.keep = ""  # end or start of an over-long prompt; empty: the data set's policy
   config.data.on_error = "skip"  # skip, raise
+  config.data.score = "all"  # which of the assistant's messages in a response are scored: all, last
+  config.data.special_tokens = "text"  # what the name of one in a text is: text; parse: that token; raise
+  config.data.template_arguments = ml_collections.ConfigDict()  # such as {'enable_thinking': False}
+  config.data.template_date = ""  # the day a chat template's clock says, YYYY-MM-DD; empty: the run's first
   config.data.unique_prompts = False  # only the last comparison of each prompt, as the paper's SFT
   config.data.shuffle_labels = False  # control: swap chosen and rejected at random in training
   config.data.cache_dir = ""  # prepared data; empty: ~/.cache/dpojax
@@ -151,6 +156,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   known = flatten(defaults())
   given = flatten(config)
   for key, value in given.items():
+    if key.startswith("data.template_arguments."):  # the template's to read
+      continue
     if key not in known:
       near = difflib.get_close_matches(key, known, n=1)
       raise ConfigError(f"config.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
@@ -181,6 +188,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))
   _one_of(config, "data.form", ("", *records.FORMS))
+  _check_reading(config)
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
@@ -190,8 +198,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _at_least(config, key, 1)
   for key in ("seed", "chunk_size", "rows_at_once", "eval_every", "checkpoint_every", "checkpoint_keep",
               "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
-              "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
-              "lora.rank", "parallel.data", "parallel.process_id"):
+              "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm",
+              "optimizer.weight_decay", "lora.rank", "parallel.data", "parallel.process_id"):
     _at_least(config, key, 0)
   for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):
@@ -199,6 +207,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
   profiled_steps(config)
   _check_combinations(config)
   _check_lora(config)
+
+
+def _check_reading(config) -> None:
+  if not isinstance(config.data.template_arguments, (ml_collections.ConfigDict, dict)):
+    raise ConfigError(
+        f"config.data.template_arguments is {config.data.template_arguments!r}; give a mapping, such as "
+        "{'enable_thinking': False}")
+  try:
+    templates.Reading.of(config.data)
+  except DataError as error:
+    raise ConfigError(f"config.{error}") from error
 
 
 def _check_combinations(config) -> None:

@@ -87,7 +87,8 @@ def evaluate_run(
         policy, other, draw, eos=tokenizer.eos_token_id, batch_size=batch_size, devices=devices)
     room = sample.prompt_room(policy, generator)
     prompts = _prompts(held_out, num_prompts)
-    measured = lambda generator: measure_samples(generator, tokenizer, prompts, room, score)
+    reading = sample.reading_of(policy)
+    measured = lambda generator: measure_samples(generator, tokenizer, prompts, room, score, reading)
     result |= {"draw": dataclasses.asdict(draw), "samples": {"policy": measured(generator)}}
     if other is not None:
       result["samples"]["reference"] = measured(generator.of_reference())
@@ -133,7 +134,7 @@ def measure_held_out(
   """
   batches = held_out.batches
   lengths = batches.lengths[:, 1:].astype(np.float64)
-  scored = np.where(lengths > 0, lengths - (batches.lengths[:, :1] == 0), 0)
+  scored = batches.subset.scored_lengths.astype(np.float64)
   log_probs = _log_probs(
       {"policy": policy} | ({"reference": reference} if reference else {}), batches, devices)
   result = {"perplexity": {
@@ -160,6 +161,7 @@ def perplexity(log_probs: np.ndarray, tokens: np.ndarray) -> Estimate:
 def measure_samples(
     generator: sample.Generator, tokenizer: Any, prompts: Sequence[str | list[dict] | Example],
     room: tuple[int, str], score: scorers.Scorer | None,
+    reading: tokenization.Reading = tokenization.Reading(),
 ) -> dict[str, Any]:
   """Returns means over samples to prompts; their errors are over prompts.
 
@@ -172,9 +174,10 @@ def measure_samples(
     prompts: what is answered.
     room: see `sample.prompt_room`.
     score: rates prompts and responses in text, or None.
+    reading: how prompts are read.
   """
   longest, keep = room
-  ids, _ = sample.encode(prompts, tokenizer, longest=longest, keep=keep, path="held-out")
+  ids, _ = sample.encode(prompts, tokenizer, longest=longest, keep=keep, path="held-out", reading=reading)
   samples = [None] * len(ids)
   for batch in generator.batches([len(prompt) for prompt in ids]):
     for i, drawn in zip(batch, generator([ids[i] for i in batch], batch)):

@@ -48,7 +48,7 @@ from dpojax import train as train_lib
 from dpojax.checkpoint import Checkpoints
 from dpojax.command import command
 from dpojax.config import ConfigError
-from dpojax.data import loader, tokenization
+from dpojax.data import loader, report, tokenization
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 from dpojax.parts import Parts
@@ -275,14 +275,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   config = weights.with_tokenizer(config)
   settings = ppo_config.validate(config)
   workdir = train_lib.open_workdir(workdir, config)
+  config = train_lib.with_template_date(config, workdir)
   resolve.use_compile_cache(config)
-  trainer, train_prompts, held_out, about = _set_up(config, settings)
+  trainer, train_prompts, held_out, about, data = _set_up(config, settings)
+  was_report = train_lib.open_report(workdir, data)
   train_lib.check_space(workdir, _saved(trainer.state), config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
   first = checkpoints.steps()[-1] if checkpoints.steps() else 0
   if first:
     saved, was = checkpoints.restore(first, trainer.devices.restore_target(_saved(trainer.state)))
-    train_lib.check_same(was, about, workdir)
+    train_lib.check_same(was, about, workdir, report.differences(was_report, data.report or {}))
     trainer.state = trainer.devices.place(_restored(saved))
     resolve.say(f"continuing from step {first} of {workdir}")
 
@@ -338,7 +340,7 @@ def _restored(saved: dict[str, Any]) -> PPOState:
 
 
 def _set_up(config: ml_collections.ConfigDict, settings: Settings):
-  """Returns the trainer, prompts to train on and held-out ones, and what checkpoints belong to."""
+  """Returns the trainer, prompts to train on and held-out ones, what checkpoints belong to, and the data."""
   model = weights.load(config.model.checkpoint, dtype=config.model.dtype)
   policy = dataclasses.replace(
       model.config, remat=config.model.remat, attention=config.model.attention)
@@ -357,6 +359,7 @@ def _set_up(config: ml_collections.ConfigDict, settings: Settings):
         f"config.ppo.critic is {config.ppo.critic!r}, a model of other dimensions than "
         f"{config.model.checkpoint!r}; leave it empty")
   data = resolve.load_data(ppo_config.data_config(config))
+  resolve.check_ids(policy, config, data)
   train_prompts = _prompts(data.train, width, "training")
   held_out = _prompts(data.held_out, width, "held-out") if config.eval_every else None
   stop_ids = tuple(dict.fromkeys((tokenizer.eos_token_id, *model.stop_ids)))
@@ -365,7 +368,7 @@ def _set_up(config: ml_collections.ConfigDict, settings: Settings):
       critic_params=critic and critic.params))
   about = {"model": model.config.as_dict(), "data": data.fingerprint, "stop_ids": list(stop_ids),
            "reference": checkpoint.fingerprint(model.params)}
-  return trainer, train_prompts, held_out, about
+  return trainer, train_prompts, held_out, about, data
 
 
 _SAME = dict(

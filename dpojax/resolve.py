@@ -15,6 +15,8 @@ from dpojax import config as config_lib
 from dpojax import reference as reference_lib
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
+from dpojax.data import report as data_report
+from dpojax.data.examples import DataError
 from dpojax.disk import disk_errors
 from dpojax.models import config as model_config
 from dpojax.models import forms, hf, lora, transformer
@@ -24,18 +26,21 @@ from dpojax.parts import Parts
 
 
 class Data(NamedTuple):
-  """Training and held-out comparisons, either tokenized; `fingerprint` is of ids and order."""
+  """Training and held-out comparisons, either tokenized.
+
+  `fingerprint` is of the ids that they are taken from, `report` what was read, cut and left out, and why.
+  """
 
   train: loader.Subset | loader.Mismatched
   held_out: loader.Subset | loader.Mismatched | None
   fingerprint: str
+  report: dict | None = None
 
   @property
   def stop_ids(self) -> list[int]:
     """The ids that end whole training responses, the most frequent first."""
     train = self.train.subset if isinstance(self.train, loader.Mismatched) else self.train
-    ends = train.data.report.get("ended_by", {})
-    return [int(i) for i in sorted(ends, key=lambda i: (-ends[i], int(i)))]
+    return train.data.report.get("stop_ids", [])
 
 
 class Setup(NamedTuple):
@@ -58,18 +63,17 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   truncation = tokenization.Truncation(
       settings.max_length, settings.max_prompt_length,
       settings.keep or tokenization.TRUNCATION_SIDE.get(settings.source, "start"))
+  report = {}
 
   def tokenized(path, name, split):
     comparisons = builders.prepare(
         settings.source, path=path, config=settings.config, data_dir=cache / "prepared",
         on_error=settings.on_error, split=split, form=settings.get("form", ""))
-    say(f"{name} records: {_counts(comparisons.report)}")
-    for reason, problem in comparisons.problems.items():
-      say(f"  the first of {reason}: {problem}")
     result = tokenization.tokenize(
-        comparisons, tokenizer, truncation=truncation,
+        comparisons, tokenizer, truncation=truncation, reading=tokenization.Reading.of(settings),
         cache_dir=cache / "tokenized", **_responses(config))
-    say(f"{name} tokens: {_counts(result.report)}")
+    report[name] = {
+        "records": comparisons.report, "problems": comparisons.problems, "tokens": result.report}
     return result
 
   if jax.process_count() > 1 and jax.process_index() > 0:
@@ -84,15 +88,33 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     held_out = loader.all_of(held_out_data)
   if settings.unique_prompts:
     train = loader.last_of_each_prompt(train)
+    report["left out by data.unique_prompts"] = len(every) - len(train)
   if held_out is None and config.eval_every:
-    train, held_out = loader.hold_out(train, settings.eval_size)
+    train, held_out = _held_out(train, settings.eval_size)
+    report["held out by data.eval_size"] = len(held_out)
   if settings.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)
   if config.objective == "dpo" and "kto" in config_lib.losses_of(config):
     mismatched = lambda subset: loader.mismatched(subset, config.seed, settings.max_length)
     train, held_out = mismatched(train), held_out and mismatched(held_out)
-  say(f"{len(train)} training comparisons, {0 if held_out is None else len(held_out)} held out")
-  return Data(train, held_out, every.fingerprint)
+  report |= {"training comparisons": len(train), "held-out comparisons": len(held_out or ())}
+  say(data_report.table(report))
+  return Data(train, held_out, every.fingerprint, report)
+
+
+def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.Subset]:
+  """Returns the rest and what is held out.
+
+  Raises:
+    DataError: nothing is left to train on.
+  """
+  rest, held_out = loader.hold_out(train, count)
+  if not len(rest):
+    raise DataError(
+        f"config.data.eval_size is {count} and all of {len(train)} comparisons would be held out"
+        + (", because a prompt is on one side only" if len(train) > count else "")
+        + "; lower data.eval_size, name data.eval_path, or set eval_every=0")
+  return rest, held_out
 
 
 def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -337,12 +359,28 @@ def _model_of(config: ml_collections.ConfigDict) -> ModelConfig:
       tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers)
 
 
-def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
-  ids = len(tokenization.load_tokenizer(config.tokenizer))
-  if ids > model.vocab_size:
+def check_ids(model: ModelConfig, config: ml_collections.ConfigDict, data: Data) -> None:
+  """Refuses ids that the model has no embedding of; a tokenizer may have more that do not occur.
+
+  Raises:
+    ConfigError: naming the id, its token and the first comparison that has it.
+  """
+  subsets = [getattr(each, "subset", each) for each in (data.train, data.held_out) if each is not None]
+  for tokenized in {id(each.data): each.data for each in subsets}.values():
+    beyond = np.flatnonzero(tokenized.ids >= model.vocab_size)
+    if not len(beyond):
+      continue
+    found = int(tokenized.ids[beyond[0]])
+    record = int(tokenized.example[np.searchsorted(tokenized.offsets, beyond[0], side="right") - 1])
+    token = tokenization.load_tokenizer(config.tokenizer).convert_ids_to_tokens(found)
     raise ConfigError(
-        f"the tokenizer {config.tokenizer} has {ids} ids but the model {model.vocab_size}; "
-        "take the model's tokenizer, or set model.vocab_size")
+        f"comparison {record} has id {found} ({token!r}) of the tokenizer {config.tokenizer}, but the model "
+        f"has embeddings of {model.vocab_size} ids; " + (
+            "take the model's own tokenizer, or leave out what writes that token" if config.model.
+            checkpoint else "set model.vocab_size=0, which is the tokenizer's"))
+
+
+def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
   if model.longest is not None and config.data.max_length > model.longest:
     kind = "learned positions" if model.positions == "learned" else "dynamic rotary positions"
     raise ConfigError(
@@ -359,8 +397,3 @@ def _check_same_shapes(params, reference, config) -> None:
       raise ConfigError(
           f"config.reference.checkpoint {config.reference.checkpoint} does not fit the policy: "
           f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy")
-
-
-def _counts(report: dict) -> str:
-  nested = lambda value: f"({_counts(value)})" if isinstance(value, dict) else value
-  return ", ".join(f"{name} {nested(value)}" for name, value in report.items() if value != {})

@@ -231,6 +231,7 @@ def read_prompts(
 
 def encode(
     prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str, path: Any,
+    reading: tokenization.Reading = tokenization.Reading(), vocab_size: int | None = None,
     left_out: list | None = None,
 ) -> tuple[list[list[int] | None], int]:
   """Returns the ids of prompts and how many were cut; None of one that is left out.
@@ -238,19 +239,26 @@ def encode(
   `left_out` gets what is wrong with prompts that cannot be tokenized; None raises the first.
 
   Raises:
-    DataError: one cannot be tokenized, or none can; it says which.
+    DataError: one cannot be tokenized, or none can, or one has an id that the model has no embedding
+      of; it says which.
   """
   ids, cuts = [], 0
-  for i, each in enumerate(tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep)):
+  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep, reading=reading)
+  for i, each in enumerate(encoded):
     if isinstance(each, RecordError):
       problem = f"{path} prompt {i + 1}: {each}"
       if left_out is None:
         raise DataError(problem) from each
       left_out.append(RecordError(each.reason, problem))
       ids.append(None)
-    else:
-      ids.append(each[0])
-      cuts += each[1]
+      continue
+    largest = max(each[0], default=0)
+    if vocab_size is not None and largest >= vocab_size:
+      raise DataError(
+          f"{path} prompt {i + 1} has id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+          f"model has embeddings of {vocab_size} ids; take its own tokenizer, or leave out that token")
+    ids.append(each[0])
+    cuts += each[1]
   if all(each is None for each in ids):
     raise DataError(f"none of {len(ids)} prompts can be tokenized; {records.counted(left_out)}")
   return ids, cuts
@@ -291,9 +299,10 @@ def run(
       policy, other, draw, eos=tokenizer.eos_token_id, devices=make_mesh(fsdp, tensor),
       batch_size=min(batch_size, power_of_two(len(texts))))
   longest, keep = prompt_room(policy, generator, max_prompt_length)
-  left_out = [] if on_error == "skip" else None
+  left_out, reading = [] if on_error == "skip" else None, reading_of(policy, out)
   ids, cut = encode(
-      list(texts.values()), tokenizer, longest=longest, keep=keep, path=prompts, left_out=left_out)
+      list(texts.values()), tokenizer, longest=longest, keep=keep, path=prompts, reading=reading,
+      vocab_size=policy.config.vocab_size, left_out=left_out)
   if left_out:
     say(records.counted(left_out))
   texts = {i: text for (i, text), each in zip(texts.items(), ids) if each is not None}
@@ -303,7 +312,7 @@ def run(
   settings = dataclasses.asdict(draw) | {
       "model": policy.name, "weights": checkpoint.fingerprint(policy.params),
       "reference": other and checkpoint.fingerprint(other.params), "batch_size": generator.batch_size,
-      "max_prompt_length": longest, "keep": keep,
+      "max_prompt_length": longest, "keep": keep, "reading": dataclasses.asdict(reading),
       "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts.values()]).encode()).hexdigest()}
   policy = other = None  # the placed copies are the only ones now
   return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
@@ -313,6 +322,16 @@ def _identity(example: Example) -> str | list[dict] | dict:
   """What tells a prompt from another: itself, or where it has tools and the like the record of it all."""
   record = records.prompt_record(example)
   return record if len(record) > 1 else example.prompt
+def reading_of(policy: weights.Loaded, out: str | os.PathLike = "") -> tokenization.Reading:
+  """Returns how prompts are read: as the run's data were; of another model on the day its file was begun."""
+  if policy.settings is not None:
+    return tokenization.Reading.of(policy.settings.data)
+  about = pathlib.Path(out).with_suffix(".config.json") if out else None
+  try:
+    kept = json.loads(about.read_text())["reading"]["date"] if about else ""
+  except (OSError, ValueError, KeyError, TypeError):
+    kept = ""
+  return tokenization.Reading(date=kept or str(tokenization.Reading().day()))
 
 
 def make_mesh(fsdp: int, tensor: int) -> parallel.Mesh:

@@ -113,7 +113,8 @@ class RewardModel:
     tokenized = tokenization.tokenize_answers(
         list(zip(prompts, responses)), self._tokenizer, truncation=tokenization.Truncation(
             data.max_length, data.max_prompt_length,
-            data.keep or tokenization.TRUNCATION_SIDE.get(data.source, "start")))
+            data.keep or tokenization.TRUNCATION_SIDE.get(data.source, "start")),
+        reading=tokenization.Reading.of(data))
     batches = loader.Loader(
         loader.all_of(tokenized), seed=0, batch_size=_BATCH, row_length=self._settings.row_length,
         shards=self._devices.row_multiple)

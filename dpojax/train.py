@@ -1,11 +1,16 @@
 """Trains a model on comparisons: SFT, DPO or a reward model. Read it from top to bottom.
 
-python -m dpojax.train --config=FILE[:arg] --workdir=DIR [--config.key=value ...]
+python -m dpojax.train --config=FILE[:arg] --workdir=DIR [--config.key=value ...] [--dry_run]
 
-DIR/config.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/
+DIR/config.json  DIR/data_report.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/
+
+With --dry_run the data are read, reported and three comparisons shown as they will be scored; nothing is
+compiled, and nothing written but to the cache.
 """
 
 import contextlib
+import datetime
+import json
 import os
 import pathlib
 import shutil
@@ -29,7 +34,8 @@ from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
 from dpojax.command import command
 from dpojax.config import ConfigError
-from dpojax.data import loader, packing
+from dpojax.data import loader, packing, tokenization
+from dpojax.data import report as report_lib
 from dpojax.disk import DiskError, disk_errors
 from dpojax.errors import UserError
 from dpojax.metrics import MetricsWriter
@@ -64,14 +70,17 @@ def run(
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
   workdir = open_workdir(workdir, config)
+  config = with_template_date(config, workdir)
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
   data = data or resolve.load_data(config)
+  was_report = open_report(workdir, data)
   train_loader = resolve.make_loader(config, data.train, devices)
   held_out_loader = data.held_out and resolve.make_loader(config, data.held_out, devices)
   _report_plan(train_loader, config)
 
   setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_part)
+  resolve.check_ids(setup.model, config, data)
   _check_metrics(setup, train_loader, config, devices.axis_name)
   tx, train_step = resolve.make_train_step(config, setup.objective, devices)
   about = {
@@ -98,7 +107,7 @@ def run(
   if checkpoints.steps():
     first = checkpoints.steps()[-1]
     saved, was = checkpoints.restore(first, devices.restore_target(state))
-    check_same(was, about, workdir)
+    check_same(was, about, workdir, report_lib.differences(was_report, data.report or {}))
     state = devices.place(saved._replace(finite=np.ones((), bool)))
     if config.reference.sync_every:
       reference = devices.place(
@@ -156,6 +165,33 @@ def run(
                if config.checkpoint_every else "nothing is saved: checkpoint_every is 0"))
     checkpoints.close()
   return log.last.get("eval", log.last.get("train", {}))
+
+
+def dry_run(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike = "", count: int = 3) -> resolve.Data:
+  """Reads a run's data, reports on them and shows some comparisons as they will be scored.
+
+  Args:
+    config: as `run` takes it.
+    workdir: of a run that is there, if there is one: its chat template's day is told.
+    count: how many comparisons are shown.
+
+  Raises:
+    ConfigError, DataError: something given cannot be used.
+  """
+  config = weights.with_tokenizer(config)
+  config_lib.validate(config)
+  if workdir:
+    config = with_template_date(config, pathlib.Path(workdir))
+  data = resolve.load_data(config)
+  tokenizer, coloured = tokenization.load_tokenizer(config.tokenizer), sys.stdout.isatty()
+  if coloured:
+    say(report_lib.legend())
+  subset = getattr(data.train, "subset", data.train)
+  for i in range(min(count, len(subset))):
+    say(f"comparison {subset.example(i)}")
+    say(report_lib.shown(tokenizer, subset.comparison(i), subset.scored(i), coloured=coloured))
+  return data
 
 
 def join_processes(config: ml_collections.ConfigDict) -> None:
@@ -257,6 +293,7 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
   path = workdir / "config.json"
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
+    config = with_template_date(config, workdir)
     if path.exists():
       config_lib.check_continues(config_lib.from_json(path.read_text()), config)
     if is_main():
@@ -264,6 +301,31 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
       temporary.write_text(config_lib.to_json(config))
       os.replace(temporary, path)
   return workdir
+
+
+def with_template_date(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """Returns the config with a day for chat templates: its own, that of the run in the workdir, or today."""
+  if config.data.template_date:
+    return config
+  path = workdir / "config.json"
+  kept = config_lib.from_json(path.read_text()).data.get("template_date", "") if path.exists() else ""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data.template_date = kept or datetime.date.today().isoformat()
+  return config
+
+
+def open_report(workdir: pathlib.Path, data: resolve.Data) -> dict:
+  """Returns what data_report.json in the workdir says, or nothing, and writes it there if it is not."""
+  path = workdir / "data_report.json"
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    pass
+  if data.report is not None and is_main():
+    with disk_errors(workdir):
+      path.write_text(json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
+  return {}
 
 
 def _check_metrics(
@@ -295,12 +357,21 @@ def check_space(workdir: pathlib.Path, state: Any, config: ml_collections.Config
         f"{free / 2**20:.0f} MiB free; free some space, or set checkpoint_every=0")
 
 
-def check_same(was: dict, now: dict, workdir: pathlib.Path) -> None:
-  what = {"model": "model", "data": "prepared and tokenized data", "reference": "reference weights"}
+def check_same(was: dict, now: dict, workdir: pathlib.Path, of_data: str = "") -> None:
+  """Refuses to continue a run of another model, of other ids, or beside another reference.
+
+  Args:
+    was: what the checkpoint belongs to.
+    now: what this run is of.
+    workdir: the run's.
+    of_data: in what the data differ, in words.
+  """
+  what = {"model": "another model", "data": "other ids of its data", "reference": "another reference weights"}
   for key, name in what.items():
     if was[key] != now[key]:
+      why = f"; what differs is {of_data}" if key == "data" and of_data else ""
       raise CheckpointError(
-          f"the run in {workdir} was started with another {name} ({was[key]}, now {now[key]}); "
+          f"the run in {workdir} was started with {name} ({was[key]}, now {now[key]}){why}; "
           "bring it back, or start in another workdir")
 
 
@@ -376,9 +447,15 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   with command():
     join_processes(CONFIG.value)
-    run(CONFIG.value, WORKDIR.value)
+    if flags.FLAGS.dry_run:
+      dry_run(CONFIG.value, WORKDIR.value or "")
+    else:
+      run(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.DEFINE_bool("dry_run", False, "Report on the data, show three comparisons, and stop.")
+  flags.mark_flag_as_required("config")
+  flags.register_multi_flags_validator(
+      ["workdir", "dry_run"], lambda given: given["workdir"] or given["dry_run"], "--workdir is missing")
   app.run(main)

@@ -87,6 +87,7 @@ def run(
   members = members_of(config, seeds, axis, values)
   _check_can_sweep(config)
   workdir = train.open_workdir(workdir, config)
+  config = train.with_template_date(config, workdir)
   _check_same_sweep(workdir, members, at_once)
   at_once = min(at_once or len(members), len(members))
   sweep = _Sweep(config, members, at_once, data)
@@ -157,6 +158,8 @@ class _Sweep:
     random_start = not config.model.checkpoint or config.lora.rank
     setups = {seed: resolve.make_setup(of_seed(seed)) for seed in (seeds if random_start else seeds[:1])}
     self.setup = setup = setups[seeds[0]]
+    for each in datasets.values():
+      resolve.check_ids(setup.model, config, each)
     self.starts = {seed: setups.get(seed, setup).params for seed in seeds}
     self.about = {
         "model": setup.model.as_dict(), "data": [each.fingerprint for each in datasets.values()],

@@ -128,7 +128,7 @@ def test_whatever_ended_a_response_ends_the_export(given, tmp_path):
   data = resolve.load_data(settings)
   assert data.stop_ids == [0]
   tokens = data.train.data
-  tokens = dataclasses.replace(tokens, report=tokens.report | {"ended_by": {"0": 3, "9": 1, "4": 7}})
+  tokens = dataclasses.replace(tokens, report=tokens.report | {"stop_ids": [4, 0, 9]})
   data = data._replace(train=dataclasses.replace(data.train, data=tokens))
   train.run(settings, tmp_path / "run", data=data)
   assert export.export(tmp_path / "run", tmp_path / "out").stop_ids == (4, 0, 9)
@@ -138,10 +138,11 @@ def test_whatever_ended_a_response_ends_the_export(given, tmp_path):
 def test_only_whole_responses_end_somewhere(given):
   load = lambda **changes: resolve.load_data(weights.with_tokenizer(run_config(given, **changes)))
   whole = load().train.data.report
-  assert whole["ended_by"] == {"0": 160} and whole["responses_cut"] == 0
+  (end, count), = whole["ended_by"].items()
+  assert count == 160 and whole["stop_ids"] == [0] and whole["responses_cut"] == 0
   report = load(**{"data.max_length": 6, "data.max_prompt_length": 3}).train.data.report
   assert report["responses_cut"] > 20
-  assert report["ended_by"] == {"0": 2 * report["used"] - report["responses_cut"]}
+  assert report["ended_by"] == {end: 2 * report["used"] - report["responses_cut"]}
 
 
 @pytest.mark.parametrize("what, message", [

@@ -14,7 +14,9 @@ ORDER = [
     "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models.gguf", "models",
     "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.forms", "data.records",
-    "data.builders", "data.tokenization", "data.gguf", "data.packing", "data.loader", "data",
+    "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.shortening", "data.encoder",
+    "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.gguf",
+    "data.packing", "data.loader", "data.report", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
     "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "train", "sample", "intervals",
     "judging",
@@ -22,7 +24,8 @@ ORDER = [
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {
-    "flax": ("models",), "tensorflow_datasets": ("data.builders",), "transformers": ("data.tokenization",),
+    "flax": ("models",), "tensorflow_datasets": ("data.builders",),
+    "transformers": ("data.tokenization", "data.templates"),
     "huggingface_hub": ("models.hf", "data.hub"), "gguf": ("models.gguf",),
     "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",),
     "requests": ("judging", "data.builders")}

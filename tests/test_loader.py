@@ -1,5 +1,7 @@
 """Loading: position is step, no prompt on both sides of a split, shuffled labels, and processes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -115,3 +117,23 @@ def test_rows_taken_in_parts_are_dealt_evenly_and_hold_the_same_comparisons(rng)
     used = held.sum(axis=1)
     assert abs(used[0] - used[1]) <= 1 and all(
         row[:n].all() and not row[n:].any() for row, n in zip(held, used))
+
+
+def test_what_is_scored_goes_with_its_response(rng):
+  data = tokenized(rng)
+  mask = rng.random(len(data.ids)) < 0.5
+  masked = dataclasses.replace(data, mask=mask)
+  plain, subset = loader.all_of(data), loader.shuffle_labels(loader.all_of(masked), seed=0)
+  mismatched = loader.mismatched(subset, seed=0, max_length=20)
+  assert plain.scored(0) is None and loader.mismatched(plain, seed=0, max_length=20).scored(0) is None
+  for i in range(60):
+    prompt, responses = subset.comparison(i)
+    place = int(data.offsets[i]) + len(prompt)
+    own = np.split(mask[place:int(data.offsets[i + 1])], np.cumsum(data.lengths[i, 1:])[:-1])
+    for one, other in zip(subset.scored(i), own[::-1] if subset.swapped[i] else own):
+      np.testing.assert_array_equal(one, other)
+    counts = [each[0 if len(prompt) else 1:].sum() for each in subset.scored(i)]
+    np.testing.assert_array_equal(subset.scored_lengths[i], counts)
+    assert [len(each) for each in mismatched.comparison(i)[1]] == [len(each) for each in mismatched.scored(i)]
+  whole = plain.scored_lengths
+  np.testing.assert_array_equal(whole, plain.lengths[:, 1:] - (plain.lengths[:, :1] == 0))

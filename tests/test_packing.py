@@ -146,3 +146,23 @@ def test_a_process_fills_its_rows_only(rng):
       for spans in ([(0, plan.rows[0])], [(0, plan.rows[0] // 2), (plan.rows[0] // 2,) * 2]))
   joined = jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
   jax.tree.map(np.testing.assert_array_equal, whole[0], joined)
+
+
+def test_of_a_masked_response_the_scored_tokens_alone_are_scored(rng):
+  config = worlds.llama()
+  params = worlds.params_of(config)
+  examples = worlds.comparisons(rng, 4, 2)
+  masks = [[rng.random(len(response)) < 0.5 for response in responses] for _, responses in examples]
+  plan = packing.plan_in_order(worlds.lengths_of(examples), 4, 64)
+  rows = packing.fill(
+      [(*example, mask) for example, mask in zip(examples, masks)], plan.row[0], int(plan.rows[0]), plan.shape,
+      num_responses=2, example=range(4))
+  scores = jax.jit(lambda params: objectives.response_log_probs(
+      transformer.make_apply(config)(params, rows), rows, num_responses=2).sums)(params)
+  got = by_example(scores, rows, 4)
+  alone = jax.jit(lambda *sequence: alone_log_prob(config, params, *sequence))
+  for i, ((prompt, responses), of) in enumerate(zip(examples, masks)):
+    for k, (response, mask) in enumerate(zip(responses, of)):
+      tokens = np.pad(np.concatenate([prompt, response]), (0, 20 - len(prompt) - len(response)))
+      each = [alone(tokens, len(prompt) + j, len(prompt) + j + 1) for j in np.flatnonzero(mask)]
+      np.testing.assert_allclose(got[i, k], sum(each), rtol=1e-4, atol=1e-4)

@@ -103,7 +103,9 @@ def test_a_conversation_is_prompted_as_the_template_has_it(data_folder):
       "{% if add_generation_prompt %}[assistant]{% endif %}")
   (ids, cut), = tokenization.encode_prompts(
       [[{"role": "user", "content": "hello"}]], tokenizer, longest=50, keep="end")
-  assert not cut and tokenizer.decode(ids) == "<s> [user]hello</s>[assistant]"
+  assert not cut and tokenizer.decode(ids) == "[user]hello</s>[assistant]"
+  assert ids == tokenizer.apply_chat_template(
+      [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("written, stop_ids", [([7, 9], (7, 9)), (7, (7,)), (None, ())])

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies
 
 from dpojax.data import builders, tokenization
 from dpojax.data.examples import DataError, Example
-from dpojax.data.tokenization import Truncation
+from dpojax.data.tokenization import Reading, Truncation
 
 ROOMY = Truncation(100_000, 50_000, "end")
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -190,14 +190,17 @@ def test_a_chat_has_the_ids_of_its_template(both, chat, monkeypatch):
       assert prompt.count(llama.bos_token_id if tokenizer is llama else -1) == (tokenizer is llama)
 
 
-def test_a_chat_template_without_eos_gets_one_and_a_tokenizer_s_bos_stays(both, monkeypatch):
+def test_a_chat_template_without_eos_gets_one_and_no_bos_that_it_does_not_write(both, monkeypatch):
   llama = both["llama2"]
   monkeypatch.setattr(llama, "chat_template", (
       "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
       "{% if add_generation_prompt %}assistant:{% endif %}"))
   (prompt, (ids,)), = tokenization.encode([Example([USER], ("Left.",))], llama)
-  assert prompt[0] == llama.bos_token_id and prompt.count(llama.bos_token_id) == 1
-  assert decoded(llama, prompt, ids) == "user: Which way?\nassistant: Left.\n"
+  whole = llama.apply_chat_template([USER, {"role": "assistant", "content": "Left."}], return_dict=False)
+  assert prompt + ids == [*whole, llama.eos_token_id]
+  data = Memory([Example([USER], ("Left.", "Right."))])
+  report = tokenization.tokenize(data, llama, truncation=ROOMY).report
+  assert (report["without_bos"], report["responses_ended_with_eos_that_the_template_lacks"]) == (1, 2)
 
 
 def test_names_of_special_tokens_in_a_message_are_text(both, chat, monkeypatch):
@@ -218,13 +221,15 @@ def test_chats_that_cannot_be_rendered_are_answered(load, chat, comparisons):
       {"prompt": [USER], "responses": [[{"role": "assistant", "content": text}]]} for text in "ab"]
   with pytest.raises(DataError, match="has no chat template"):
     tokenization.tokenize(comparisons(*records), load("gpt2"), truncation=ROOMY)
-  chat.chat_template = "{{ messages | length }}{{ messages[-1].content }}"
-  with pytest.raises(DataError, match="does not put an answer behind the prompt"):
+  chat.chat_template = "{{ messages | length }}: {{ messages[-1].content | length }}"
+  with pytest.raises(DataError, match=r'no_clear_span.*record 0 \("Which way\?"\).*where the answer stands'):
     tokenization.tokenize(comparisons(*records), chat, truncation=ROOMY)
   chat.chat_template = CHATML + (
       "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}")
   tokens = tokenization.tokenize(comparisons(*records), chat, truncation=ROOMY)
   assert tokens.report["dropped"] == {"refused_by_template": 1}
+  assert tokens.report["first"]["refused_by_template"] == (
+      'record 1 ("Which way?"): the chat template says: no b')
   assert tokens.example.tolist() == [0]
 
 
@@ -345,22 +350,33 @@ def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
   for name in ("lengths", "ids", "offsets", "example"):
     np.testing.assert_array_equal(getattr(again, name), getattr(fresh, name))
   assert again.report == stored.report == fresh.report
-  assert [path.name for path in tmp_path.iterdir()] == [again.fingerprint]
+  assert again.fingerprint == stored.fingerprint == fresh.fingerprint
+  assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_whatever_changes_the_ids_changes_the_fingerprint(both, load, chat, comparisons):
-  data, other = (comparisons({"prompt": "Q", "responses": [" a", text]}) for text in (" b", " c"))
-  of = lambda data, tokenizer, truncation=ROOMY, count=2: tokenization.tokenize(
-      data, tokenizer, truncation=truncation, num_responses=count).fingerprint
-  seen = [of(data, both["gpt2"]), of(other, both["gpt2"]), of(data, both["llama2"]), of(data, chat),
-          of(data, both["gpt2"], dataclasses.replace(ROOMY, keep="start")),
-          of(data, both["gpt2"], count=1)]
-  chat.chat_template += " "
+def test_the_fingerprint_is_of_the_ids_and_the_cache_of_what_they_are_made_from(
+    both, load, chat, comparisons, tmp_path):
+  data, other = (comparisons({"prompt": "Q", "responses": [" A", text]}) for text in (" b", " c"))
+
+  def of(data, tokenizer, truncation=ROOMY, count=2, **reading):
+    tokens = tokenization.tokenize(
+        data, tokenizer, truncation=truncation, num_responses=count, cache_dir=tmp_path / "cache",
+        reading=Reading(**reading))
+    return tokens.fingerprint, len(list((tmp_path / "cache").iterdir()))
+
   lower = load("gpt2")
   lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-  seen += [of(data, chat), of(data, lower)]
-  assert len(set(seen)) == len(seen)
-  assert of(data, both["gpt2"]) == seen[0]
+  first, _ = of(data, both["gpt2"])
+  others = [of(other, both["gpt2"]), of(data, both["llama2"]), of(data, chat), of(data, both["gpt2"], count=1),
+            of(data, lower), of(data, both["gpt2"], Truncation(2, 1, "end"))]
+  assert len({first, *(fingerprint for fingerprint, _ in others)}) == 1 + len(others)
+  assert [folders for _, folders in others] == list(range(2, 2 + len(others)))
+  folders = 1 + len(others)
+  for changes in (dict(truncation=dataclasses.replace(ROOMY, keep="start")), dict(score="last"),
+                  dict(special_tokens="parse"), dict(arguments={"a": 1})):
+    folders += 1
+    assert of(data, both["gpt2"], **changes) == (first, folders)
+  assert of(data, both["gpt2"], date="2024-07-26") == (first, folders)  # no template asks for it
 
 
 def test_a_full_disk_leaves_nothing_half_written(data_folder, tmp_path):

@@ -348,7 +348,7 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"loss": "exo_pair"}, "config.loss is 'exo_pair', which needs loss_options.label_smoothing"),
     ({"reference.checkpoint": "/elsewhere"}, "set reference.may_differ=True"),
     ({"batch_size": 1000}, "batch_size is 1000 but there are 127 comparisons; lower batch_size"),
-    ({"model.vocab_size": 5}, "the tokenizer .* has 20 ids but the model 5"),
+    ({"model.vocab_size": 5}, "comparison .* has id .* of the tokenizer .* the model has embeddings of 5 ids; set model.vocab_size=0"),
     ({"model.checkpoint": "/nowhere"}, "/nowhere is not the workdir of a run"),
     ({"tokenizer": "/nowhere"}, "tokenizer '/nowhere' cannot be loaded"),
     ({"path": "/nowhere.jsonl"}, "data.path /nowhere.jsonl: no such file"),

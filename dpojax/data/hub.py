@@ -8,7 +8,6 @@ read as the hub converts it, from the branch refs/convert/parquet. See the hub's
 
 import contextlib
 import fnmatch
-import os
 import pathlib
 import re
 from typing import Callable, Iterator, NamedTuple

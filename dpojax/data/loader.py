@@ -43,6 +43,20 @@ class Subset:
     prompt, responses = self.data[int(self.index[i])]
     return prompt, responses[::-1] if self.swapped[i] else responses
 
+  def scored(self, i: int) -> list[np.ndarray] | None:
+    """Returns which ids of each response of the i-th comparison are scored, or None where all are."""
+    scored = self.data.scored(int(self.index[i]))
+    return scored[::-1] if scored is not None and self.swapped[i] else scored
+
+  @property
+  def scored_lengths(self) -> np.ndarray:
+    """[N, K] how many tokens of each response are scored and have a token before them."""
+    if self.data.mask is None:
+      lengths = self.lengths
+      return np.where(lengths[:, 1:] > 0, lengths[:, 1:] - (lengths[:, :1] == 0), 0)
+    return np.array([[int(each[0 if len(prompt) else 1:].sum()) for each in self.scored(i)]
+                     for i in range(len(self)) for prompt in [self.comparison(i)[0]]])
+
   def example(self, i: int) -> int:
     """Returns the example's id in the data set."""
     return int(self.data.example[self.index[i]])
@@ -82,6 +96,14 @@ class Mismatched:
     prompt, responses = self.subset.comparison(i)
     _, others = self.subset.comparison(int(self.partner[i]))
     return prompt, [*responses, others[self.which[i]][:self.max_length - len(prompt)]]
+
+  def scored(self, i: int) -> list[np.ndarray] | None:
+    """Returns which ids of each of those responses are scored, or None where all are."""
+    scored = self.subset.scored(i)
+    if scored is None:
+      return None
+    borrowed = self.subset.scored(int(self.partner[i]))[self.which[i]]
+    return [*scored, borrowed[:self.max_length - int(self.subset.lengths[i, 0])]]
 
   def example(self, i: int) -> int:
     """Returns the example's id in the data set."""
@@ -233,8 +255,9 @@ class Loader:
     first, count = self._span(total)
     row = self._dealt(plan.row[within], total)
     mine = (row >= first) & (row < first + count) & (index >= 0)
+    comparison = lambda i: (*self.subset.comparison(i), self.subset.scored(i))
     rows = packing.fill(
-        [self.subset.comparison(i) if here else None for i, here in zip(index, mine)],
+        [comparison(i) if here else None for i, here in zip(index, mine)],
         row, count, plan.shape, num_responses=self.lengths.shape[1] - 1,
         example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
         first_row=first, reference=None if self.reference is None else self.reference[index])

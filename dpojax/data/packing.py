@@ -189,7 +189,7 @@ def empty(
 
 
 def fill(
-    comparisons: Sequence[tuple[np.ndarray, list[np.ndarray]] | None], row: np.ndarray, rows: int,
+    comparisons: Sequence[tuple | None], row: np.ndarray, rows: int,
     shape: RowShape, *, num_responses: int, example: Sequence[int], first_row: int = 0,
     reference: np.ndarray | None = None,
 ) -> Rows:
@@ -199,7 +199,8 @@ def fill(
   nothing predicts it: it is read, not scored.
 
   Args:
-    comparisons: prompt ids and the list of response ids of each comparison.
+    comparisons: prompt ids and the list of response ids of each comparison; a list of which ids of each
+      response are scored may come third, None where all are.
     row: [B] the row of each comparison.
     rows: how many rows to fill.
     shape: what a row can hold.
@@ -213,7 +214,7 @@ def fill(
   for i, (r, comparison, identity) in enumerate(zip(row - first_row, comparisons, example)):
     if comparison is None or not 0 <= r < rows:
       continue
-    prompt, responses = comparison
+    prompt, responses, *which = comparison
     start, scored, number = used[r]
     out.example[r, number] = identity
     if reference is not None:
@@ -226,10 +227,11 @@ def fill(
       _place(out, r, at, response, number + 1, k + 1, len(prompt))
       source = np.arange(at - 1, at + len(response) - 1)
       source[0] = start + len(prompt) - 1
-      skip = 0 if len(prompt) else 1
-      count = len(response) - skip
-      out.source[r, scored:scored + count] = source[skip:]
-      out.target[r, scored:scored + count] = response[skip:]
+      chosen = np.ones(len(response), bool) if not which or which[0] is None else which[0][k].copy()
+      chosen[:1] &= len(prompt) > 0
+      count = int(chosen.sum())
+      out.source[r, scored:scored + count] = source[chosen]
+      out.target[r, scored:scored + count] = response[chosen]
       out.slot[r, scored:scored + count] = number * num_responses + k
       at, scored = at + len(response), scored + count
     used[r] = at, scored, number + 1
