@@ -48,6 +48,10 @@ def compare(path, folder, tokens):
   return apart, np.abs(want).max(), (model, config, params)
 
 
+def _said(apart, largest):
+  return ", ".join(f"{by:.1e} in {who}" for who, by in apart.items()) + f" are logits apart, of {largest:.1f}"
+
+
 def check_small(scratch):
   wrong = []
   made = scratch / made_data.NAME
@@ -62,7 +66,7 @@ def check_small(scratch):
         from_gguf.convert(path, scratch / where)
         tokens = np.random.default_rng(0).integers(values["vocab_size"], size=(2, 24)).astype(np.int32)
         apart, largest, _ = compare(path, scratch / where, tokens)
-        print(f"{where}: logits {apart} apart, of {largest:.1f}", flush=True)
+        print(f"{where}: {_said(apart, largest)}", flush=True)
         wrong += [f"{where} in {who}" for who, by in apart.items() if by > 1e-4 * largest]
   return wrong
 
@@ -82,7 +86,7 @@ def check_file(source, scratch):
   longest = max(map(len, ids))
   tokens = np.array([each + [0] * (longest - len(each)) for each in ids], np.int32)
   apart, largest, (model, config, params) = compare(path, scratch / "out", tokens)
-  print(f"logits {apart} apart, of {largest:.1f}")
+  print(_said(apart, largest))
   wrong = [who for who, by in apart.items() if by > 1e-3 * largest]
   model.generation_config = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0)
   with torch.no_grad():
