@@ -12,7 +12,7 @@ SIZES = {
 CONFIGS = {
     "llama": SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "qwen2": SIZES | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
-    "qwen3": SIZES | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}}
+    "qwen3": SIZES | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128}}
 """config.json of the models that `write` can write, by architecture."""
 
 NAMES = {
@@ -73,6 +73,8 @@ def write(path, values, tensors, kind="F32", *, tokenizer, metadata={}, drop=(),
       f"{architecture}.attention.head_count": values["num_attention_heads"],
       f"{architecture}.attention.head_count_kv": values["num_key_value_heads"],
       f"{architecture}.attention.key_length": values["head_dim"],
+      f"{architecture}.rope.dimension_count": values["head_dim"],
+      f"{architecture}.vocab_size": values["vocab_size"],
       f"{architecture}.attention.layer_norm_rms_epsilon": values["rms_norm_eps"],
       f"{architecture}.rope.freq_base": values["rope_theta"], **tokenizer, **metadata}
   for key, value in pairs.items():

@@ -19,9 +19,9 @@ from dpojax import from_gguf
 from dpojax.data import tokenization
 from dpojax.models import hf
 from tests import gguf_files, made_data, test_from_gguf
-from tests.parity.check_generation import greedy_here
 from tests.parity.check_peft import logits_here
 
+NEW_TOKENS = 40
 QUESTIONS = ("What is the capital of France?", "Write one sentence about rain.", "What is 12 plus 30?")
 TEXTS = ("The year 2024 had 366 days.", "a  7", "x = 12345\n\n  return  x", "na\u00efve \u2603 don't I'll",
          "\u5317\u306f\u3069\u3061\u3089\u3067\u3059\u304b 100%", " lead\ttab  ", "<|im_end|>")
@@ -48,6 +48,10 @@ def compare(path, folder, tokens):
   return apart, np.abs(want).max(), (model, config, params)
 
 
+def _said(apart, largest):
+  return ", ".join(f"{by:.1e} in {who}" for who, by in apart.items()) + f" are logits apart, of {largest:.1f}"
+
+
 def check_small(scratch):
   wrong = []
   made = scratch / made_data.NAME
@@ -62,7 +66,7 @@ def check_small(scratch):
         from_gguf.convert(path, scratch / where)
         tokens = np.random.default_rng(0).integers(values["vocab_size"], size=(2, 24)).astype(np.int32)
         apart, largest, _ = compare(path, scratch / where, tokens)
-        print(f"{where}: logits {apart} apart, of {largest:.1f}", flush=True)
+        print(f"{where}: {_said(apart, largest)}", flush=True)
         wrong += [f"{where} in {who}" for who, by in apart.items() if by > 1e-4 * largest]
   return wrong
 
@@ -82,15 +86,18 @@ def check_file(source, scratch):
   longest = max(map(len, ids))
   tokens = np.array([each + [0] * (longest - len(each)) for each in ids], np.int32)
   apart, largest, (model, config, params) = compare(path, scratch / "out", tokens)
-  print(f"logits {apart} apart, of {largest:.1f}")
+  print(_said(apart, largest))
   wrong = [who for who, by in apart.items() if by > 1e-3 * largest]
-  model.generation_config = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0)
-  with torch.no_grad():
-    texts = [model.generate(torch.tensor([each]))[0, len(each):].numpy() for each in ids]
-  here = greedy_here(config, params, ids)
-  for question, one, other in zip(QUESTIONS, here, texts):
-    same = bool(np.array_equal(one, other))
-    print(f"{question} -> {tokenizer.decode(one).partition('<|im_end|>')[0]!r}; greedy ids the same: {same}")
+  model.generation_config = transformers.GenerationConfig(
+      max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+  for question, prompt in zip(QUESTIONS, ids):
+    with torch.no_grad():
+      whole = model.generate(torch.tensor([prompt])).numpy().astype(np.int32)
+    # Greedy text is the same if the likeliest id behind each beginning of it is.
+    likeliest = logits_here(config, params, None, whole)[0].argmax(-1)
+    same = bool(np.array_equal(likeliest[len(prompt) - 1:-1], whole[0, len(prompt):]))
+    text = tokenizer.decode(whole[0, len(prompt):]).partition("<|im_end|>")[0]
+    print(f"{question} -> {text!r}; every id is the likeliest here too: {same}", flush=True)
     wrong += [] if same else [f"greedy text of {question!r}"]
   return wrong
 
