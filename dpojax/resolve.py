@@ -281,7 +281,8 @@ def _objective_of(
   return preference.preference_objective(
       apply, preference.make_terms(
           config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
-      beta=config.beta, num_responses=config.data.num_responses,
+      beta=config.beta, beta_factor=config_lib.beta_factor_of(config),
+      num_responses=config.data.num_responses, seed=config.seed,
       with_reference=config.reference.mode != "none", chunk_size=chunk_size, axis_name=axis_name,
       **config_lib.combined_with(config))
 

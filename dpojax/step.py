@@ -1,6 +1,6 @@
 """The train step, one pure function, and the optimizer it applies."""
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ from dpojax.parts import Parts
 
 OPTIMIZERS = ("rmsprop", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
+BETWEEN = ("linear", "geometric", "hold")
+
+BetaFactor = Callable[[jax.Array | int], jax.Array]
+"""Step -> what beta is multiplied by there."""
 
 
 class TrainState(NamedTuple):
@@ -43,6 +47,28 @@ def make_schedule(
     return learning_rate * warm * decay
 
   return schedule
+
+
+def make_beta_factor(
+    steps: Sequence[float], factors: Sequence[float], between: str = "linear") -> BetaFactor:
+  """Returns the factor of beta by step, given at some steps: as data, not code.
+
+  Args:
+    steps: ascending.
+    factors: at those steps, positive; before the first and behind the last it is as there.
+    between: 'linear', 'geometric' (linear in the logarithm), or 'hold', as at the step before.
+  """
+  steps, factors = jnp.asarray(steps, jnp.float32), jnp.asarray(factors, jnp.float32)
+
+  def factor(step):
+    step = jnp.asarray(step, jnp.float32)
+    if between == "hold":
+      return factors[jnp.maximum(jnp.searchsorted(steps, step, side="right") - 1, 0)]
+    if between == "geometric":
+      return jnp.exp(jnp.interp(step, steps, jnp.log(factors)))
+    return jnp.interp(step, steps, factors)
+
+  return factor
 
 
 def make_optimizer(
@@ -91,17 +117,17 @@ def make_train_step(
     parts: how many of the rows are computed at once.
     axis_name: the mapped axis gradients and metrics are summed over, under `pmap`.
   """
-  def loss_total(params, reference, rows):
-    loss, metrics = objective.evaluate(params, reference, rows)
+  def loss_total(params, reference, rows, step):
+    loss, metrics = objective.at(step)(params, reference, rows)
     return loss.total, (loss.count, metrics)
 
-  def one_part(params, reference, rows):
+  def one_part(params, reference, rows, step):
     (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(
-        params, reference, rows)
+        params, reference, rows, step)
     return grads, count, metrics
 
   def train_step(state, reference, rows):
-    sums = parts.sum(lambda part: one_part(state.params, reference, part), rows)
+    sums = parts.sum(lambda part: one_part(state.params, reference, part, state.step), rows)
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
@@ -136,9 +162,12 @@ def make_reference_step(*, alpha: float) -> Callable:
 def make_eval_step(
     objective: Objective, *, parts: Parts = Parts(), axis_name: str | None = None
 ) -> Callable:
-  """Returns `eval_step(params, reference, rows) -> metrics`, a dict of `Mean`s to be added up."""
-  def eval_step(params, reference, rows):
-    metrics = parts.sum(lambda part: objective.evaluate(params, reference, part)[1], rows)
+  """Returns `eval_step(params, reference, rows, step=0) -> metrics`, a dict of `Mean`s to be added up.
+
+  The step matters to an objective that moves with it.
+  """
+  def eval_step(params, reference, rows, step=0):
+    metrics = parts.sum(lambda part: objective.at(step)(params, reference, part)[1], rows)
     return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
   return eval_step

@@ -111,7 +111,7 @@ def run(
   with Log(workdir, config, first) as log, stop_signal() as stop_asked:
     if first == 0:
       batches = held_out_loader.evaluation() if config.eval_every else train_loader.training(0, 1)
-      metrics = evaluate(state.params, reference, batches)
+      metrics = evaluate(state.params, reference, batches, state.step)
       if setup.objective.needs_reference:
         check_agreement(metrics, config)
       if config.eval_every:
@@ -133,7 +133,8 @@ def run(
         metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
         log.write(step, "train", metrics | log.rates())
       if due(config.eval_every):
-        log.write(step, "eval", evaluate(state.params, reference, held_out_loader.evaluation()))
+        log.write(step, "eval", evaluate(
+            state.params, reference, held_out_loader.evaluation(), state.step))
         log.start_clock()
       if saving or (stopping and config.checkpoint_every):
         checkpoints.save(
@@ -182,15 +183,18 @@ def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict
 
 def make_evaluate(
     objective: objectives.Objective, devices, parts: Parts = Parts()) -> Callable:
-  """Returns `evaluate(params, reference, batches)`: an objective's metrics over all their comparisons."""
+  """Returns `evaluate(params, reference, batches, step)`: an objective's metrics over their comparisons.
+
+  `step` is placed, as that of a state; an objective that moves is evaluated as it is there.
+  """
   eval_step = devices.lift(
       step_lib.make_eval_step(objective, parts=parts, axis_name=devices.axis_name),
       donate_state=False)
 
-  def evaluate(params, reference, batches: Iterator[loader.Batch]) -> dict[str, float]:
+  def evaluate(params, reference, batches: Iterator[loader.Batch], step) -> dict[str, float]:
     sums = {}
     for batch in batches:
-      part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows))
+      part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows), step)
       for name, mean in jax.device_get(devices.collect(part)).items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
     return {name: float(total / count) if count else float("nan")
