@@ -46,8 +46,9 @@ _NARROWER = {
 
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
-    "parallel", "model.attention", "wandb_project", "data.cache_dir", "check_memory", "compile_cache")
-"""Keys that may differ when a run is continued: they leave every number as it is, to rounding."""
+    "parallel", "model.attention", "wandb_project", "sample_", "data.cache_dir", "check_memory",
+    "compile_cache")
+"""Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to rounding."""
 
 
 class ConfigError(UserError, ValueError):
@@ -125,18 +126,25 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.cache_dir = ""  # prepared data; empty: ~/.cache/dpojax
 
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "rmsprop"
+  config.optimizer.name = "rmsprop"  # one of step.OPTIMIZERS
   config.optimizer.learning_rate = 1e-6
   config.optimizer.warmup_steps = 150
   config.optimizer.schedule = "constant"
   config.optimizer.max_grad_norm = 10.0  # 0: no clipping
   config.optimizer.weight_decay = 0.0
+  config.optimizer.ema = 0.0  # decay of a running mean of params, which is then evaluated and loaded; 0: none
 
   config.log_every = 10
   config.eval_every = 100  # 0: never
   config.checkpoint_every = 500  # 0: never; else also at the end
   config.checkpoint_keep = 1  # last n kept; 0: all
   config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
+  config.sample_every = 0  # steps between samples of the policy, also at the start and the end; 0: never
+  config.sample_prompts = ""  # .jsonl of prompts, as of dpojax.sample; empty: of the held-out data
+  config.sample_limit = 16  # prompts that are answered
+  config.sample_count = 1  # samples of each
+  config.sample_max_new_tokens = 128
+  config.sample_scorer = ""  # workdir of a reward model, or module:function(prompt, response)
   config.wandb_project = ""
   config.check_memory = True  # compile before the first step and refuse what does not fit a device
   config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto:
@@ -192,15 +200,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "data.keep", ("", "end", "start"))
   _one_of(config, "data.on_error", ("skip", "raise"))
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
+  _check_optimizer(config)
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
   _one_of(config, "beta_schedule.between", step.BETWEEN)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
   for key in ("steps", "batch_size", "row_length", "data.max_length",
-              "data.max_prompt_length", "log_every", "model.width", "model.layers", "model.heads",
+              "data.max_prompt_length", "log_every", "sample_limit", "sample_count",
+              "sample_max_new_tokens", "model.width", "model.layers", "model.heads",
               "parallel.fsdp", "parallel.tensor", "parallel.num_processes"):
     _at_least(config, key, 1)
-  for key in ("seed", "chunk_size", "rows_at_once", "eval_every", "checkpoint_every", "checkpoint_keep",
-              "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
+  for key in ("seed", "chunk_size", "rows_at_once", "sample_every", "eval_every", "checkpoint_every",
+              "checkpoint_keep", "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
               "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm", "optimizer.weight_decay",
               "lora.rank", "parallel.data", "parallel.process_id"):
     _at_least(config, key, 0)
@@ -233,6 +243,9 @@ def _check_combinations(config) -> None:
     raise ConfigError(
         f"config.eval_every is {config.eval_every} but there is nothing to evaluate on; set "
         "data.eval_path or data.eval_size, or eval_every=0")
+  if config.sample_every and config.objective == "reward":
+    raise ConfigError(f"config.sample_every is {config.sample_every} but a reward model writes nothing; "
+                      "set it to 0")
   if config.checkpoint_best and not (
       config.eval_every and config.checkpoint_every and config.checkpoint_every % config.eval_every == 0):
     raise ConfigError(
@@ -243,6 +256,29 @@ def _check_combinations(config) -> None:
     raise ConfigError(
         f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
         "pip install 'dpojax[wandb]', or leave it empty")
+
+
+def _check_optimizer(config) -> None:
+  """Refuses what an optimizer has not, or would do twice."""
+  settings = config.optimizer
+  if settings.weight_decay and settings.name not in step.DECAYS:
+    raise ConfigError(
+        f"config.optimizer.weight_decay is {settings.weight_decay} but {settings.name} has none; set it "
+        f"to 0, or name one of {', '.join(step.DECAYS)}")
+  if not 0 <= settings.ema < 1:
+    raise ConfigError(f"config.optimizer.ema is {settings.ema}; it must be in [0, 1)")
+  if settings.name in step.AVERAGES:
+    for key, none in (("ema", 0.0), ("schedule", "constant")):
+      if settings[key] != none:
+        raise ConfigError(
+            f"config.optimizer.{key} is {settings[key]!r} but {settings.name} averages params in its "
+            f"place; set optimizer.{key}={none!r}")
+
+
+def averages(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether the params to evaluate are a mean that the optimizer keeps."""
+  settings = config.optimizer
+  return settings.name in step.AVERAGES or bool(settings.get("ema"))  # older runs have no such key
 
 
 def _check_lora(config) -> None:

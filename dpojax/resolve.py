@@ -144,7 +144,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[Callable, Any]:
       steps=config.steps)
   return schedule, step.make_optimizer(
       settings.name, schedule, max_grad_norm=settings.max_grad_norm,
-      weight_decay=settings.weight_decay)
+      weight_decay=settings.weight_decay, ema=settings.ema)
+
+
+def make_evaluated(
+    config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Callable[[step.TrainState], Any]:
+  """Returns state -> the placed params that are to be evaluated."""
+  if not config_lib.averages(config):
+    return lambda state: state.params
+  average = devices.lift(step.average_of, donate_state=False)
+  return lambda state: average(state.params, state.opt_state)
 
 
 def make_train_step(

@@ -2,7 +2,7 @@
 
 python -m dpojax.train --config=FILE[:arg] --workdir=DIR [--config.key=value ...]
 
-DIR/config.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/
+DIR/config.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/  DIR/samples.jsonl
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, parallel, plan, resolve, weights
+from dpojax import checkpoint, objectives, parallel, plan, resolve, watching, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
@@ -104,8 +104,11 @@ def run(
     say(f"continuing from step {first} of {workdir}")
 
   evaluate = make_evaluate(setup.objective, devices, resolve.parts_of(config, devices))
+  evaluated = resolve.make_evaluated(config, devices)
   move_reference = devices.lift(
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
+  watch = watching.make_watcher(
+      config, setup.model, data.held_out or data.train, workdir, devices, after_step=first or -1)
   moving = lambda: devices.collect(reference) if config.reference.sync_every else None
 
   with Log(workdir, config, first) as log, stop_signal() as stop_asked:
@@ -116,6 +119,8 @@ def run(
         check_agreement(metrics, config)
       if config.eval_every:
         log.write(0, "eval", metrics)
+      if watch is not None:
+        log.write(0, "samples", watch(0, evaluated(state), reference))
 
     log.start_clock()
     for batch, rows, waited in _placed_ahead(train_loader.training(first, config.steps), devices):
@@ -134,7 +139,10 @@ def run(
         log.write(step, "train", metrics | log.rates())
       if due(config.eval_every):
         log.write(step, "eval", evaluate(
-            state.params, reference, held_out_loader.evaluation(), state.step))
+            evaluated(state), reference, held_out_loader.evaluation(), state.step))
+        log.start_clock()
+      if watch is not None and due(config.sample_every):
+        log.write(step, "samples", watch(step, evaluated(state), reference))
         log.start_clock()
       if saving or (stopping and config.checkpoint_every):
         checkpoints.save(
@@ -255,7 +263,7 @@ class Log:
     if self._writer is not None:
       self._writer.write(step, split, metrics)
     names = ("loss", "rewards/accuracies", "rewards/margins", "objective/scores", "objective/kl",
-             "grad_norm", "pairs_per_second")
+             "kl", "score", "tokens", "grad_norm", "pairs_per_second")
     text = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     with tqdm.tqdm.external_write_mode(file=sys.stdout):
       say(f"step {step}/{self._steps}  {split}  {text}")

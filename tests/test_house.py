@@ -15,8 +15,8 @@ ORDER = [
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
-    "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
-    "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]
+    "metrics", "resolve", "plan", "export", "sample", "scorers", "watching", "train", "intervals",
+    "judging", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {
