@@ -28,6 +28,20 @@ PAPERS = {
     "Liu et al. 2024": "https://arxiv.org/abs/2409.06411",
     "Zhou et al. 2024": "https://arxiv.org/abs/2406.11827",
     "Gorbatovski et al. 2024": "https://arxiv.org/abs/2404.09656",
+    "Pal et al. 2024": "https://arxiv.org/abs/2402.13228",
+    "Xiao et al. 2024": "https://arxiv.org/abs/2412.14516",
+    "Cho et al. 2025": "https://arxiv.org/abs/2506.12725",
+    "Lan et al. 2025": "https://arxiv.org/abs/2507.21183",
+    "Tang et al. 2024": "https://arxiv.org/abs/2402.05749",
+    "Park et al. 2024": "https://arxiv.org/abs/2403.19159",
+    "Omura et al. 2024": "https://arxiv.org/abs/2411.07595",
+    "Zeng et al. 2024": "https://arxiv.org/abs/2404.11999",
+    "Wu et al. 2024b": "https://arxiv.org/abs/2407.08639",
+    "Wu et al. 2024c": "https://arxiv.org/abs/2407.07880",
+    "Lee et al. 2025": "https://arxiv.org/abs/2502.13177",
+    "Gupta et al. 2025": "https://arxiv.org/abs/2501.03884",
+    "Xie et al. 2024": "https://arxiv.org/abs/2405.21046",
+    "Lu et al. 2024b": "https://arxiv.org/abs/2406.10957",
     "Schulman 2020": "http://joschu.net/blog/kl-approx.html",
 }
 """Where to read what the docstrings cite."""
@@ -70,6 +84,12 @@ NAMES = {
     "`f_dpo_loss`, `alpha_divergence`": Names(
         "`sigmoid`, `f_divergence_type=alpha_divergence`"),
     "`simpo_loss` of means": Names("CPO `simpo`, `simpo_gamma`"),
+    "`alphapo_loss` of means": Names("CPO `simpo`, `simpo_gamma`, `alpha`"),
+    "`dpo_loss` + `nll_loss` of means (RPO)": Names("`sigmoid,sft`, `loss_weights`"),
+    "`dpop_loss`, `cal_dpo_loss`, `bdpo_loss`, `mappo_loss`": Names(),
+    "`gpo_exponential_loss`, `gpo_truncated_quadratic_loss`, `gpo_savage_loss`": Names(),
+    "`r_dpo_loss`, `h_dpo_loss`, `tdpo1_loss`, `tdpo2_loss`": Names(),
+    "`beta_dpo_loss`, `epsilon_dpo_loss`, `dr_dpo_weights`, `sampo_log_probs`": Names(),
     "`cpo_loss`": Names(
         "CPO `sigmoid`, `cpo_alpha=0`", "`loss.reference_free`", "`ref_model=None`"),
     "`cpo_loss` + `nll_loss`": Names("CPO `sigmoid`, `cpo_alpha`"),
@@ -103,8 +123,52 @@ SETTINGS = [
     ("`ld_dpo_log_probs`", "alpha 0.5 to start from", "", "TRL"),
     ("`mix_reference`", "alpha 0.6 every 512 steps, beta 0.05", "learning rate 1e-6", "TRL"),
     ("`unlikelihood_loss`", "alpha 0.05, 0.1, 0.5, 1", "", "paper"),
+    ("`dpop_loss`", "beta 0.3, weight 50", "", "paper, Sec. 5, in notes on v2"),
+    ("`bdpo_loss`", "mix 0.5", "", "author's article"),
+    ("`tdpo2_loss`", "beta 0.1, alpha 0.5", "", "authors' code"),
+    ("`beta_dpo_loss`, `beta_dpo_filter`", "beta 0.1, alpha 0.6, share 0.8, running means of 0.9",
+     "batch 64, learning rate 5e-7", "authors' code"),
+    ("`dr_dpo_weights`", "tau 1, beta 0.1", "batch 64", "authors' code"),
 ]
 """Function, knobs, training, and who reports them: the paper, TRL's paper index, SimPO's README."""
+
+READ = {
+    "dpop_loss": (
+        "paper, Eq. 3, as quoted in notes on v2; PaddleNLP, SamPO's repository",
+        "inside of the sigmoid, times beta, here, there and in the paper; mlx-lm and others add weight "
+        "max(0, -h_w) outside"),
+    "cal_dpo_loss": (
+        "authors' `scripts/dpo_trainer.py` (tengxiao1/Cal-DPO); the paper's listing in a copy",
+        "weight 1/2 in the repository, 1 in the listing; neither has beta in the logistic term"),
+    "bdpo_loss": ("an author's article on the paper; two other implementations",
+                  "some implementations call 1 - mix alpha"),
+    "mappo_loss": ("paper, Eq. 8 (v5)", "the paper's text; its gradient, Eq. 10, leaves out one beta in u"),
+    "gpo_exponential_loss": ("one other implementation; named in BPO's table of GPO's losses", "none seen"),
+    "gpo_truncated_quadratic_loss": (
+        "one other implementation; named in BPO's table of GPO's losses", "none seen"),
+    "gpo_savage_loss": ("one other implementation; named in BPO's table of GPO's losses", "none seen"),
+    "r_dpo_loss": ("SamPO's `dpo_trainer.py` (`lenN`); it follows from the reward r - alpha |y|",
+                   "none seen"),
+    "h_dpo_loss": ("one other implementation; it follows from the objective, which a test holds",
+                   "none seen"),
+    "tdpo1_loss": ("authors' `trainers.py` (Vance0124/Token-level-Direct-Preference-Optimization)", "none"),
+    "tdpo2_loss": ("authors' `trainers.py` (Vance0124/Token-level-Direct-Preference-Optimization)",
+                   "SamPO's repository has it too; others stop the gradient of both D"),
+    "beta_dpo_loss": (
+        "authors' `trainers.py` (junkangwu/beta-DPO)",
+        "one beta a batch, of the pairs kept, here and there; other implementations give each pair its own"),
+    "beta_dpo_filter": ("authors' `trainers.py` (junkangwu/beta-DPO)", "none"),
+    "epsilon_dpo_beta": ("authors' `trainer.py` (oddqueue/e-dpo)",
+                         "label_smoothing has no effect in the authors' code"),
+    "epsilon_dpo_loss": ("authors' `trainer.py` (oddqueue/e-dpo)", "as above"),
+    "alphapo_loss": ("TRL's `CPOTrainer`, to which it is held", "none"),
+    "sampo_log_probs": ("authors' `dpo_trainer.py` (LuJunru/SamPO)",
+                        "the authors draw tokens for policy and reference apart; here the same for both"),
+    "dr_dpo_weights": ("authors' `trainers.py` and README (junkangwu/Dr_DPO)",
+                       "theirs is the batch's loss, these the weights that give its gradient"),
+    "xpo_loss": ("TRL's `XPOTrainer` (0.22)", "none"),
+}
+"""Where the formulas that no golden vector of TRL holds were read, and where readings differ."""
 
 BETA_IN_WORDS = {
     "dpo": "reaches any given loss at a smaller margin, so it moves less",
@@ -119,6 +183,13 @@ BETA_IN_WORDS = {
     "apo_zero": "saturates at smaller log-ratios, on the right side and on the wrong one",
     "apo_down": "saturates at smaller log-ratios; while h_l < 0 the chosen rests halfway, at h_l / 2",
     "discopop": "has its local minimum, on the wrong side of 0, nearer to the reference",
+    "dpop": "like DPO; the penalty grows with it",
+    "cal_dpo": "rests both responses nearer to the reference",
+    "bdpo": "like DPO; a rejected response gains no more than -beta log(1 - mix)",
+    "mappo, gap 0.5": "like DPO",
+    "gpo_exponential": "like DPO; a margin on the wrong side counts exponentially",
+    "gpo_truncated_quadratic": "is content at a smaller margin, and pushes harder until there",
+    "gpo_savage": "saturates at smaller margins, on the right side and on the wrong one",
     "f_dpo_forward_kl": "like DPO; below the reference a log-ratio counts exponentially",
     "f_dpo_js_divergence": "like DPO; what lies above the reference counts little",
     "f_dpo_alpha_divergence": "between DPO and the forward KL",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from docs.losses_facts import BETA_IN_WORDS, NAMES, PAPERS, SETTINGS
+from docs.losses_facts import BETA_IN_WORDS, NAMES, PAPERS, READ, SETTINGS
 from dpojax import losses, preference
 from dpojax.losses import Pair
 
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
   @property
   def formula(self) -> str:
     """The first sentence without its verb, shape and citation."""
-    citation = r" \((?:\w+, )?[A-Z][\w']*(?: et al\.)? \d{4}[^()]*\)"
+    citation = r" \((?:\w+, )?[A-Z][\w']*(?: et al\.)? \d{4}[a-z]?[^()]*\)"
     text = re.sub(citation, "", _joined(self.doc.split("\n\n")[0]))
     text = re.match(r"Returns (.*?)(?:\.$|\. [A-Zai]|: [A-Z])", text).group(1)
     text = re.sub(r"(, \[\.[^\]]*\]|, the baseline .*)+$", "", text)
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
   def citations(self) -> list[tuple[str, str]]:
     """(paper, equation) in order of mention, each paper once."""
     found = re.findall(
-        r"([A-Z][\w']+(?: et al\.)? \d{4})"
+        r"([A-Z][\w']+(?: et al\.)? \d{4}[a-z]?)"
         r"(?:,? \(?((?:Eq\. [\d.]*\d(?: and \d+)?|Sec\. \d+|App\. [A-Z]\.\d+)))?", _joined(self.doc))
     places = {}
     for paper, place in found:
@@ -249,6 +249,34 @@ def other_knobs() -> str:
       ("`cpo_loss`", sums, "beta", BETAS, lambda w, l, x: losses.cpo_loss(Pair(w, l), beta=x)),
       ("`unlikelihood_loss`", sums, "alpha", BETAS,
        lambda w, l, x: losses.unlikelihood_loss(Pair(w, l), alpha=x)),
+      ("`dpop_loss`, beta 0.1", ratios, "weight", (0.0, 5.0, 50.0), knob(losses.dpop_loss, "weight")),
+      ("`cal_dpo_loss`, beta 0.1", ratios, "weight", (0.0, 0.5, 1.0),
+       knob(losses.cal_dpo_loss, "weight")),
+      ("`bdpo_loss`, beta 0.1", ratios, "mix", (0.1, 0.5, 0.9), knob(losses.bdpo_loss, "mix")),
+      ("`mappo_loss`, beta 0.1", ratios, "gap", (0.0, 0.5, 1.0), knob(losses.mappo_loss, "gap")),
+      ("`r_dpo_loss`, beta 0.1, 20 and 10 tokens", ratios, "alpha", (0.0, 0.01, 0.05),
+       lambda w, l, x: losses.r_dpo_loss(
+           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(20.0, 10.0), beta=0.1, alpha=x)),
+      ("`h_dpo_loss`, beta 0.1, a reference of zeros", sums, "alpha", (0.8, 1.0, 1.2),
+       lambda w, l, x: losses.h_dpo_loss(Pair(w, l), Pair(0.0 * w, 0.0 * l), beta=0.1, alpha=x)),
+      ("`tdpo1_loss`, D 1 and 3", ratios, "beta", BETAS,
+       lambda w, l, x: losses.tdpo1_loss(
+           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(1.0, 3.0), beta=x)),
+      ("`tdpo2_loss`, beta 0.1, D 1 and 3", ratios, "alpha", (0.0, 0.5, 1.0),
+       lambda w, l, x: losses.tdpo2_loss(
+           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(1.0, 3.0), beta=0.1, alpha=x)),
+      ("`beta_dpo_loss`, beta 0.1, center 2", ratios, "alpha", (0.0, 0.3, 0.6),
+       lambda w, l, x: losses.beta_dpo_loss(
+           Pair(w[None], l[None]), Pair(0.0 * w[None], 0.0 * l[None]), beta=0.1, center=2.0,
+           alpha=x)[0]),
+      ("`epsilon_dpo_loss`, beta 0.1, s = 1", ratios, "epsilon", (0.0, 0.01, 0.1),
+       lambda w, l, x: losses.epsilon_dpo_loss(
+           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(w - 1, l), Pair(w + 1, l), beta=0.1, epsilon=x)),
+      ("`alphapo_loss`, beta 2.5, gamma 0.5", means, "alpha", (0.01, 0.25, 1.0),
+       lambda w, l, x: losses.alphapo_loss(Pair(w, l), beta=2.5, gamma=0.5, alpha=x)),
+      ("`xpo_loss` of the rejected response, beta 0.1", ratios, "alpha", (0.0, 1e-3, 1e-2),
+       lambda w, l, x: losses.xpo_loss(
+           Pair(w, l), Pair(0.0 * w, 0.0 * l), l, beta=0.1, alpha=x)),
   ]
   rows = [(name, inputs, f"{sweep} {numbers(values)}", *measured(loss, *place, values))
           for name, (inputs, *place), sweep, values, loss in sweeps]
@@ -280,6 +308,11 @@ def names() -> str:
   return table(head, [(key, *(cell or "–" for cell in row)) for key, row in NAMES.items()])
 
 
+def read() -> str:
+  head = ("function", "read in", "where readings differ")
+  return table(head, [(f"`{name}`", *cells) for name, cells in READ.items()])
+
+
 def settings() -> str:
   head = ("loss", "knobs", "training", "as reported by")
   return table(head, [tuple(cell or "–" for cell in row) for row in SETTINGS])
@@ -288,7 +321,8 @@ def settings() -> str:
 BLOCKS = {
     "overview": overview, "functions": functions, "at the start": lambda: at(0, 0),
     "later": lambda: at(-2, -6), "resting": resting, "other knobs": other_knobs,
-    "kl estimators": kl_estimators, "names": names, "settings": settings}
+    "kl estimators": kl_estimators, "names": names, "settings": settings,
+    "read": read}
 
 
 def fill(page: str) -> str:

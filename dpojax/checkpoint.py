@@ -21,6 +21,7 @@ from dpojax.errors import UserError
 from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.step import average_of
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -168,7 +169,8 @@ class Checkpoints:
 def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:
   """Returns the policy of a run: of its last checkpoint, or of the one at `step`.
 
-  That of an adapter is merged into the base the run's settings name.
+  Where the run's optimizer averages params, it is their average. That of an adapter is merged into
+  the base the run's settings name.
 
   Raises:
     CheckpointError: there is no such run, or no such checkpoint in it, or the base is not there.
@@ -233,7 +235,11 @@ def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:
   """What a run has trained, and what its checkpoint says of itself."""
   settings = load_settings(workdir)
   with _opened(workdir, step) as (checkpoints, step):
-    params, about = checkpoints.restore_arrays(step, "params")
+    if config_lib.averages(settings):
+      state, about = checkpoints.restore_arrays(step)
+      params = average_of(state["params"], state["opt_state"])
+    else:
+      params, about = checkpoints.restore_arrays(step, "params")
   return Policy(
       ModelConfig(**about["model"]), params, step, settings, tuple(about.get("stop_ids", ()))), about
 

@@ -22,7 +22,7 @@ LOSSES = {
 }
 """Names `config.loss` takes, by objective; for 'dpo' also several, comma-separated, which add."""
 
-COMBINED = ("length_normalize", "ld_alpha", "wpo")
+COMBINED = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
 """Keys of `loss_options` that change what a loss is given. The others are keywords of losses."""
 
 _KNOBS = {
@@ -32,16 +32,25 @@ _KNOBS = {
     "alpha": (lambda x: 0 <= x < math.inf, "at least 0"),
     "gamma": (lambda x: 0 <= x < math.inf, "at least 0"),
     "weight": (lambda x: 0 < x < math.inf, "positive"),
+    "mix": (lambda x: 0 < x < 1, "in (0, 1)"),
+    "gap": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "epsilon": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "desirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
     "undesirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
 }
 """Keywords of losses that `config.loss_options` takes, and the values that make sense."""
 
+_NARROWER = {
+    "exo_pair": ("label_smoothing", 1.0, "between 0 and 1"),
+    "f_dpo_alpha_divergence": ("alpha", 1.0, "between 0 and 1"),
+    "alphapo": ("alpha", 100.0, "above 0"), "h_dpo": ("alpha", 100.0, "above 0")}
+"""Losses that take less of a knob than others: its name, its bound above (0 is below), in words."""
+
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
-    "profile_steps", "parallel", "model.attention", "wandb_project", "data.cache_dir", "check_memory",
-    "compile_cache")
-"""Keys that may differ when a run is continued: they leave every number as it is, to rounding."""
+    "profile_steps", "parallel", "model.attention", "wandb_project", "sample_", "data.cache_dir",
+    "check_memory", "compile_cache")
+"""Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to rounding."""
 
 
 class ConfigError(UserError, ValueError):
@@ -60,8 +69,14 @@ def defaults() -> ml_collections.ConfigDict:
     config.loss_options[name] = config_dict.placeholder(float)
   config.loss_options.length_normalize = False  # mean log-probs over tokens where sums are read
   config.loss_options.ld_alpha = config_dict.placeholder(float)  # LD-DPO; 1 is plain sums
+  config.loss_options.sampo = False  # SamPO: as many tokens, drawn each step, as the shorter response has
   config.loss_options.wpo = False  # weigh pairs by how likely the policy is to sample them
+  config.loss_options.dr_dpo = config_dict.placeholder(float)  # Dr. DPO's tau: less weight for large losses
   config.beta = 0.1
+  config.beta_schedule = ml_collections.ConfigDict()
+  config.beta_schedule.steps = ()  # where the factors stand, ascending, such as (0, 500); empty: beta stays
+  config.beta_schedule.factors = ()  # what beta is multiplied by there; outside of them, as at the nearest
+  config.beta_schedule.between = "linear"  # linear, geometric; hold: as at the step before
   config.steps = 1000
   config.batch_size = 64  # comparisons a step, over all devices
   config.rows_at_once = 0  # rows a device computes at once; 0: all of a step
@@ -118,12 +133,13 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.cache_dir = ""  # prepared data; empty: ~/.cache/dpojax
 
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "rmsprop"
+  config.optimizer.name = "rmsprop"  # one of step.OPTIMIZERS
   config.optimizer.learning_rate = 1e-6
   config.optimizer.warmup_steps = 150
   config.optimizer.schedule = "constant"
   config.optimizer.max_grad_norm = 10.0  # 0: no clipping
   config.optimizer.weight_decay = 0.0
+  config.optimizer.ema = 0.0  # decay of a running mean of params, which is then evaluated and loaded; 0: none
 
   config.log_every = 10
   config.eval_every = 100  # 0: never
@@ -131,6 +147,12 @@ def defaults() -> ml_collections.ConfigDict:
   config.checkpoint_keep = 1  # last n kept; 0: all
   config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
   config.profile_steps = ""  # such as 10:15: an xprof trace of steps 10 to 15, beside TensorBoard's files
+  config.sample_every = 0  # steps between samples of the policy, also at the start and the end; 0: never
+  config.sample_prompts = ""  # .jsonl of prompts, as of dpojax.sample; empty: of the held-out data
+  config.sample_limit = 16  # prompts that are answered
+  config.sample_count = 1  # samples of each
+  config.sample_max_new_tokens = 128
+  config.sample_scorer = ""  # workdir of a reward model, or module:function(prompt, response)
   config.wandb_project = ""
   config.check_memory = True  # compile before the first step and refuse what does not fit a device
   config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto:
@@ -166,7 +188,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ConfigError(f"config.{key} is {value!r}; it must be a number")
       continue
-    if key == "loss_weights":
+    if isinstance(default, tuple):
       value, default = list(value) if isinstance(value, (list, tuple)) else value, []
     kinds = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
@@ -190,16 +212,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "data.form", ("", *records.FORMS))
   _check_reading(config)
   _one_of(config, "optimizer.name", step.OPTIMIZERS)
+  _check_optimizer(config)
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
+  _one_of(config, "beta_schedule.between", step.BETWEEN)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
   for key in ("steps", "batch_size", "row_length", "data.max_length",
-              "data.max_prompt_length", "log_every", "model.width", "model.layers", "model.heads",
+              "data.max_prompt_length", "log_every", "sample_limit", "sample_count",
+              "sample_max_new_tokens", "model.width", "model.layers", "model.heads",
               "parallel.fsdp", "parallel.tensor", "parallel.num_processes"):
     _at_least(config, key, 1)
-  for key in ("seed", "chunk_size", "rows_at_once", "eval_every", "checkpoint_every", "checkpoint_keep",
-              "data.eval_size", "model.vocab_size", "model.kv_heads", "model.max_positions",
-              "reference.sync_every", "optimizer.warmup_steps", "optimizer.max_grad_norm",
-              "optimizer.weight_decay", "lora.rank", "parallel.data", "parallel.process_id"):
+  for key in ("seed", "chunk_size", "rows_at_once", "sample_every", "eval_every", "checkpoint_every",
+              "checkpoint_keep", "data.eval_size", "model.vocab_size", "model.kv_heads",
+              "model.max_positions", "reference.sync_every", "optimizer.warmup_steps",
+              "optimizer.max_grad_norm", "optimizer.weight_decay", "lora.rank", "parallel.data",
+              "parallel.process_id"):
     _at_least(config, key, 0)
   for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):
@@ -245,6 +271,9 @@ def _check_combinations(config) -> None:
     raise ConfigError(
         f"config.eval_every is {config.eval_every} but there is nothing to evaluate on; set "
         "data.eval_path or data.eval_size, or eval_every=0")
+  if config.sample_every and config.objective == "reward":
+    raise ConfigError(f"config.sample_every is {config.sample_every} but a reward model writes nothing; "
+                      "set it to 0")
   if config.checkpoint_best and not (
       config.eval_every and config.checkpoint_every and config.checkpoint_every % config.eval_every == 0):
     raise ConfigError(
@@ -255,6 +284,29 @@ def _check_combinations(config) -> None:
     raise ConfigError(
         f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
         "pip install 'dpojax[wandb]', or leave it empty")
+
+
+def _check_optimizer(config) -> None:
+  """Refuses what an optimizer has not, or would do twice."""
+  settings = config.optimizer
+  if settings.weight_decay and settings.name not in step.DECAYS:
+    raise ConfigError(
+        f"config.optimizer.weight_decay is {settings.weight_decay} but {settings.name} has none; set it "
+        f"to 0, or name one of {', '.join(step.DECAYS)}")
+  if not 0 <= settings.ema < 1:
+    raise ConfigError(f"config.optimizer.ema is {settings.ema}; it must be in [0, 1)")
+  if settings.name in step.AVERAGES:
+    for key, none in (("ema", 0.0), ("schedule", "constant")):
+      if settings[key] != none:
+        raise ConfigError(
+            f"config.optimizer.{key} is {settings[key]!r} but {settings.name} averages params in its "
+            f"place; set optimizer.{key}={none!r}")
+
+
+def averages(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether the params to evaluate are a mean that the optimizer keeps."""
+  settings = config.optimizer
+  return settings.name in step.AVERAGES or bool(settings.get("ema"))  # older runs have no such key
 
 
 def _check_lora(config) -> None:
@@ -330,7 +382,7 @@ def knobs_of(config: ml_collections.ConfigDict) -> dict[str, float]:
 def combined_with(config: ml_collections.ConfigDict) -> dict[str, bool | float]:
   """Returns what else changes the losses: the keys in `COMBINED` that are set."""
   return {name: config.loss_options[name] for name in COMBINED
-          if config.loss_options[name] not in (None, False)}
+          if config.loss_options[name] is not None and config.loss_options[name] is not False}
 
 
 def _check_losses(config) -> None:
@@ -342,15 +394,43 @@ def _check_losses(config) -> None:
           f"config.loss is {config.loss!r}; it must be one of {', '.join(map(repr, allowed))}"
           + (f"; did you mean {near[0]}?" if near else ""))
   if config.objective != "dpo":
-    asked = knobs_of(config) | combined_with(config)
-    if asked or config.loss_weights:
-      raise ConfigError(
-          f"config.{f'loss_options.{next(iter(asked))}' if asked else 'loss_weights'} is set; "
-          f"objective={config.objective!r} takes none")
+    asked = [f"loss_options.{name}" for name in knobs_of(config) | combined_with(config)]
+    asked += [key for key in ("loss_weights", "beta_schedule.steps", "beta_schedule.factors")
+              if flatten(config)[key]]
+    if asked:
+      raise ConfigError(f"config.{asked[0]} is set; objective={config.objective!r} takes none")
     return
+  _check_schedule(config, names)
   _check_sum(config, names)
   _check_knobs(config, [preference.LOSSES[name] for name in names])
   _check_reference(config, names)
+
+
+def _check_schedule(config, names: list[str]) -> None:
+  """Refuses a beta that moves as no step says, or that nothing reads."""
+  steps, factors = config.beta_schedule.steps, config.beta_schedule.factors
+  if len(steps) != len(factors):
+    raise ConfigError(f"config.beta_schedule has {len(steps)} steps and {len(factors)} factors; give "
+                      "one factor for each step")
+  for key, values, sound, text in (
+      ("steps", steps, lambda x: x >= 0, "a step, at least 0"),
+      ("factors", factors, lambda x: 0 < x < math.inf, "a positive number")):
+    for value in values:
+      if isinstance(value, bool) or not isinstance(value, (int, float)) or not sound(value):
+        raise ConfigError(f"config.beta_schedule.{key} has {value!r}; each must be {text}")
+  if any(later <= earlier for earlier, later in zip(steps, steps[1:])):
+    raise ConfigError(f"config.beta_schedule.steps is {tuple(steps)}; they must ascend")
+  if steps and not any(preference.LOSSES[name].takes_beta() for name in names):
+    raise ConfigError(f"config.beta_schedule.steps is {tuple(steps)} but {config.loss} has no beta; "
+                      "leave it unset")
+
+
+def beta_factor_of(config: ml_collections.ConfigDict) -> step.BetaFactor | None:
+  """Returns what beta is multiplied by, by step, or None where it stays."""
+  schedule = config.get("beta_schedule")  # not there in the settings of older runs
+  if not (schedule and schedule.steps):
+    return None
+  return step.make_beta_factor(schedule.steps, schedule.factors, schedule.between)
 
 
 def _check_sum(config, names: list[str]) -> None:
@@ -366,7 +446,9 @@ def _check_sum(config, names: list[str]) -> None:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
       raise ConfigError(f"config.loss_weights has {weight!r}; every weight must be a positive number")
   for name in names:
-    if preference.LOSSES[name].whole_step and config.rows_at_once:
+    weighed = config.loss_options.dr_dpo is not None and "dr_dpo" in preference.LOSSES[name].options
+    if (preference.LOSSES[name].whole_step or weighed) and config.rows_at_once:
+      name = "dr_dpo" if weighed else name
       raise ConfigError(
           f"config.loss is {config.loss!r} and rows_at_once {config.rows_at_once}: {name} compares "
           "responses of all comparisons of a step, which are then computed apart; set rows_at_once=0")
@@ -398,10 +480,13 @@ def _check_knobs(config, chosen: list[preference.Loss]) -> None:
                 and name == "length_normalize" else "it has no form with it")
       raise ConfigError(
           f"config.loss_options.{name} cannot be combined with {config.loss}: {reason}")
-  if len({"length_normalize", "ld_alpha"} & set(combined)) == 2:
+  answers = [name for name in ("length_normalize", "ld_alpha", "sampo") if name in combined]
+  if len(answers) > 1:
     raise ConfigError(
-        "config.loss_options has length_normalize and ld_alpha, two answers to the same question; "
-        "set one of them")
+        f"config.loss_options has {' and '.join(answers)}, {'two' if len(answers) == 2 else 'three'} "
+        "answers to the same question; set one of them")
+  if not combined.get("dr_dpo", 1) > 0:
+    raise ConfigError(f"config.loss_options.dr_dpo is {combined['dr_dpo']}; it must be positive")
   if not 0 <= combined.get("ld_alpha", 1) <= 1:
     raise ConfigError(
         f"config.loss_options.ld_alpha is {combined['ld_alpha']}; it must be in [0, 1]")
@@ -411,11 +496,9 @@ def _check_knobs(config, chosen: list[preference.Loss]) -> None:
         raise ConfigError(
             f"config.loss is {config.loss!r}, which needs loss_options.{knob}; set it, such as "
             f"--config.loss_options.{knob}=0.1")
-    if name in ("exo_pair", "f_dpo_alpha_divergence"):
-      knob = "label_smoothing" if name == "exo_pair" else "alpha"
-      if not 0 < knobs.get(knob, 0.5) < 1:
-        raise ConfigError(
-            f"config.loss_options.{knob} is {knobs[knob]}; {name} needs one between 0 and 1")
+    knob, most, text = _NARROWER.get(name, ("", 0, ""))
+    if knob and not 0 < knobs.get(knob, most / 2) < most:
+      raise ConfigError(f"config.loss_options.{knob} is {knobs[knob]}; {name} needs one {text}")
 
 
 def _check_reference(config, names: list[str]) -> None:
@@ -425,6 +508,10 @@ def _check_reference(config, names: list[str]) -> None:
   if reference.mode == "none" and "kto" in names:
     raise ConfigError("config.reference.mode is 'none' but kto measures its reference point against "
                       "the reference; set reference.mode='inline', or loss='apo_zero'")
+  every = [name for name in names if preference.LOSSES[name].reads_every_token]
+  if every and reference.mode != "inline":
+    raise ConfigError(f"config.reference.mode is {reference.mode!r} but {every[0]} reads the reference's "
+                      "next-token distributions; set reference.mode='inline'")
   if not reads or reference.mode == "none":
     why = f"{config.loss} has no reference" if not reads else "reference.mode is 'none'"
     for key in ("checkpoint", "sync_every"):
@@ -434,6 +521,7 @@ def _check_reference(config, names: list[str]) -> None:
     combined = combined_with(config)
     for key, why in (("sync_every", "the reference then moves away from what was stored"),
                      ("ld_alpha", "log-probs are stored as sums over tokens"),
+                     ("sampo", "log-probs are stored as sums over tokens"),
                      ("kto", "its responses to other prompts are drawn anew for each seed")):
       if key in combined or key in names or (key == "sync_every" and reference.sync_every):
         raise ConfigError(
@@ -455,19 +543,23 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(text: str) -> ml_collections.ConfigDict:
   """Returns the config of a `config.json`."""
-  settings = json.loads(text)
-  if isinstance(settings.get("loss_weights"), list):
-    settings["loss_weights"] = tuple(settings["loss_weights"])
-  return ml_collections.ConfigDict(settings)
+  def with_tuples(value):
+    if isinstance(value, dict):
+      return {key: with_tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  return ml_collections.ConfigDict(with_tuples(json.loads(text)))
 
 
 def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> None:
   """Refuses to continue a run under a config that gives other numbers.
 
+  A key that an older run had not is as by default.
+
   Raises:
     ConfigError: naming the first key that differs.
   """
-  before, after = flatten(old), flatten(new)
+  before, after = flatten(defaults()) | flatten(old), flatten(defaults()) | flatten(new)
   for key in sorted(before.keys() | after.keys()):
     if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
       raise ConfigError(

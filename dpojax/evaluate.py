@@ -129,8 +129,8 @@ def measure_held_out(
 ) -> dict[str, Any]:
   """Returns accuracy, margin and perplexities on held-out comparisons.
 
-  With a reference, margins are of implicit rewards at the run's beta (Rafailov et al. 2023, Sec. 4);
-  without one, of log-probs. A margin of 0 counts half in the accuracy.
+  With a reference, margins are of implicit rewards at the run's beta (Rafailov et al. 2023, Sec. 4),
+  before any beta_schedule; without one, of log-probs. A margin of 0 counts half in the accuracy.
   """
   batches = held_out.batches
   lengths = batches.lengths[:, 1:].astype(np.float64)

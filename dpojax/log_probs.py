@@ -119,6 +119,64 @@ def token_log_collisions(
   return chunked.join(jax.lax.map(one_chunk, chunked.split(hidden, tail=1)), hidden.shape[:-1])
 
 
+def token_kl_from(
+    hidden: jax.Array, head: jax.Array | Head, reference_hidden: jax.Array,
+    reference_head: jax.Array | Head, *, where: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> jax.Array:
+  """Returns the exact KL(reference || policy) of the next token at each place, in float32.
+
+  sum_v p_ref(v) (log p_ref(v) - log p(v)), p = softmax(hidden head^T). Peak memory is that of
+  `token_log_probs`, of both models' logits; gradients are the policy's, p - p_ref to its logits.
+
+  Args:
+    hidden, head: of the policy, as `token_log_probs` takes them.
+    reference_hidden, reference_head: of the reference, of the same vocabulary; constants.
+    where: [..., S] bool, the places that count; the others give 0 and are not computed.
+    chunk_size: see `token_log_probs`.
+
+  Raises:
+    ValueError: the shapes do not belong together.
+  """
+  head, reference_head = (h if isinstance(h, Head) else Head(h) for h in (head, reference_head))
+  shape, vocabulary = hidden.shape[:-1], head.weights.shape[0]
+  if reference_hidden.shape[:-1] != shape or reference_head.weights.shape[0] != vocabulary:
+    raise ValueError(
+        f"hidden [..., S, D] {hidden.shape} and head [V, D] {head.weights.shape} of the policy and "
+        f"{reference_hidden.shape} and {reference_head.weights.shape} of the reference do not belong "
+        "together")
+  frozen = jax.lax.stop_gradient((reference_hidden, reference_head))
+  chunked = _in_chunks(shape, vocabulary, where, chunk_size)
+  values = chunked.join(_chunked_kl(
+      chunked.split(hidden, tail=1), head, chunked.split(frozen[0], tail=1), frozen[1],
+      chunked.count, chunked.cuts), shape)
+  return values if where is None else jnp.where(where, values, 0)
+
+
+def token_mixed_log_probs(
+    hidden: jax.Array, head: jax.Array | Head, reference_hidden: jax.Array,
+    reference_head: jax.Array | Head, target: jax.Array, *, share: jax.Array | float,
+    chunk_size: int | None = None,
+) -> jax.Array:
+  """Returns log softmax((1 - share) logits + share reference logits)[target], [..., S] float32.
+
+  A policy moved by a share towards the reference, or away from it where the share is negative. Shapes
+  and memory are those of `token_kl_from`; nothing is kept for a gradient.
+  """
+  head, reference_head = (h if isinstance(h, Head) else Head(h) for h in (head, reference_head))
+  chunked = _in_chunks(hidden.shape[:-1], head.weights.shape[0], None, chunk_size)
+
+  def one_chunk(each):
+    hidden, reference, target = each
+    logits = (1 - share) * _logits(hidden, head) + share * _logits(reference, reference_head)
+    chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+  parts = (chunked.split(hidden, tail=1), chunked.split(reference_hidden, tail=1),
+           chunked.split(target))
+  return jax.lax.stop_gradient(chunked.join(jax.lax.map(one_chunk, parts), target.shape))
+
+
 def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
   """Returns the logits [..., V] of hidden states [..., D], all at once; for a few tokens.
 
@@ -387,11 +445,28 @@ def _forward(hidden, head, target, count, cuts, block):
   return values, (hidden, head, target, count, normaliser)
 
 
+def _wide_zeros(x) -> jax.Array:
+  return jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def _through_head(logits_grad, logits, hidden, head, weights, head_grad) -> tuple[jax.Array, Head]:
+  """Returns the gradient [t, D] of hidden states from that of their logits, and the head's, added to it."""
+  if head.soft_cap is not None:
+    logits_grad *= 1.0 - jnp.square(logits / head.soft_cap)
+  bias_grad = head_grad.bias
+  if bias_grad is not None:
+    bias_grad += jnp.sum(logits_grad, axis=0)
+  logits_grad = logits_grad.astype(hidden.dtype)
+  weights_grad = head_grad.weights + jnp.einsum(
+      "tv,td->vd", logits_grad, hidden, preferred_element_type=head_grad.weights.dtype)
+  hidden_grad = jnp.einsum("tv,vd->td", logits_grad, weights, preferred_element_type=_wide(hidden))
+  return hidden_grad, Head(weights_grad, bias_grad, head_grad.soft_cap)
+
+
 def _backward(cuts, block, residuals, cotangent):
   hidden, head, target, count, normaliser = residuals
   number, block_of = _blocks(head, block)
   wide = _wide(hidden)
-  zeros_of = lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))
 
   def one_block(b, carry):
     hidden_grad, head_grad = carry
@@ -406,19 +481,10 @@ def _backward(cuts, block, residuals, cotangent):
       logits_grad = ((ids == target[:, None]) - probs) * cotangent[:, None]
       if new is not None:
         logits_grad = jnp.where(new[None], logits_grad, 0)
-      if head.soft_cap is not None:
-        logits_grad *= 1.0 - jnp.square(logits / head.soft_cap)
-      bias_grad = part_grad.bias
-      if bias_grad is not None:
-        bias_grad += jnp.sum(logits_grad, axis=0)
-      logits_grad = logits_grad.astype(hidden.dtype)
-      hidden_grad = hidden_grad.at[c].add(
-          jnp.einsum("tv,vd->td", logits_grad, weights, preferred_element_type=wide))
-      weights_grad = part_grad.weights + jnp.einsum(
-          "tv,td->vd", logits_grad, hidden, preferred_element_type=part_grad.weights.dtype)
-      return hidden_grad, Head(weights_grad, bias_grad, part_grad.soft_cap)
+      gradient, part_grad = _through_head(logits_grad, logits, hidden, part, weights, part_grad)
+      return hidden_grad.at[c].add(gradient), part_grad
 
-    part_grad = jax.tree.map(zeros_of, part)
+    part_grad = jax.tree.map(_wide_zeros, part)
     hidden_grad, part_grad = _over_chunks(
         count, cuts, one_chunk, (hidden, target, normaliser, cotangent), hidden_grad, part_grad)
     if number == 1:
@@ -432,7 +498,7 @@ def _backward(cuts, block, residuals, cotangent):
     return hidden_grad, Head(
         add(head_grad.weights, part_grad.weights), bias_grad, head_grad.soft_cap)
 
-  zeros = jnp.zeros(hidden.shape, wide), jax.tree.map(zeros_of, head)
+  zeros = jnp.zeros(hidden.shape, wide), jax.tree.map(_wide_zeros, head)
   hidden_grad, head_grad = (
       one_block(0, zeros) if number == 1 else jax.lax.fori_loop(0, number, one_block, zeros))
   head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
@@ -440,3 +506,48 @@ def _backward(cuts, block, residuals, cotangent):
 
 
 _chunked_log_probs.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked_kl(hidden, head, reference, reference_head, count, cuts):
+  return _kl_forward(hidden, head, reference, reference_head, count, cuts)[0]
+
+
+def _kl_forward(hidden, head, reference, reference_head, count, cuts):
+  wide = _wide(hidden)
+
+  def one_chunk(c, read, written, carry):
+    kl, ours, theirs = written
+    logits, frozen = _logits(read[0][c], head), _logits(read[1][c], reference_head)
+    our, their = (jax.nn.logsumexp(x, axis=-1) for x in (logits, frozen))
+    log_probs, frozen = logits - our[:, None], frozen - their[:, None]
+    value = jnp.sum(jnp.exp(frozen) * (frozen - log_probs), axis=-1)
+    return (kl.at[c].set(value), ours.at[c].set(our), theirs.at[c].set(their)), carry
+
+  zeros = jnp.zeros(hidden.shape[:-1], wide)
+  (kl, ours, theirs), _ = _over_chunks(
+      count, cuts, one_chunk, (hidden, reference), (zeros, zeros, zeros), ())
+  return kl, (hidden, head, reference, reference_head, count, ours, theirs)
+
+
+def _kl_backward(cuts, residuals, cotangent):
+  hidden, head, reference, reference_head, count, ours, theirs = residuals
+  wide, weights = _wide(hidden), head.weights.astype(hidden.dtype)
+
+  def one_chunk(c, read, hidden_grad, head_grad):
+    hidden, reference, our, their, cotangent = (x[c] for x in read)
+    logits = _logits(hidden, head)
+    frozen = _logits(reference, reference_head)
+    probs, frozen = jnp.exp(logits - our[:, None]), jnp.exp(frozen - their[:, None])
+    logits_grad = (probs - frozen) * cotangent[:, None]
+    gradients = _through_head(logits_grad, logits, hidden, head, weights, head_grad)
+    return hidden_grad.at[c].add(gradients[0]), gradients[1]
+
+  zeros = jnp.zeros(hidden.shape, wide), jax.tree.map(_wide_zeros, head)
+  hidden_grad, head_grad = _over_chunks(
+      count, cuts, one_chunk, (hidden, reference, ours, theirs, cotangent), *zeros)
+  head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
+  return hidden_grad.astype(hidden.dtype), head_grad, None, None, None
+
+
+_chunked_kl.defvjp(_kl_forward, _kl_backward)

@@ -227,6 +227,232 @@ def aot_unpaired_loss(
   return _dpo_of_ranks(chosen, rejected, beta, label_smoothing, where)
 
 
+# Losses that see whether the chosen response itself loses probability.
+
+
+def dpop_loss(policy: Pair, reference: Pair, *, beta: Knob, weight: Knob = 50.0) -> jax.Array:
+  """Returns -log sigmoid(beta [h - weight max(0, -h_w)]) (Pal et al. 2024, Eq. 3), [...].
+
+  DPO-Positive: while the chosen response is less likely than under the reference, raising it counts
+  1 + weight times; else it is DPO, and so it is where policy and reference agree. weight is the
+  paper's lambda, 50 there. mlx-lm adds weight max(0, -h_w) to the DPO loss instead, outside of the
+  sigmoid and without beta.
+  """
+  chosen, rejected = _log_ratios(policy, reference)
+  return -jax.nn.log_sigmoid(beta * (chosen - rejected - weight * jax.nn.relu(-chosen)))
+
+
+def cal_dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, weight: Knob = 1.0) -> jax.Array:
+  """Returns -log sigmoid(h) + weight [(h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2], [...].
+
+  Calibrated DPO (Xiao et al. 2024): the logistic term has no beta, the squares are
+  `sppo_hard_loss`. weight is 1 in the listing of the paper and 1/2 in the authors' repository.
+  """
+  chosen, rejected = _log_ratios(policy, reference)
+  return (bradley_terry_loss(chosen, rejected)
+          + weight * sppo_hard_loss(policy, reference, beta=beta))
+
+
+def bdpo_loss(policy: Pair, reference: Pair, *, beta: Knob, mix: Knob = 0.5) -> jax.Array:
+  """Returns -log sigmoid(beta [h_w - log(mix exp(h_l) + 1 - mix)]) (Cho et al. 2025), [...].
+
+  Bounded DPO: mix pi + (1 - mix) pi_ref stands in the place of pi(y_l), so that lowering the
+  rejected response gains no more than -beta log(1 - mix). It goes to DPO as mix goes to 1.
+
+  Args:
+    policy, reference: summed log-probs.
+    beta: strength of the pull to the reference.
+    mix: share of the policy, the paper's lambda, in (0, 1).
+
+  Raises:
+    ValueError: mix is a number outside of (0, 1).
+  """
+  if isinstance(mix, (int, float)) and not 0 < mix < 1:
+    raise ValueError(f"mix is {mix}; bdpo_loss needs one between 0 and 1")
+  chosen, rejected = _log_ratios(policy, reference)
+  bounded = jnp.logaddexp(rejected + jnp.log(mix), jnp.log1p(-mix))
+  return -jax.nn.log_sigmoid(beta * (chosen - bounded))
+
+
+def mappo_loss(policy: Pair, reference: Pair, *, beta: Knob, gap: Knob) -> jax.Array:
+  """Returns -log sigmoid(beta (h_w - gap h_l)) (Lan et al. 2025, Eq. 8), [...].
+
+  Args:
+    policy, reference: summed log-probs.
+    beta: strength of the pull to the reference.
+    gap: how much better the chosen response is by rewards in [0, 1] known beforehand, r_w - r_l; a
+      number, or one of each pair, [...]. 1 gives DPO; at 0 the rejected response counts nothing.
+  """
+  chosen, rejected = _log_ratios(policy, reference)
+  return -jax.nn.log_sigmoid(beta * (chosen - gap * rejected))
+
+
+# GPO: other functions of the margin than the logistic one, the square and the hinge.
+
+
+def gpo_exponential_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns exp(-beta h) (Tang et al. 2024), [...]: AdaBoost's; the exponent is capped at 60."""
+  return _exp(-beta * _margin(policy, reference))
+
+
+def gpo_truncated_quadratic_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns max(0, 1 - beta h)^2 (Tang et al. 2024), [...].
+
+  The square of `hinge_loss`: content at any margin of 1 / beta or more, where IPO pulls back.
+  """
+  return jnp.square(hinge_loss(policy, reference, beta=beta))
+
+
+def gpo_savage_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
+  """Returns 1 / (1 + exp(beta h))^2 (Tang et al. 2024), [...].
+
+  It is not convex: a pair far on the wrong side is given up, as one with a flipped label.
+  """
+  return jnp.square(jax.nn.sigmoid(-beta * _margin(policy, reference)))
+
+
+# Length, entropy, and the KL of tokens within the margin.
+
+
+def r_dpo_loss(
+    policy: Pair, reference: Pair, lengths: Pair, *, beta: Knob, alpha: Knob
+) -> jax.Array:
+  """Returns -log sigmoid(beta h + alpha (|y_w| - |y_l|)) (Park et al. 2024), [...].
+
+  DPO of the reward less alpha a token: a pair whose chosen response is the longer is pushed less. It
+  starts at log 2 only where lengths are equal. lengths are in tokens; alpha = 0 gives DPO.
+  """
+  margin = beta * _margin(policy, reference)
+  longer = _wide(lengths.chosen) - _wide(lengths.rejected)
+  return -jax.nn.log_sigmoid(margin + alpha * longer.astype(margin.dtype))
+
+
+def h_dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, alpha: Knob) -> jax.Array:
+  """Returns -log sigmoid(beta [alpha (log pi_w - log pi_l) - (log pi_ref_w - log pi_ref_l)]), [...].
+
+  H-DPO (Omura et al. 2024): in the KL to the reference the policy's entropy counts alpha times, and
+  the optimum is proportional to pi_ref^(1 / alpha) exp(r / (alpha beta)). alpha below 1 sharpens; 1
+  gives DPO. With another alpha it does not start at log 2.
+  """
+  margin = alpha * (_wide(policy.chosen) - _wide(policy.rejected)) - (
+      _wide(reference.chosen) - _wide(reference.rejected))
+  return -jax.nn.log_sigmoid(beta * margin)
+
+
+def tdpo1_loss(policy: Pair, reference: Pair, kl: Pair, *, beta: Knob) -> jax.Array:
+  """Returns -log sigmoid(beta [h + D_w - D_l]) (Zeng et al. 2024, TDPO1), [...].
+
+  D is KL(pi_ref || pi) of the next token, summed over the places of a response: the forward KL, of
+  which the gradient at the reference is 0, so that the first step is DPO's.
+
+  Args:
+    policy, reference: summed log-probs.
+    kl: D of both responses, see `dpojax.log_probs.token_kl_from`.
+    beta: strength of the pull to the reference.
+  """
+  margin = _margin(policy, reference) + _wide(kl.chosen) - _wide(kl.rejected)
+  return -jax.nn.log_sigmoid(beta * margin)
+
+
+def tdpo2_loss(
+    policy: Pair, reference: Pair, kl: Pair, *, beta: Knob, alpha: Knob = 0.5
+) -> jax.Array:
+  """Returns -log sigmoid(beta [h + alpha (D_w - D_l)]), D_w without gradient, [...].
+
+  TDPO2 (Zeng et al. 2024): only the rejected response is held by its D, see `tdpo1_loss`. alpha = 0
+  gives DPO.
+  """
+  apart = jax.lax.stop_gradient(_wide(kl.chosen)) - _wide(kl.rejected)
+  return -jax.nn.log_sigmoid(beta * (_margin(policy, reference) + alpha * apart))
+
+
+# A beta that moves: by the batch, or by the pair.
+
+
+def beta_dpo_loss(
+    policy: Pair, reference: Pair, *, beta: Knob, alpha: Knob, center: Knob,
+    where: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the DPO loss with max(0.001, beta [1 + alpha (mean h - center)]) for beta, [..., B].
+
+  Beta-DPO (Wu et al. 2024b): batches of wide margins get a larger beta. The mean is over the last
+  axis, the batch, without gradient; not elementwise. alpha = 0 gives DPO.
+
+  Args:
+    policy, reference: summed log-probs.
+    beta: where the mean margin is the center.
+    alpha: how much of beta a nat of the mean margin is worth, 0.6 in the authors' example.
+    center: what the mean margin usually is; the authors move it by a tenth of the way to each
+      batch's mean, that of the batch at hand included, from 0.
+    where: pairs that the mean is over, such as those of `beta_dpo_filter`; all have a loss.
+  """
+  margins = _margin(policy, reference)
+  there = jnp.ones(margins.shape, bool) if where is None else where
+  count = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
+  mean = jax.lax.stop_gradient(jnp.sum(margins, axis=-1, keepdims=True, where=there) / count)
+  moved = jnp.maximum(beta * (1 + alpha * (mean - center)), 1e-3)
+  return dpo_loss(policy, reference, beta=jnp.broadcast_to(moved, margins.shape))
+
+
+def beta_dpo_filter(
+    margins: jax.Array, noise: jax.Array, *, center: Knob, spread: Knob, share: Knob,
+    where: jax.Array | None = None,
+) -> jax.Array:
+  """Returns 1 for the pairs that beta-DPO trains on and 0 for the others, [..., B].
+
+  Of the pairs of the last axis a share is drawn, without replacement, with chances in proportion to
+  exp(-((h - center) / spread)^2 / 2) (Wu et al. 2024b): outliers mostly go.
+
+  Args:
+    margins: h of each pair.
+    noise: [..., B] uniform draws from (0, 1) that decide; the largest of log chance - log(-log noise)
+      are kept.
+    center, spread: running mean and standard deviation of h.
+    share: of pairs that are kept, rounded down; the authors' is 0.8.
+    where: pairs that are there; the others get 0.
+  """
+  margins = jax.lax.stop_gradient(_wide(margins))
+  there = jnp.ones(margins.shape, bool) if where is None else where
+  chances = -jnp.square((margins - center) / spread) / 2
+  noise = jnp.clip(_wide(noise), jnp.finfo(margins.dtype).tiny, 1 - jnp.finfo(margins.dtype).epsneg)
+  order = jnp.where(there, chances - jnp.log(-jnp.log(noise)), -jnp.inf)
+  place = jnp.argsort(jnp.argsort(order, axis=-1, descending=True), axis=-1)
+  kept = jnp.floor(share * jnp.sum(there, axis=-1, keepdims=True))
+  return jax.lax.stop_gradient((place < jnp.broadcast_to(kept, place.shape)) * jnp.ones_like(margins))
+
+
+def epsilon_dpo_beta(
+    policy: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob
+) -> jax.Array:
+  """Returns beta / (1 + epsilon s) of each pair, s in {-1, 0, 1}, [...].
+
+  Epsilon-DPO (Lee et al. 2025): s is 1 where log pi(y_w) - log pi(y_l) rises strictly from `nearer`
+  over `policy` to `farther`, -1 where it falls, else 0, as where policy and reference agree.
+
+  Args:
+    policy: summed log-probs under the policy.
+    nearer, farther: the same with logits of (1 -+ epsilon) policy +- epsilon reference, see
+      `dpojax.log_probs.token_mixed_log_probs`.
+    beta: before it moves.
+    epsilon: how far the logits, and beta, are moved; 0.01 in the authors' configs.
+  """
+  near, here, far = (_wide(p.chosen) - _wide(p.rejected) for p in (nearer, policy, farther))
+  step = 1.0 * ((near < here) & (here < far)) - 1.0 * ((near > here) & (here > far))
+  return beta / (1 + epsilon * step) * jnp.ones_like(here)
+
+
+def epsilon_dpo_loss(
+    policy: Pair, reference: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob = 0.01
+) -> jax.Array:
+  """Returns the DPO loss of each pair with its own beta (Lee et al. 2025), [...].
+
+  `epsilon_dpo_beta` has beta and the arguments; epsilon = 0 gives DPO. The authors' code smooths no
+  labels, whatever label_smoothing says.
+  """
+  moved = epsilon_dpo_beta(policy, nearer, farther, beta=beta, epsilon=epsilon)
+  return dpo_loss(policy, reference, beta=moved)
+
+
 # f-DPO: other divergences than the reverse KL hold the policy near the reference.
 
 
@@ -278,6 +504,16 @@ def simpo_loss(policy: Pair, *, beta: Knob, gamma: Knob) -> jax.Array:
   and Levanter take the ratio gamma / beta (gamma_beta_ratio).
   """
   return -jax.nn.log_sigmoid(beta * (_wide(policy.chosen) - _wide(policy.rejected)) - gamma)
+
+
+def alphapo_loss(policy: Pair, *, beta: Knob, gamma: Knob, alpha: Knob) -> jax.Array:
+  """Returns -log sigmoid(beta (f(m_w) - f(m_l)) - gamma), f(m) = (1 - exp(-alpha m)) / alpha, [...].
+
+  AlphaPO (Gupta et al. 2025) of MEAN log-probs m: `simpo_loss` of `alpha_divergence`, to which it goes
+  as alpha goes to 0. Exponents are capped at 60.
+  """
+  return simpo_loss(
+      Pair(*(alpha_divergence(m, alpha=alpha) for m in policy)), beta=beta, gamma=gamma)
 
 
 def cpo_loss(policy: Pair, *, beta: Knob, label_smoothing: Knob = 0.0) -> jax.Array:
@@ -347,6 +583,21 @@ def bco_loss(
   return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
 
 
+# On pairs of the policy's own.
+
+
+def xpo_loss(
+    policy: Pair, reference: Pair, sampled: jax.Array, *, beta: Knob, alpha: Knob
+) -> jax.Array:
+  """Returns -log sigmoid(beta h) + alpha log pi(y) of a y that the reference sampled, [...].
+
+  XPO (Xie et al. 2024): the policy is to explore what the reference does not say by itself. `sampled`
+  is log pi(y), with a gradient, of the one of both responses that is the reference's. alpha = 0 gives
+  online DPO.
+  """
+  return dpo_loss(policy, reference, beta=beta) + alpha * _wide(sampled)
+
+
 # What a loss is given: lengths, weights, a reference that moves.
 
 
@@ -378,6 +629,27 @@ def ld_dpo_log_probs(token_log_probs: Pair, mask: Pair, *, alpha: Knob) -> Pair:
   return Pair(*map(weighted, token_log_probs, mask, places))
 
 
+def sampo_log_probs(token_log_probs: Pair, mask: Pair, noise: Pair) -> Pair:
+  """Returns log-probs summed over as many tokens of either response as the shorter one has.
+
+  SamPO (Lu et al. 2024b): of the longer response tokens are drawn without replacement. With the same
+  noise for policy and reference the log-ratio is of the tokens drawn; the authors' code draws anew for
+  each model.
+
+  Args:
+    token_log_probs: [..., T] of each response.
+    mask: [..., T] bool, true on the response's tokens.
+    noise: [..., T] uniform draws, of each response; its tokens with the least are kept.
+  """
+  shorter = jnp.minimum(*(jnp.sum(m, axis=-1, keepdims=True) for m in mask))
+  def drawn(values, mask, noise):
+    order = jnp.argsort(jnp.where(mask, _wide(noise), jnp.inf), axis=-1)
+    place = jnp.argsort(order, axis=-1)
+    kept = mask & (place < jnp.broadcast_to(shorter, place.shape))
+    return jnp.sum(_wide(values), axis=-1, where=kept)
+  return Pair(*map(drawn, token_log_probs, mask, noise))
+
+
 def wpo_weights(alignment: Pair) -> jax.Array:
   """Returns min(1, exp(a_w + a_l)) without gradient (WPO, Zhou et al. 2024), [...].
 
@@ -390,6 +662,23 @@ def wpo_weights(alignment: Pair) -> jax.Array:
   """
   return jax.lax.stop_gradient(
       jnp.exp(jnp.minimum(_wide(alignment.chosen) + _wide(alignment.rejected), 0.0)))
+
+
+def dr_dpo_weights(
+    values: jax.Array, *, tau: Knob, where: jax.Array | None = None
+) -> jax.Array:
+  """Returns B softmax(-values / tau) over the last axis without gradient (Wu et al. 2024c), [..., B].
+
+  Dr. DPO's -tau log mean exp(-values / tau) of a batch has the gradient of the mean of values times
+  these weights: pairs of a large loss, as those with flipped labels, count less. They go to 1 as tau,
+  the paper's beta', grows. Pairs that are not `where` get 0, and B counts the others.
+  """
+  values = _wide(values)
+  there = jnp.ones(values.shape, bool) if where is None else where
+  scores = jnp.where(there, -jnp.where(there, values, 0) / tau, jnp.finfo(values.dtype).min)
+  count = jnp.sum(there, axis=-1, keepdims=True).astype(values.dtype)
+  weights = jnp.broadcast_to(count, values.shape) * jax.nn.softmax(scores, axis=-1)
+  return jax.lax.stop_gradient(jnp.where(there, weights, 0))
 
 
 def mix_reference(policy_params: Any, reference_params: Any, *, alpha: Knob) -> Any:
@@ -459,6 +748,13 @@ PAIRWISE_LOSSES = {
     "apo_zero": apo_zero_loss,
     "apo_down": apo_down_loss,
     "discopop": discopop_loss,
+    "dpop": dpop_loss,
+    "cal_dpo": cal_dpo_loss,
+    "bdpo": bdpo_loss,
+    "mappo": mappo_loss,
+    "gpo_exponential": gpo_exponential_loss,
+    "gpo_truncated_quadratic": gpo_truncated_quadratic_loss,
+    "gpo_savage": gpo_savage_loss,
     "f_dpo_forward_kl": partial(f_dpo_loss, divergence=forward_kl),
     "f_dpo_js_divergence": partial(f_dpo_loss, divergence=js_divergence),
     "f_dpo_alpha_divergence": partial(f_dpo_loss, divergence=alpha_divergence),

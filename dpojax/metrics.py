@@ -40,7 +40,7 @@ class MetricsWriter:
           resume="allow", id=pathlib.Path(workdir).absolute().as_posix().replace("/", "-")[-100:])
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-    """Writes the metrics of a step of `train` or `eval`.
+    """Writes the metrics of a step, of a split such as `train`, `eval` or `samples`.
 
     Raises:
       DiskError: the disk is full.

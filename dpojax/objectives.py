@@ -4,6 +4,7 @@ An objective returns `Mean`s, a total and the count it is over. Totals and count
 and parts of a step before the one division, so a device with fewer comparisons weighs less.
 """
 
+from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -37,11 +38,18 @@ class Objective(NamedTuple):
       gradient is taken with respect to `loss.total` and params.
     num_responses: `K`, responses of each comparison in the rows.
     needs_reference: whether the loss reads `reference`, a param tree.
+    moves: whether the loss depends on the step besides; `evaluate` then takes it last, and is that of
+      step 0 without it.
   """
 
-  evaluate: Callable[[Any, Any, Rows], tuple[Mean, dict[str, Mean]]]
+  evaluate: Callable[..., tuple[Mean, dict[str, Mean]]]
   num_responses: int
   needs_reference: bool
+  moves: bool = False
+
+  def at(self, step: jax.Array | int) -> Callable[[Any, Any, Rows], tuple[Mean, dict[str, Mean]]]:
+    """Returns `evaluate` at a step."""
+    return partial(self.evaluate, step=step) if self.moves else self.evaluate
 
 
 def of_adapter(objective: Objective) -> Objective:
@@ -50,8 +58,8 @@ def of_adapter(objective: Objective) -> Objective:
   The base is the reference as well, so there is one whether the loss reads it or not. The apply of
   the objective that is given is that of `models.lora`.
   """
-  def evaluate(adapter, base, rows):
-    return objective.evaluate(lora.Adapted(base, adapter), base, rows)
+  def evaluate(adapter, base, rows, **at):
+    return objective.evaluate(lora.Adapted(base, adapter), base, rows, **at)
 
   return objective._replace(evaluate=evaluate)
 

@@ -99,7 +99,8 @@ def largest_rows(batches, num_responses: int, devices, *, stored: bool) -> packi
   """Returns the shapes of the rows of the largest step, as placed."""
   steps = batches.plan()
   return devices.placed_rows(packing.empty(
-      int(max(steps.rows)), steps.shape, num_responses=num_responses, with_reference=stored))
+      int(max(steps.rows)), steps.shape, num_responses=num_responses, with_reference=stored,
+      knobs=list(batches.knobs)))
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

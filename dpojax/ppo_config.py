@@ -60,7 +60,9 @@ def validate(config: ml_collections.ConfigDict) -> Settings:
       raise ConfigError(f"config.{key} is empty; {why}")
   for key, value in (("lora.rank", 0), ("reference.mode", "inline"), ("reference.checkpoint", ""),
                      ("reference.sync_every", 0), ("parallel.strategy", "mesh"),
-                     ("parallel.coordinator", ""), ("checkpoint_best", ""), ("loss", "")):
+                     ("parallel.coordinator", ""), ("checkpoint_best", ""), ("loss", ""),
+                     ("beta_schedule.steps", ()), ("beta_schedule.factors", ()),
+                     ("optimizer.ema", 0.0), ("sample_every", 0)):
     if flat[key] != value:
       raise ConfigError(f"config.{key} is {flat[key]!r}, which PPO does not take; set {value!r}")
   settings = Settings(**{name: flat[key] for name, key in KEYS.items()})

@@ -35,7 +35,7 @@ class Settings:
     whiten_advantages: mean 0 and deviation 1 over the tokens of a rollout.
     gamma, lam: discount, and the decay of generalised advantages.
     clip, value_clip: how far ratios and values count, see `ppo_losses`.
-    optimizer: a name in `step.OPTIMIZERS`.
+    optimizer: a name in `step.OPTIMIZERS` that averages no params.
     learning_rate, critic_learning_rate: of the two networks.
     warmup_steps: updates over which they rise.
     schedule: a name in `step.SCHEDULES`.
@@ -90,7 +90,8 @@ class Settings:
       _refuse(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "it must be positive")
     for name in ("gamma", "lam"):
       _refuse(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "it must be in [0, 1]")
-    for name, allowed in (("optimizer", step_lib.OPTIMIZERS), ("schedule", step_lib.SCHEDULES)):
+    optimizers = tuple(name for name in step_lib.OPTIMIZERS if name not in step_lib.AVERAGES)
+    for name, allowed in (("optimizer", optimizers), ("schedule", step_lib.SCHEDULES)):
       _refuse(name, getattr(self, name), getattr(self, name) in allowed, f"it must be one of {allowed}")
     if self.target_kl and not self.beta:
       raise ValueError("beta is 0 and target_kl set, but beta is steered by factors; give it a start")

@@ -175,7 +175,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[Callable, Any]:
       steps=config.steps)
   return schedule, step.make_optimizer(
       settings.name, schedule, max_grad_norm=settings.max_grad_norm,
-      weight_decay=settings.weight_decay)
+      weight_decay=settings.weight_decay, ema=settings.ema)
+
+
+def make_evaluated(
+    config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Callable[[step.TrainState], Any]:
+  """Returns state -> the placed params that are to be evaluated."""
+  if not config_lib.averages(config):
+    return lambda state: state.params
+  average = devices.lift(step.average_of, donate_state=False)
+  return lambda state: average(state.params, state.opt_state)
 
 
 def make_train_step(
@@ -312,7 +321,8 @@ def _objective_of(
   return preference.preference_objective(
       apply, preference.make_terms(
           config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
-      beta=config.beta, num_responses=config.data.num_responses,
+      beta=config.beta, beta_factor=config_lib.beta_factor_of(config),
+      num_responses=config.data.num_responses, seed=config.seed,
       with_reference=config.reference.mode != "none", chunk_size=chunk_size, axis_name=axis_name,
       **config_lib.combined_with(config))
 

@@ -114,8 +114,9 @@ class Generator:
     self._longest = min(
         (m.config.longest for m in (policy, reference) if m and m.config.longest), default=None)
     self._stops = tuple(dict.fromkeys((eos, *policy.stop_ids, *draw.stop_ids)))
-    self._models = []
+    self._models, self._laid_out = [], []
     for model in (policy, reference) if reference is not None else (policy,):
+      self._laid_out.append(model.config)
       config, params = transformer.unrolled(model.config, model.params)
       config = dataclasses.replace(config, published="")
       same = [other for other in self._models if other.config == config]
@@ -138,6 +139,14 @@ class Generator:
     other = copy.copy(self)
     other._models = self._models[::-1]
     return other
+
+  def renew(self, *params: Any) -> None:
+    """Takes other params of its models, in their order; those that are not given are let go."""
+    params = [*params, *[None] * (len(self._models) - len(params))]
+    self._models = [
+        model._replace(params=None if each is None else self._devices.place(
+            transformer.unrolled(config, each)[1]))
+        for model, config, each in zip(self._models, self._laid_out, params)]
 
   @property
   def longest_prompt(self) -> int | None:
@@ -390,12 +399,9 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
         for i, samples in zip(batch, generator([ids[i] for i in batch], batch)):
           for k, sample in enumerate(samples):
             place = numbers[i], k
-            lines[place] = json.dumps({
-                "index": numbers[i], "sample": k, **records.prompt_record(texts[numbers[i]]),
-                "response": tokenization.decode_response(
-                    tokenizer, ids[i], sample.ids[:-1] if sample.finished else sample.ids),
-                "log_prob": sample.log_prob, "reference_log_prob": sample.reference_log_prob,
-                "tokens": len(sample.ids), "finished": sample.finished}, ensure_ascii=False)
+            lines[place] = json.dumps(
+                {"index": numbers[i], "sample": k, **records.prompt_record(texts[numbers[i]])}
+                | told(tokenizer, ids[i], sample), ensure_ascii=False)
             file.write(lines[place] + "\n")
         file.flush()
         bar.update(len(batch) * count)
@@ -406,6 +412,15 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
   say(f"{len(samples) - kept} samples drawn ({kept} were there) in {seconds:.1f} s, "
       f"{new / seconds:.0f} tokens a second, compiling included; written to {out}")
   return summary(samples)
+
+
+def told(tokenizer: Any, prompt: Sequence[int], sample: Sample) -> dict[str, Any]:
+  """Returns what a line of the output says of a sample."""
+  return {
+      "response": tokenization.decode_response(
+          tokenizer, prompt, sample.ids[:-1] if sample.finished else sample.ids),
+      "log_prob": sample.log_prob, "reference_log_prob": sample.reference_log_prob,
+      "tokens": len(sample.ids), "finished": sample.finished}
 
 
 def summary(samples: Sequence[dict]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 python -m dpojax.train --config=FILE[:arg] --workdir=DIR [--config.key=value ...] [--dry_run]
 
 DIR/config.json  DIR/data_report.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/
+DIR/samples.jsonl
 
 With --dry_run the data are read, reported and three comparisons shown as they will be scored; nothing is
 compiled, and nothing written but to the cache.
@@ -28,7 +29,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, parallel, plan, resolve, weights
+from dpojax import checkpoint, objectives, parallel, plan, resolve, watching, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
@@ -115,19 +116,24 @@ def run(
     say(f"continuing from step {first} of {workdir}")
 
   evaluate = make_evaluate(setup.objective, devices, resolve.parts_of(config, devices))
+  evaluated = resolve.make_evaluated(config, devices)
   move_reference = devices.lift(
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True)
+  watch = watching.make_watcher(
+      config, setup.model, data.held_out or data.train, workdir, devices, after_step=first or -1)
   moving = lambda: devices.collect(reference) if config.reference.sync_every else None
 
   profile = Profile(config_lib.profiled_steps(config), workdir)
   with Log(workdir, config, first) as log, stop_signal() as stop_asked, profile:
     if first == 0:
       batches = held_out_loader.evaluation() if config.eval_every else train_loader.training(0, 1)
-      metrics = evaluate(state.params, reference, batches)
+      metrics = evaluate(state.params, reference, batches, state.step)
       if setup.objective.needs_reference:
         check_agreement(metrics, config)
       if config.eval_every:
         log.write(0, "eval", metrics)
+      if watch is not None:
+        log.write(0, "samples", watch(0, evaluated(state), reference))
 
     throughput.start()
     for batch, rows, waited in _placed_ahead(train_loader.training(first, config.steps), devices):
@@ -152,7 +158,11 @@ def run(
         metrics = {name: float(value) for name, value in devices.collect(metrics).items()}
         log.write(step, "train", metrics | throughput.rates())
       if due(config.eval_every):
-        log.write(step, "eval", evaluate(state.params, reference, held_out_loader.evaluation()))
+        log.write(step, "eval", evaluate(
+            evaluated(state), reference, held_out_loader.evaluation(), state.step))
+        throughput.start()
+      if watch is not None and due(config.sample_every):
+        log.write(step, "samples", watch(step, evaluated(state), reference))
         throughput.start()
       if saving or (stopping and config.checkpoint_every):
         checkpoints.save(
@@ -228,15 +238,18 @@ def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict
 
 def make_evaluate(
     objective: objectives.Objective, devices, parts: Parts = Parts()) -> Callable:
-  """Returns `evaluate(params, reference, batches)`: an objective's metrics over all their comparisons."""
+  """Returns `evaluate(params, reference, batches, step)`: an objective's metrics over their comparisons.
+
+  `step` is placed, as that of a state; an objective that moves is evaluated as it is there.
+  """
   eval_step = devices.lift(
       step_lib.make_eval_step(objective, parts=parts, axis_name=devices.axis_name),
       donate_state=False)
 
-  def evaluate(params, reference, batches: Iterator[loader.Batch]) -> dict[str, float]:
+  def evaluate(params, reference, batches: Iterator[loader.Batch], step) -> dict[str, float]:
     sums = {}
     for batch in batches:
-      part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows))
+      part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows), step)
       for name, mean in jax.device_get(devices.collect(part)).items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
     return {name: float(total / count) if count else float("nan")
@@ -281,7 +294,7 @@ class Log:
     if self._writer is not None:
       self._writer.write(step, split, metrics)
     names = ("loss", "rewards/accuracies", "rewards/margins", "objective/scores", "objective/kl",
-             "grad_norm", "pairs_per_second")
+             "kl", "score", "tokens", "grad_norm", "pairs_per_second")
     text = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     with tqdm.tqdm.external_write_mode(file=sys.stdout):
       say(f"step {step}/{self._steps}  {split}  {text}")

@@ -19,14 +19,18 @@ def peak_bytes(form: str, *, tokens: int, vocab: int, width: int, chunk_size: in
   """Returns the bytes of temporaries of the compiled value and gradient, for hidden and head.
 
   Args:
-    form: 'naive' or 'chunked'.
+    form: 'naive', 'chunked', or 'kl', the KL from a reference of the same width.
     tokens: S, scored tokens.
     vocab: V.
     width: D.
     chunk_size: of the chunked form; None is its default.
   """
-  score = naive if form == "naive" else lambda hidden, head, target: log_probs.token_log_probs(
-      hidden, head, target, chunk_size=chunk_size)
+  score = {
+      "naive": naive,
+      "chunked": lambda hidden, head, target: log_probs.token_log_probs(
+          hidden, head, target, chunk_size=chunk_size),
+      "kl": lambda hidden, head, target: log_probs.token_kl_from(
+          hidden, head, 2 * hidden, head, chunk_size=chunk_size)}[form]
   value_and_grad = jax.value_and_grad(lambda *args: score(*args).sum(), argnums=(0, 1))
   shapes = (jax.ShapeDtypeStruct((tokens, width), jnp.float32),
             jax.ShapeDtypeStruct((vocab, width), jnp.float32),

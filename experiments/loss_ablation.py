@@ -34,8 +34,16 @@ class Swept(NamedTuple):
 SWEPT = {name: Swept() for name in (*losses.PAIRWISE_LOSSES, "aot", "aot_unpaired")} | {
     "robust_dpo": Swept(changes={"loss_options.label_smoothing": 0.1}),
     "exo_pair": Swept(changes={"loss_options.label_smoothing": 1e-3}),
+    "mappo": Swept(changes={"loss_options.gap": 0.5}),
+    "h_dpo": Swept(changes={"loss_options.alpha": 0.9}),
+    "r_dpo": Swept(changes={"loss_options.alpha": 0.02}),
+    "tdpo1": Swept(),
+    "tdpo2": Swept(),
+    "epsilon_dpo": Swept(),
     "simpo": Swept(values=(1.0, 2.0, 4.0, 8.0), changes={
         "loss_options.gamma": 0.5, "reference.mode": "none"}),
+    "alphapo": Swept(values=(1.0, 2.0, 4.0, 8.0), changes={
+        "loss_options.gamma": 0.1, "loss_options.alpha": 0.25, "reference.mode": "none"}),
     "cpo": Swept(changes={"reference.mode": "none"}),
     "orpo": Swept("loss_options.weight", (0.1, 0.5, 1.0, 4.0), {
         "reference.mode": "none", "loss_options.weight": 1.0}),

@@ -175,7 +175,7 @@ class _Sweep:
     self.reference = None if unread else self.devices.share(setup.reference)
     self._train = self.devices.lift(jax.vmap(self._step, in_axes=(0, None, 0, 0)), donate_state=True)
     self._eval = self.devices.lift(
-        jax.vmap(self._evaluate, in_axes=(0, None, 0, None)), donate_state=False)
+        jax.vmap(self._evaluate, in_axes=(0, None, 0, 0, None)), donate_state=False)
 
   def _at(self, value) -> tuple[objectives.Objective, Callable, optax.GradientTransformation]:
     """Returns objective, schedule and optimizer at a value on the axis, which may be traced."""
@@ -189,9 +189,9 @@ class _Sweep:
         objective, tx, schedule=schedule, parts=Parts(self.config.rows_at_once))(
             state, reference, rows)
 
-  def _evaluate(self, params, reference, value, rows):
+  def _evaluate(self, params, reference, value, step, rows):
     evaluate = step_lib.make_eval_step(self._at(value)[0], parts=Parts(self.config.rows_at_once))
-    return evaluate(params, reference, rows)
+    return evaluate(params, reference, rows, step)
 
   def train(
       self, group: Sequence[Member], size: int, folder: pathlib.Path, measure: Measure | None,
@@ -220,7 +220,7 @@ class _Sweep:
     def look(step):
       """Evaluates and measures, as far as either is due."""
       if config.eval_every and due(step, config.eval_every):
-        write(step, "eval", self._evaluation(state.params, value))
+        write(step, "eval", self._evaluation(state, value))
       if measure is not None and due(step, measure_every):
         for place, member in enumerate(group):
           params = jax.tree.map(lambda x: np.asarray(x[place]), state.params)
@@ -254,11 +254,12 @@ class _Sweep:
     return self.devices.place(
         jax.tree.map(lambda *each: np.stack(each), *(states[member.seed] for member in members)))
 
-  def _evaluation(self, params: Any, value: jax.Array) -> dict[str, np.ndarray]:
+  def _evaluation(self, state: step_lib.TrainState, value: jax.Array) -> dict[str, np.ndarray]:
     """Returns metrics [M] over the held-out comparisons."""
     sums = {}
     for batch in self.held_out.evaluation():
-      part = jax.device_get(self._eval(params, self.reference, value, batch.rows))
+      part = jax.device_get(
+          self._eval(state.params, self.reference, value, state.step, batch.rows))
       for name, mean in part.items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
     return {name: np.where(count > 0, total / np.maximum(count, 1), np.nan)

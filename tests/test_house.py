@@ -18,9 +18,8 @@ ORDER = [
     "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.gguf",
     "data.packing", "data.loader", "data.report", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
-    "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "train", "sample", "intervals",
-    "judging",
-    "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]
+    "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "sample", "scorers",
+    "watching", "train", "intervals", "judging", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""
 
 HOMES = {

@@ -173,3 +173,86 @@ def test_no_token_that_counts_is_zero_everywhere(rng):
   value, grads = jax.value_and_grad(lambda h, w: jnp.sum(
       log_probs.token_log_probs(h, w, target, where=nothing)), argnums=(0, 1))(hidden, head)
   assert value == 0 and not any(np.any(grad) for grad in grads)
+
+
+# Of two models' whole distributions.
+
+
+def naive_kl(hidden, head, reference_hidden, reference_head, bias=None, soft_cap=None):
+  def every(hidden, head, bias, soft_cap):
+    logits = jnp.einsum("...d,vd->...v", hidden, head)
+    if bias is not None:
+      logits += jnp.broadcast_to(bias, logits.shape)
+    return jax.nn.log_softmax(logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap))
+  ours, theirs = every(hidden, head, bias, soft_cap), every(reference_hidden, reference_head, None, None)
+  return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100, None])
+@pytest.mark.parametrize("soft_cap", [None, 2.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kl_from_the_reference_has_the_naive_values_and_gradients_in_float64(
+    masked, soft_cap, chunk_size, rng):
+  """The reference is of another width than the policy; it gets no gradient."""
+  with jax.enable_x64(True):
+    hidden, head, target = world(rng, dtype=np.float64)
+    theirs, their_head, _ = world(rng, width=7, dtype=np.float64)
+    bias = jnp.asarray(rng.normal(size=17))
+    where = jnp.asarray(rng.random(target.shape) < (0.4 if masked else 2))
+    weights = jnp.asarray(rng.normal(size=target.shape))
+    def total(form):
+      return jax.value_and_grad(
+          lambda *x: jnp.sum(weights * form(*x)), argnums=(0, 1, 2, 3, 4))(
+              hidden, head, bias, theirs, their_head)
+    got, got_grads = total(lambda h, w, b, r, rw: log_probs.token_kl_from(
+        h, log_probs.Head(w, b, soft_cap), r, rw, where=where if masked else None,
+        chunk_size=chunk_size))
+    want, want_grads = total(lambda h, w, b, r, rw: jnp.where(
+        where, naive_kl(h, w, *jax.lax.stop_gradient((r, rw)), b, soft_cap), 0))
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+    for g, w in zip(got_grads, want_grads, strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-11)
+    assert not np.any(got_grads[3]) and not np.any(got_grads[4])
+
+
+def test_the_kl_from_itself_is_0_without_a_gradient_and_never_negative(rng):
+  hidden, head, _ = world(rng)
+  value, grads = jax.value_and_grad(lambda h, w: jnp.sum(
+      log_probs.token_kl_from(h, w, hidden, head)), argnums=(0, 1))(hidden, head)
+  assert value == 0 and not any(np.any(grad) for grad in grads)
+  other = jnp.asarray(rng.normal(size=hidden.shape), jnp.float32)
+  assert np.all(log_probs.token_kl_from(other, head, hidden, head) > 0)
+
+
+def test_gradients_of_the_kl_are_those_of_finite_differences(rng):
+  with jax.enable_x64(True):
+    hidden, head, _ = world(rng, (), length=5, dtype=np.float64)
+    theirs, their_head, _ = world(rng, (), length=5, dtype=np.float64)
+    check_grads(lambda h, w: log_probs.token_kl_from(h, w, theirs, their_head, chunk_size=2),
+                (hidden, head), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, -0.1, 1.0])
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_mixed_log_probs_are_of_the_mixed_logits(share, chunk_size, rng):
+  hidden, head, target = world(rng)
+  theirs, their_head, _ = world(rng)
+  got = log_probs.token_mixed_log_probs(
+      hidden, head, theirs, their_head, target, share=share, chunk_size=chunk_size)
+  both = jnp.concatenate([(1 - share) * hidden, share * theirs], axis=-1)
+  want = naive(both, jnp.concatenate([head, their_head], axis=-1), target)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  assert not np.any(jax.grad(lambda h: log_probs.token_mixed_log_probs(
+      h, head, theirs, their_head, target, share=share).sum())(hidden))
+
+
+def test_the_kl_from_another_vocabulary_is_refused(rng):
+  hidden, head, _ = world(rng)
+  with pytest.raises(ValueError, match=r"\(3, 11, 5\) and .*\(17, 5\) .*\(3, 11, 5\) and \(16, 5\)"):
+    log_probs.token_kl_from(hidden, head, hidden, head[:-1])
+
+
+def test_peak_memory_of_the_kl_does_not_grow_with_the_scored_tokens_times_the_vocabulary():
+  def extra(tokens):
+    return log_prob_memory.peak_bytes("kl", tokens=tokens, vocab=4096, width=16, chunk_size=64)
+  assert extra(4096) - extra(1024) < 0.05 * (4096 - 1024) * 4096 * 4

@@ -15,7 +15,8 @@ from jax.test_util import check_grads
 from dpojax import losses
 from dpojax.losses import Pair
 
-OPTIONS = {"robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1}}
+OPTIONS = {"robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
+           "mappo": {"gap": 0.4}}
 NAMES = sorted(losses.PAIRWISE_LOSSES)
 
 
@@ -50,6 +51,14 @@ FORMULAS = {
     "discopop": lambda w, l, b: (
         (1 - sigmoid(b * (w - l) / 0.05)) * -log_sigmoid(b * (w - l))
         + sigmoid(b * (w - l) / 0.05) * np.exp(-b * (w - l))),
+    "dpop": lambda w, l, b: -log_sigmoid(b * (w - l - 50 * np.maximum(0, -w))),
+    "cal_dpo": lambda w, l, b: (
+        -log_sigmoid(w - l) + (w - 1 / (2 * b)) ** 2 + (l + 1 / (2 * b)) ** 2),
+    "bdpo": lambda w, l, b: -log_sigmoid(b * (w - np.log(0.5 * np.exp(l) + 0.5))),
+    "mappo": lambda w, l, b: -log_sigmoid(b * (w - 0.4 * l)),
+    "gpo_exponential": lambda w, l, b: np.exp(-b * (w - l)),
+    "gpo_truncated_quadratic": lambda w, l, b: np.maximum(0, 1 - b * (w - l)) ** 2,
+    "gpo_savage": lambda w, l, b: 1 / (1 + np.exp(b * (w - l))) ** 2,
     "f_dpo_forward_kl": lambda w, l, b: -log_sigmoid(b * (np.exp(-l) - np.exp(-w))),
     "f_dpo_js_divergence": lambda w, l, b: -log_sigmoid(
         b * (np.log(2 * np.exp(w) / (1 + np.exp(w))) - np.log(2 * np.exp(l) / (1 + np.exp(l))))),
@@ -101,33 +110,53 @@ def stacked(x):
   return jnp.stack(x[:4], axis=-1)
 
 
+def constants(x, chosen, rejected):
+  return Pair(*(jnp.full(jnp.shape(x[0]), value) for value in (chosen, rejected)))
+
+
+def masks(x):
+  """Of a chosen response of two tokens and a rejected one of three."""
+  return Pair(*(jnp.broadcast_to(jnp.arange(4) < n, (*x[0].shape, 4)) for n in (2, 3)))
+
+
 DATA = {
     **{name: two_pairs for name in (
         "dpo_loss", "ipo_loss", "hinge_loss", "robust_dpo_loss", "exo_pair_loss", "nca_pair_loss",
         "bco_pair_loss", "sppo_hard_loss", "apo_zero_loss", "apo_down_loss", "discopop_loss",
-        "aot_loss", "aot_unpaired_loss", "f_dpo_loss")},
+        "aot_loss", "aot_unpaired_loss", "f_dpo_loss", "dpop_loss", "cal_dpo_loss", "bdpo_loss",
+        "mappo_loss", "gpo_exponential_loss", "gpo_truncated_quadratic_loss", "gpo_savage_loss",
+        "h_dpo_loss", "beta_dpo_loss")},
+    **{name: lambda x: (*two_pairs(x), constants(x, 0.7, 0.4)) for name in ("tdpo1_loss", "tdpo2_loss")},
+    "r_dpo_loss": lambda x: (*two_pairs(x), constants(x, 3, 5)),
+    "epsilon_dpo_beta": lambda x: (Pair(*x[:2]), Pair(*x[1:3]), Pair(*x[2:4])),
+    "epsilon_dpo_loss": lambda x: (*two_pairs(x), Pair(*x[1:3]), Pair(*x[2:4])),
+    "beta_dpo_filter": lambda x: (x[0], jax.nn.sigmoid(x[1])),
+    "dr_dpo_weights": lambda x: x[:1],
+    "xpo_loss": lambda x: (*two_pairs(x), x[1]),
     **{name: lambda x: x[:1] for name in (
         "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "nll_loss")},
     **{name: lambda x: x[:2] for name in (
         "implicit_reward", "bradley_terry_loss", "kl_k1", "kl_k2", "kl_k3", "mix_reference")},
     **{name: lambda x: (Pair(*x[:2]),) for name in (
         "simpo_loss", "cpo_loss", "unlikelihood_loss", "wpo_weights")},
-    "orpo_loss": lambda x: (Pair(*(-jnp.abs(y) for y in x[:2])),),
+    **{name: lambda x: (Pair(*(-jnp.abs(y) for y in x[:2])),) for name in ("orpo_loss", "alphapo_loss")},
     "kl_penalized_reward": lambda x: x[:3],
     "plackett_luce_loss": lambda x: (stacked(x),),
     "dpo_plackett_luce_loss": lambda x: (stacked(x), stacked(x[3::-1])),
     "kto_loss": lambda x: (x[0], jnp.ones(x[0].shape, bool), 0.3),
     "bco_loss": lambda x: (x[0], jnp.ones(x[0].shape, bool)),
     "length_normalize": lambda x: (x[0], jnp.full(x[0].shape, 3)),
-    "ld_dpo_log_probs": lambda x: (
-        Pair(stacked(x), stacked(x)), Pair(*(jnp.broadcast_to(jnp.arange(4) < n, (*x[0].shape, 4))
-                                             for n in (2, 3)))),
+    "ld_dpo_log_probs": lambda x: (Pair(stacked(x), stacked(x)), masks(x)),
+    "sampo_log_probs": lambda x: (
+        Pair(stacked(x), stacked(x)), masks(x), Pair(*(jnp.broadcast_to(
+            jnp.asarray(noise), (*x[0].shape, 4)) for noise in ([.4, .1, .9, .2], [.3, .5, .1, .7])))),
     "token_kl": lambda x: (-jnp.abs(stacked(x)), -jnp.abs(stacked(x[3::-1]))),
 }
 """Positional arguments of each function, made of arrays x[:4] of one shape."""
 
 KNOBS = {"beta": 0.3, "label_smoothing": 0.1, "delta": 0.2, "tau": 0.05, "alpha": 0.3, "gamma": 0.5,
-         "weight": 0.1, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+         "weight": 0.1, "desirable_weight": 1.5, "undesirable_weight": 0.7, "mix": 0.4, "gap": 0.4,
+         "epsilon": 0.2, "center": 0.3, "spread": 1.5, "share": 0.6}
 """A value of every knob there is; `where` is data, and `divergence` a function."""
 
 
@@ -173,8 +202,11 @@ EVERY_LOSS = {
 }
 """(chosen, rejected, reference chosen, reference rejected, beta) -> loss, of arrays of one shape."""
 
-SORTED = {"aot_loss", "aot_unpaired_loss"}
+OF_A_BATCH = {"aot_loss", "aot_unpaired_loss", "beta_dpo_loss", "beta_dpo_filter", "dr_dpo_weights"}
 """They compare the pairs of the last axis; all others are elementwise."""
+
+WITHOUT_GRADIENT = {"wpo_weights", "dr_dpo_weights", "beta_dpo_filter", "beta_dpo_loss"}
+"""All of them, or a part: beta-DPO's beta is given the mean margin as a number."""
 
 
 SIZES = [-1e4, -60.0, -1.0, 0.0, 1.0, 60.0, 1e4]
@@ -184,7 +216,7 @@ def test_every_public_function_is_swept():
   assert set(DATA) == set(public_functions())
 
 
-@pytest.mark.parametrize("name", sorted(set(EVERY_LOSS) - {"wpo_weights"}))  # it has no gradient
+@pytest.mark.parametrize("name", sorted(set(EVERY_LOSS) - WITHOUT_GRADIENT))
 def test_gradients_are_those_of_finite_differences(name, pairs):
   with jax.enable_x64(True):
     policy, reference = jax.tree.map(lambda x: jnp.asarray(x)[0], pairs)
@@ -209,7 +241,7 @@ def test_losses_and_gradients_are_finite_at_extremes(name, dtype):
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
-@given(name=st.sampled_from(sorted(set(EVERY_LOSS) - SORTED)),
+@given(name=st.sampled_from(sorted(set(EVERY_LOSS) - OF_A_BATCH)),
        shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3),
        dtype=st.sampled_from(["float32", "bfloat16", "float16"]), seed=st.integers(0, 9))
 def test_losses_keep_the_shape_and_are_elementwise(name, shape, dtype, seed):
@@ -287,7 +319,8 @@ def test_gradient_weighs_a_pair_by_how_wrong_its_reward_is(pairs):
   np.testing.assert_allclose(grads.rejected, 0.3 * jax.nn.sigmoid(rejected - chosen), rtol=1e-5)
 
 
-OF_THE_MARGIN = {"dpo", "ipo", "hinge", "robust_dpo", "exo_pair", "discopop"}
+OF_THE_MARGIN = {"dpo", "ipo", "hinge", "robust_dpo", "exo_pair", "discopop", "gpo_exponential",
+                 "gpo_truncated_quadratic", "gpo_savage"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax import losses, objectives, preference
-from dpojax.data import loader
+from dpojax import losses, objectives, preference, step
+from dpojax.data import loader, packing
 from dpojax.losses import Pair
 from dpojax.models import transformer
 from tests import worlds
@@ -20,7 +20,10 @@ KNOBS = {
     "robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
     "aot": {"label_smoothing": 0.1}, "bco_pair": {"delta": 0.2}, "discopop": {"tau": 0.1},
     "f_dpo_alpha_divergence": {"alpha": 0.3}, "simpo": {"gamma": 0.5}, "orpo": {"weight": 0.7},
-    "unlikelihood": {"alpha": 0.2}, "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}
+    "unlikelihood": {"alpha": 0.2}, "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+    "dpop": {"weight": 5.0}, "cal_dpo": {"weight": 0.5}, "bdpo": {"mix": 0.3}, "mappo": {"gap": 0.4},
+    "h_dpo": {"alpha": 0.9}, "r_dpo": {"alpha": 0.1}, "tdpo2": {"alpha": 0.3},
+    "epsilon_dpo": {"epsilon": 0.2}, "alphapo": {"gamma": 0.5, "alpha": 0.25}}
 NAMES = sorted(preference.LOSSES)
 
 
@@ -42,11 +45,14 @@ def evaluate(objective, params, reference, rows):
 
 
 class Single(NamedTuple):
-  """Of each comparison and response: token log-probs [N, K, T], where they are, and WPO's terms."""
+  """Of each comparison and response: token log-probs [N, K, T], where they are, WPO's terms, all the
+  vocabulary's log-probs [N, K, T, V], and the ids that are scored."""
 
   tokens: np.ndarray
   mask: np.ndarray
   collisions: np.ndarray
+  every: np.ndarray
+  targets: np.ndarray
 
   @property
   def sums(self):
@@ -69,7 +75,8 @@ def single_sequences(params, examples, longest=24):
     return jax.nn.log_softmax(hidden @ transformer.output_head(params).T)
 
   shape = (len(examples), len(examples[0][1]), longest)
-  out = Single(np.zeros(shape), np.zeros(shape, bool), np.zeros(shape))
+  out = Single(np.zeros(shape), np.zeros(shape, bool), np.zeros(shape),
+               np.zeros((*shape, CONFIG.vocab_size)), np.zeros(shape, int))
   for i, (prompt, responses) in enumerate(examples):
     for k, response in enumerate(responses):
       ids = np.concatenate([prompt, response]).astype(int)
@@ -77,6 +84,7 @@ def single_sequences(params, examples, longest=24):
       places = range(max(len(prompt), 1), len(ids))
       for t, place in enumerate(places):
         out.tokens[i, k, t] = every[place - 1, ids[place]]
+        out.every[i, k, t], out.targets[i, k, t] = every[place - 1], ids[place]
         out.collisions[i, k, t] = np.log(np.exp(2 * every[place - 1]).sum())
       out.mask[i, k, :len(places)] = True
   return out
@@ -84,6 +92,20 @@ def single_sequences(params, examples, longest=24):
 
 def pair(values):
   return Pair(jnp.asarray(values[:, 0]), jnp.asarray(values[:, 1]))
+
+
+def token_kl(policy, reference):
+  """KL(reference || policy) of the next token, summed over a response's places, [N, K]."""
+  kl = np.sum(np.exp(reference.every) * (reference.every - policy.every), axis=-1)
+  return np.where(policy.mask, kl, 0).sum(-1)
+
+
+def mixed_sums(policy, reference, share):
+  """Log-probs of (1 - share) policy + share reference logits, summed over a response, [N, K]."""
+  logits = (1 - share) * policy.every + share * reference.every
+  every = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  tokens = np.take_along_axis(every, policy.targets[..., None], axis=-1)[..., 0]
+  return np.where(policy.mask, tokens, 0).sum(-1)
 
 
 def by_formula(name, policy, reference):
@@ -105,6 +127,19 @@ def by_formula(name, policy, reference):
     return losses.nll_loss((policy.means if entry.mean else policy.sums)[:, 0])
   if not entry.reads_reference:
     return entry.function(pair(policy.means if entry.mean else policy.sums), **knobs)
+  if name == "r_dpo":
+    return losses.r_dpo_loss(pair(policy.sums), pair(reference.sums), pair(policy.mask.sum(-1)), **knobs)
+  if name in ("tdpo1", "tdpo2"):
+    kl = pair(token_kl(policy, reference))
+    return entry.function(pair(policy.sums), pair(reference.sums), kl, **knobs)
+  if name == "epsilon_dpo":
+    moved = [pair(mixed_sums(policy, reference, share)) for share in (0.2, -0.2)]
+    margins = [np.asarray(m.chosen - m.rejected) for m in (moved[0], pair(policy.sums), moved[1])]
+    steps = np.sign(margins[1] - margins[0]) * (
+        np.sign(margins[1] - margins[0]) == np.sign(margins[2] - margins[1]))
+    assert {-1, 1} <= set(steps)
+    return losses.dpo_loss(
+        pair(policy.sums), pair(reference.sums), beta=jnp.asarray(BETA / (1 + 0.2 * steps)))
   return entry.function(pair(policy.sums), pair(reference.sums), **knobs)
 
 
@@ -160,6 +195,129 @@ def test_ld_alpha_discounts_tokens_behind_the_shorter_response(rng):
                   for o in ({}, {"ld_alpha": 1.0}))
   np.testing.assert_allclose(whole, plain, rtol=1e-6)
   assert abs(got - plain) > 1e-3 * abs(plain)
+
+
+def test_sampo_reads_as_many_tokens_as_the_shorter_response_has_anew_at_each_step(rng):
+  """Draws do not depend on the packing, or on the number of rows; the shorter response is whole."""
+  params, reference, rows, policy, frozen = two_models(rng)
+  examples = worlds.comparisons(np.random.default_rng(5), 9, 2)
+  shapes = [worlds.packed(examples, length) for length in (64, 40)]
+  drawn = objective("dpo", sampo=True)
+  assert drawn.moves
+  at = lambda step, rows: float(jax.jit(drawn.at(step))(params, reference, rows)[0].value())
+  np.testing.assert_allclose(at(3, shapes[0]), at(3, shapes[1]), rtol=1e-5)
+  assert len({at(step, rows) for step in range(4)}) == 4
+  assert at(0, rows) == float(jax.jit(drawn.evaluate)(params, reference, rows)[0].value())
+
+  prompt, long, short = np.array([5, 6]), np.repeat(7, 3), np.array([9, 9])
+  one = [(prompt, [long, short])]
+  ratio = np.subtract(*(single_sequences(p, one).tokens[0] for p in (params, reference)))
+  _, metrics = evaluate(drawn, params, reference, worlds.packed(one, 64))
+  pairs_of_three = [ratio[0, :3].sum() - ratio[0, left_out] for left_out in range(3)]
+  assert min(abs(metrics["rewards/chosen"] / BETA - np.array(pairs_of_three))) < 1e-4
+  np.testing.assert_allclose(metrics["rewards/rejected"] / BETA, ratio[1, :2].sum(), atol=1e-4)
+
+
+def test_dr_dpo_gives_the_gradient_of_the_batchs_log_mean_exp(rng):
+  params, reference, rows, policy, frozen = two_models(rng)
+  values = losses.dpo_loss(pair(policy.sums), pair(frozen.sums), beta=BETA)
+  weights = np.exp(-values) / np.mean(np.exp(-values))
+  robust = objective("dpo", dr_dpo=1.0)
+  got, _ = evaluate(robust, params, reference, rows)
+  np.testing.assert_allclose(got, np.mean(weights * values), rtol=1e-4)
+  def whole(p):
+    each = _losses(p, reference, rows)
+    return -jnp.log(jnp.mean(jnp.exp(-each), where=jnp.asarray(rows.example >= 0)))
+  want = jax.jit(jax.grad(whole))(params)
+  got = jax.jit(jax.grad(lambda p: robust.evaluate(p, reference, rows)[0].value()))(params)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(
+      g, w, atol=1e-4 * np.abs(w).max() + 1e-6), got, want)
+
+
+def test_a_beta_that_moves_is_that_of_its_step_in_loss_and_metrics(rng):
+  params, reference, rows, policy, frozen = two_models(rng)
+  factor = step.make_beta_factor((0, 10), (1.0, 3.0))
+  moving = objective("dpo", beta_factor=factor)
+  for at, beta in ((0, BETA), (5, 2 * BETA), (99, 3 * BETA)):
+    loss, metrics = jax.jit(moving.at(jnp.int32(at)))(params, reference, rows)
+    want = losses.dpo_loss(pair(policy.sums), pair(frozen.sums), beta=beta)
+    np.testing.assert_allclose(loss.value(), jnp.mean(want), rtol=1e-4)
+    np.testing.assert_allclose(metrics["beta"].value(), beta, rtol=1e-6)
+    margins = policy.sums - frozen.sums
+    np.testing.assert_allclose(
+        metrics["rewards/margins"].value(), beta * (margins[:, 0] - margins[:, 1]).mean(), rtol=1e-4)
+  assert not objective("dpo").moves and "beta" not in evaluate(objective("dpo"), params, reference, rows)[1]
+
+
+WITHOUT_OWN_BETA = {"aot", "aot_unpaired"}
+
+
+@pytest.mark.parametrize("name", [
+    n for n in NAMES if preference.LOSSES[n].takes_beta() and n not in WITHOUT_OWN_BETA])
+def test_every_comparison_may_bring_a_beta_of_its_own(name, rng):
+  """One step of several betas is the mean of steps of one each."""
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  examples = worlds.comparisons(rng, 6, num_responses_of(name))
+  if name in ("kto", "bco"):  # their point is of the whole step: the same examples at one beta each
+    examples = examples[:1] * 6
+  betas = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], np.float32)
+  with_knobs = lambda examples, betas: _packed_with(examples, {"beta": betas})
+  got, metrics = evaluate(objective(name), params, reference, with_knobs(examples, betas))
+  each = [evaluate(objective(name), params, reference, with_knobs([example], betas[i:i + 1]))[0]
+          for i, example in enumerate(examples)]
+  if name == "bco":  # delta is the step's mean log-ratio at each pair's own beta
+    each = [evaluate(objective(name), params, reference, with_knobs(examples, np.full(6, b)))[0]
+            for b in betas]
+  np.testing.assert_allclose(got, np.mean(each), rtol=2e-4)
+  np.testing.assert_allclose(metrics["beta"], betas.mean(), rtol=1e-5)
+
+
+def test_other_knobs_may_be_of_each_comparison_and_only_of_losses_that_take_them(rng):
+  params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
+  examples = worlds.comparisons(rng, 4, 2)
+  gaps = np.array([0.0, 0.3, 0.7, 1.0], np.float32)
+  policy, frozen = (single_sequences(p, examples) for p in (params, reference))
+  rows = _packed_with(examples, {"gap": gaps, "nothing_of_a_loss": gaps})
+  got, _ = evaluate(objective("mappo"), params, reference, rows)
+  want = losses.mappo_loss(pair(policy.sums), pair(frozen.sums), beta=BETA, gap=gaps)
+  np.testing.assert_allclose(got, jnp.mean(want), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_OWN_BETA))
+def test_a_loss_of_ranks_refuses_a_beta_of_each_comparison(name, rng):
+  params = worlds.params_of(CONFIG)
+  rows = _packed_with(worlds.comparisons(rng, 3, 2), {"beta": np.ones(3, np.float32)})
+  with pytest.raises(ValueError, match="beta is given for each comparison, but a loss of ranks"):
+    evaluate(objective(name), params, params, rows)
+
+
+def _packed_with(examples, knobs):
+  lengths = worlds.lengths_of(examples)
+  plan = packing.plan_in_order(lengths, len(examples), 64)
+  return packing.fill(
+      examples, plan.row[0], int(plan.rows[0]) + 1, plan.shape, num_responses=len(examples[0][1]),
+      example=range(len(examples)), knobs=knobs)
+
+
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2", "epsilon_dpo"])
+def test_losses_of_every_token_refuse_a_reference_of_stored_log_probs(name, rng):
+  params = worlds.params_of(CONFIG)
+  rows = worlds.packed(worlds.comparisons(rng, 3, 2), 64)
+  rows = rows._replace(reference=np.zeros((*rows.example.shape, 2), np.float32))
+  with pytest.raises(ValueError, match=f"{name} reads the reference's next-token distributions"):
+    evaluate(objective(name), params, None, rows)
+
+
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2", "epsilon_dpo"])
+def test_losses_of_every_token_start_as_dpo(name, rng):
+  params = worlds.params_of(CONFIG)
+  rows = worlds.packed(worlds.comparisons(rng, 5, 2), 64)
+  of = lambda name: jax.jit(jax.value_and_grad(
+      lambda p: objective(name).evaluate(p, params, rows)[0].value()))(params)
+  (got, got_grads), (want, want_grads) = of(name), of("dpo")
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(
+      g, w, atol=1e-5 * np.abs(w).max() + 1e-7), got_grads, want_grads)
 
 
 def test_wpo_weighs_each_pair_without_a_gradient_through_the_weight(rng):

@@ -1,5 +1,6 @@
 """The step: optimizers as the paper's code has them, schedules, parts, updates not finite."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -138,3 +139,137 @@ def test_a_mean_adds_over_parts():
   whole = jax.tree.map(lambda *x: sum(x), *parts)
   assert whole.value() == 1.0
   assert jnp.isnan(objectives.Mean(jnp.float32(0), jnp.float32(0)).value())
+
+
+# Optimizers by name, and averages of params.
+
+
+def layers(rng):
+  """Params of every kind: an embedding, stacked kernels of all projections, a norm, an adapter's pair."""
+  shapes = {"embed": {"embedding": (8, 6)}, "norm": {"scale": (6,)}, "layers": {
+      "query": {"kernel": (2, 6, 3, 4)}, "attention_out": {"kernel": (2, 3, 4, 6)},
+      "up": {"kernel": (2, 6, 10), "bias": (2, 10)}, "down": {"a": (2, 10, 2), "b": (2, 2, 6)}}}
+  return jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes,
+                      is_leaf=lambda x: isinstance(x, tuple))
+
+
+def minimised(name, params, steps=60, learning_rate=0.03, **options):
+  """Params and optimizer state after some steps down (params - 1)^2, by the train step."""
+  def evaluate(params, reference, rows):
+    value = sum(jnp.sum(jnp.square(leaf - 1)) for leaf in jax.tree.leaves(params))
+    return Mean(value, jnp.ones(())), {"loss": Mean(value, jnp.ones(()))}
+  tx = step.make_optimizer(name, constant(learning_rate), max_grad_norm=0.0, **options)
+  train_step = jax.jit(step.make_train_step(Objective(evaluate, 1, False), tx))
+  state = step.init_state(params, tx)
+  for _ in range(steps):
+    state, metrics = train_step(state, None, ())
+  return state, metrics
+
+
+@pytest.mark.parametrize("name", step.OPTIMIZERS)
+def test_every_optimizer_goes_down_and_keeps_shapes_and_dtypes(name, rng):
+  params = layers(rng)
+  distance = lambda tree: sum(float(jnp.sum(jnp.square(x - 1))) for x in jax.tree.leaves(tree))
+  state, _ = minimised(name, params, learning_rate=0.3 if name == "muon" else 0.03)
+  assert distance(step.average_of(state.params, state.opt_state)) < 0.5 * distance(params)
+  for kept in (state.params, step.average_of(state.params, state.opt_state)):
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), kept) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params)
+
+
+STATES = {"rmsprop": 1, "adamw": 2, "adamw_bfloat16": 1.5, "sgd": 0, "lion": 1, "schedule_free": 2}
+"""Of each optimizer, bytes of its state by bytes of params."""
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_what_an_optimizer_keeps(name, ema):
+  params = {"up": {"kernel": jnp.zeros((64, 512))}}
+  tx = step.make_optimizer(name, constant(), max_grad_norm=1.0, ema=ema)
+  kept = sum(leaf.size * leaf.dtype.itemsize
+             for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+  assert kept / params["up"]["kernel"].nbytes == pytest.approx(STATES[name] + (ema > 0), abs=1e-3)
+
+
+def test_adafactor_keeps_rows_and_columns_and_muon_one_moment_of_a_matrix():
+  params = {"up": {"kernel": jnp.zeros((256, 512))}}
+  for name, values in (("adafactor", 256 + 512), ("muon", 256 * 512)):
+    tx = step.make_optimizer(name, constant(), max_grad_norm=0.0)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+    assert values <= kept < values + 16
+
+
+def test_muon_steps_along_the_polar_factor_of_each_layers_matrix_and_adam_steps_the_rest(rng):
+  """Of what goes in to what comes out: heads belong to the outputs of query, to the inputs of
+  attention_out. Newton-Schulz in five steps brings singular values to between 0.7 and 1.2."""
+  params, grads = layers(rng), layers(rng)
+  tx = step.make_optimizer("muon", constant(0.1), max_grad_norm=0.0)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  flat = {"query": lambda x: x.reshape(2, 6, 12), "attention_out": lambda x: x.reshape(2, 12, 6),
+          "up": lambda x: x}
+  for name, matrix in flat.items():
+    gradient = matrix(np.asarray(grads["layers"][name]["kernel"], np.float64))
+    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+    for step_of, polar in zip(matrix(np.asarray(updates["layers"][name]["kernel"])), u @ vt):
+      scale = 0.1 * 0.2 * max(polar.shape) ** 0.5
+      assert np.abs(np.linalg.svd(-step_of / scale)[1] - 0.95).max() < 0.3
+      assert np.sum(-step_of * polar) / np.linalg.norm(step_of) / np.linalg.norm(polar) > 0.95
+  adam = optax.adamw(0.1, weight_decay=0.0, nesterov=True)
+  wanted, _ = adam.update(grads, adam.init(params), params)
+  for path in (("embed", "embedding"), ("norm", "scale"), ("layers", "up", "bias")):
+    of = lambda tree, path=path: functools.reduce(lambda node, key: node[key], path, tree)
+    np.testing.assert_allclose(of(updates), of(wanted), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", step.DECAYS)
+def test_optimizers_with_weight_decay_shrink_kernels_by_learning_rate_times_decay_and_no_norm(name):
+  params = {"norm": {"scale": jnp.ones(2)}, "up": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+  tx = step.make_optimizer(name, constant(0.1), max_grad_norm=0.0, weight_decay=0.5)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, state = tx.update(zeros, tx.init(params), params)
+  updated = step.average_of(optax.apply_updates(params, updates), state)
+  np.testing.assert_allclose(updated["norm"]["scale"], 1, rtol=1e-6)
+  np.testing.assert_allclose(updated["up"]["bias"], 1, rtol=1e-6)
+  np.testing.assert_allclose(updated["up"]["kernel"], 0.95, rtol=1e-5)
+
+
+def test_the_mean_of_params_is_what_its_decay_says(rng):
+  tx = step.with_average(optax.sgd(0.1), 0.5)
+  params, mean = {"x": jnp.asarray([3.0, -1.0])}, np.array([3.0, -1.0])
+  state = tx.init(params)
+  for t in range(8):
+    updates, state = tx.update({"x": jnp.asarray(rng.normal(size=2), jnp.float32)}, state, params)
+    params = optax.apply_updates(params, updates)
+    kept = min(0.5, (1 + t) / (10 + t))
+    mean = kept * mean + (1 - kept) * np.asarray(params["x"])
+    np.testing.assert_allclose(step.average_of(params, state)["x"], mean, rtol=1e-5)
+
+
+def test_schedule_free_evaluates_the_mean_of_where_its_steps_went(rng):
+  """Its x: at a constant learning rate the mean of all z (Defazio et al. 2024)."""
+  params = {"up": {"kernel": jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)}}
+  tx = step.make_optimizer("schedule_free", constant(0.1), max_grad_norm=0.0)
+  state, places = tx.init(params), []
+  for _ in range(5):
+    updates, state = tx.update(jax.tree.map(lambda x: x - 1, params), state, params)
+    params = optax.apply_updates(params, updates)
+    places.append(np.asarray(state.z["up"]["kernel"]))
+  np.testing.assert_allclose(
+      step.average_of(params, state)["up"]["kernel"], np.mean(places, axis=0), rtol=1e-4)
+
+
+def test_without_an_average_params_are_themselves(rng):
+  params = layers(rng)
+  tx = step.make_optimizer("adamw", constant(), max_grad_norm=1.0)
+  assert step.average_of(params, tx.init(params)) is params
+
+
+# Beta by step.
+
+
+@pytest.mark.parametrize("between, want", [
+    ("linear", [4, 4, 2.5, 1, 1]), ("geometric", [4, 4, 2, 1, 1]), ("hold", [4, 4, 4, 1, 1])])
+def test_the_factor_of_beta_is_as_its_points_say(between, want):
+  factor = step.make_beta_factor((10, 20), (4.0, 1.0), between)
+  got = jax.vmap(factor)(jnp.asarray([0, 10, 15, 20, 99]))
+  np.testing.assert_allclose(got, want, rtol=1e-6)

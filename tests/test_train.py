@@ -88,6 +88,8 @@ def test_a_reward_model_learns_and_the_best_checkpoint_is_kept(given, sft, tmp_p
 KNOBS = {
     "robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
     "simpo": {"gamma": 0.5}, "orpo": {"weight": 0.1}, "unlikelihood": {"alpha": 0.1},
+    "mappo": {"gap": 0.5}, "h_dpo": {"alpha": 0.9}, "r_dpo": {"alpha": 0.01},
+    "alphapo": {"gamma": 0.5, "alpha": 0.25},
     "discopop": {"tau": 1.0}}  # with its tau of 0.05 the slope at a margin of 0 is upward
 
 

@@ -205,6 +205,7 @@ class Loader:
     """
     self.subset = subset
     self.reference = None  # [N, K] stored log-probs that the rows are to carry
+    self.knobs = {}  # by name, [N] values of losses' knobs that the rows are to carry
     self.lengths = subset.lengths
     self._span, self._shards, self._rows_at_once = span, shards, rows_at_once
     self.part = shards * rows_at_once  # rows computed at once over all devices; 0: all
@@ -260,7 +261,8 @@ class Loader:
         [comparison(i) if here else None for i, here in zip(index, mine)],
         row, count, plan.shape, num_responses=self.lengths.shape[1] - 1,
         example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
-        first_row=first, reference=None if self.reference is None else self.reference[index])
+        first_row=first, reference=None if self.reference is None else self.reference[index],
+        knobs={name: values[index] for name, values in self.knobs.items()})
     lengths = self.lengths[index[index >= 0]]
     tokens = int((lengths[:, 1:] + lengths[:, :1] * (lengths[:, 1:] > 0)).sum())
     return Batch(step, rows, total, len(lengths), tokens)

@@ -21,7 +21,7 @@ class PackingError(UserError, ValueError):
 
 
 class Rows(NamedTuple):
-  """A batch of packed rows, int32 but for `reference`. See the legend in `dpojax`.
+  """A batch of packed rows, int32 but for the last two. See the legend in `dpojax`.
 
   Attributes:
     tokens: [R, L] ids; 0 on padding.
@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     slot: [R, S] (comparison - 1) * K + (branch - 1); P * K is padding.
     example: [R, P] the example's id in the data set, -1 is padding.
     reference: [R, P, K] float32 log-probs under the reference where they were stored, else None.
+    knobs: by name [R, P] float32 knobs of losses that comparisons bring, such as beta; None: none.
   """
 
   tokens: np.ndarray
@@ -44,6 +45,7 @@ class Rows(NamedTuple):
   slot: np.ndarray
   example: np.ndarray
   reference: np.ndarray | None = None
+  knobs: dict[str, np.ndarray] | None = None
 
 
 class RowShape(NamedTuple):
@@ -175,7 +177,9 @@ def row_fill(plan: Plan, lengths: np.ndarray, *, part: int = 0) -> float:
 
 
 def empty(
-    rows: int, shape: RowShape, *, num_responses: int, with_reference: bool = False) -> Rows:
+    rows: int, shape: RowShape, *, num_responses: int, with_reference: bool = False,
+    knobs: Sequence[str] = (),
+) -> Rows:
   """Returns rows that hold nothing; see `fill`."""
   full = lambda size, value: np.full((rows, size), value, np.int32)
   return Rows(
@@ -185,13 +189,14 @@ def empty(
       slot=full(shape.scored, shape.comparisons * num_responses),
       example=full(shape.comparisons, -1),
       reference=np.zeros((rows, shape.comparisons, num_responses), np.float32)
-      if with_reference else None)
+      if with_reference else None,
+      knobs={name: np.ones((rows, shape.comparisons), np.float32) for name in knobs} or None)
 
 
 def fill(
     comparisons: Sequence[tuple | None], row: np.ndarray, rows: int,
     shape: RowShape, *, num_responses: int, example: Sequence[int], first_row: int = 0,
-    reference: np.ndarray | None = None,
+    reference: np.ndarray | None = None, knobs: dict[str, np.ndarray] | None = None,
 ) -> Rows:
   """Returns the arrays of a step's rows, or of the `rows` of them that start at `first_row`.
 
@@ -208,8 +213,13 @@ def fill(
     example: [B] ids for `Rows.example`.
     first_row: the first row to fill; comparisons of other rows are passed over.
     reference: [B, K] stored log-probs for `Rows.reference`.
+    knobs: [B] values by name for `Rows.knobs`; padding gets the first, which is as sound as any.
   """
-  out = empty(rows, shape, num_responses=num_responses, with_reference=reference is not None)
+  knobs = knobs or {}
+  out = empty(rows, shape, num_responses=num_responses, with_reference=reference is not None,
+              knobs=list(knobs))
+  for name, values in knobs.items():
+    out.knobs[name][:] = values[0]
   used = np.zeros((rows, 3), np.int64)  # tokens, scored tokens and comparisons in each row
   for i, (r, comparison, identity) in enumerate(zip(row - first_row, comparisons, example)):
     if comparison is None or not 0 <= r < rows:
@@ -219,6 +229,8 @@ def fill(
     out.example[r, number] = identity
     if reference is not None:
       out.reference[r, number] = reference[i]
+    for name, values in knobs.items():
+      out.knobs[name][r, number] = values[i]
     _place(out, r, start, prompt, number + 1, 0, 0)
     at = start + len(prompt)
     for k, response in enumerate(responses):
