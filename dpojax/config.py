@@ -120,7 +120,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.log_every = 10
   config.eval_every = 100  # 0: never
   config.checkpoint_every = 500  # 0: never; else also at the end
-  config.checkpoint_keep = 1  # last n kept; 0: all
+  config.checkpoint_keep = 1  # last n kept; 0: all. From 2 on, one stands in for a damaged one
   config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
   config.wandb_project = ""
   config.check_memory = True  # compile before the first step and refuse what does not fit a device

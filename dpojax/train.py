@@ -92,9 +92,8 @@ def run(
     plan.check_fits(train_step.compile(state, reference, rows))
   check_space(workdir, state, config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best)
-  first = 0
-  if checkpoints.steps():
-    first = checkpoints.steps()[-1]
+  first = checkpoints.last_sound() or 0
+  if first:
     saved, was = checkpoints.restore(first, devices.restore_target(state))
     check_same(was, about, workdir)
     state = devices.place(saved._replace(finite=np.ones((), bool)))
