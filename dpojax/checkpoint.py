@@ -8,6 +8,7 @@ is read back is checked against them first.
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 from typing import Any, Iterable, Iterator, NamedTuple
@@ -28,6 +29,7 @@ from dpojax.errors import UserError
 from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.models.tensors import read_json
 
 ITEMS = ("state", "about", "reference", "metrics")
 """What a step holds; a reference only if it moves, metrics only if it is ranked by them."""
@@ -349,11 +351,16 @@ def load_settings(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     CheckpointError: the folder is no run's workdir.
   """
   path = pathlib.Path(workdir) / "config.json"
+  if not path.exists():
+    raise CheckpointError(f"{workdir} is not the workdir of a run: {path} does not exist")
   try:
-    return config_lib.from_json(path.read_text())
-  except FileNotFoundError as error:
+    settings = config_lib.from_json(json.dumps(read_json(path)))
+    for key in ("tokenizer", "model.checkpoint"):
+      config_lib.flatten(settings)[key]
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise CheckpointError(
-        f"{workdir} is not the workdir of a run: {path} does not exist") from error
+        f"{workdir} is neither a model nor the workdir of a run ({path}: {error})") from error
+  return settings
 
 
 def fingerprint(params: Any) -> str:

@@ -263,7 +263,7 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
-      config_lib.check_continues(config_lib.from_json(path.read_text()), config)
+      config_lib.check_continues(checkpoint.load_settings(workdir), config)
     if is_main():
       temporary = path.with_suffix(".tmp")
       temporary.write_text(config_lib.to_json(config))

@@ -12,7 +12,7 @@ PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
     "losses", "ppo_losses", "log_probs", "errors", "disk", "digests", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
-    "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
+    "models.transformer", "models.lora", "models.families", "models.tensors", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
     "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint_files", "checkpoint", "weights",
     "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
