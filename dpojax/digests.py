@@ -8,6 +8,8 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import shutil
+import sys
 from typing import Iterable
 
 import xxhash
@@ -103,6 +105,29 @@ def check(folder: str | os.PathLike, digests: dict[str, str]) -> None:
     if found[name] != want:
       raise DamageError(
           f"{pathlib.Path(folder, name)} is damaged (its digest is {found[name]}, written was {want})")
+
+
+def is_sound(folder: str | os.PathLike, *, without: bool) -> bool:
+  """Returns whether the folder of a cache is there and as it was written; if not it is removed, aloud.
+
+  Args:
+    folder: the folder.
+    without: whether one without digests, which an earlier version has written, is believed, aloud.
+  """
+  if not pathlib.Path(folder).exists():
+    return False
+  try:
+    digests = read(folder)
+    if digests is None and not without:
+      raise DamageError(f"{folder} has no digests")
+    check(folder, digests or {})
+  except DamageError as error:
+    print(f"{error}: it is made again", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+  if digests is None:
+    print(f"{folder} was written without digests: it is read unchecked", file=sys.stderr)
+  return True
 
 
 def files_under(folder: str | os.PathLike) -> set[str]:

@@ -348,6 +348,30 @@ def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == [again.fingerprint]
 
 
+@pytest.mark.parametrize(
+    "name", ["lengths.npy", "ids.npy", "offsets.npy", "example.npy", "report.json", "digests.json"])
+def test_a_damaged_cache_is_named_and_made_again(name, both, comparisons, tmp_path, capsys):
+  data = comparisons(*({"prompt": f"Q{i}", "responses": [" a", " b c"]} for i in range(20)))
+  tokenize = lambda folder: tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, cache_dir=folder)
+  want = tokenize(None)
+  file = tmp_path / tokenize(tmp_path).fingerprint / name
+  for damage in ("flip", "cut", "delete", "empty"):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "delete":
+      file.unlink()
+    else:
+      file.write_bytes({"flip": content, "cut": content[:-3], "empty": b""}[damage])
+    got = tokenize(tmp_path)
+    told = capsys.readouterr().err
+    assert "it is made again" in told and (str(file) in told or damage == "delete" and name == "digests.json")
+    for each in ("lengths", "ids", "offsets", "example"):
+      np.testing.assert_array_equal(getattr(got, each), getattr(want, each))
+    assert got.report == want.report
+    tokenize(tmp_path)
+    assert not capsys.readouterr().err
+
+
 def test_whatever_changes_the_ids_changes_the_fingerprint(both, load, chat, comparisons):
   data, other = (comparisons({"prompt": "Q", "responses": [" a", text]}) for text in (" b", " c"))
   of = lambda data, tokenizer, truncation=ROOMY, count=2: tokenization.tokenize(

@@ -24,6 +24,7 @@ from typing import Any, Sequence
 import numpy as np
 import tqdm
 
+from dpojax import digests
 from dpojax.data.builders import Comparisons
 from dpojax.data.examples import DataError, Example, RecordError
 
@@ -151,7 +152,7 @@ def tokenize(
     return Tokenized(
         *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest), fingerprint=fingerprint)
   folder = pathlib.Path(cache_dir).expanduser() / fingerprint
-  if not folder.exists():
+  if not digests.is_sound(folder, without=False):
     _store(folder, *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest))
   arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
   return Tokenized(*arrays, json.loads((folder / "report.json").read_text()), fingerprint)
@@ -491,6 +492,7 @@ def _store(
     for name, array in zip(_ARRAYS, (lengths, ids, offsets, example)):
       np.save(os.path.join(unfinished, name), array)
     pathlib.Path(unfinished, "report.json").write_text(json.dumps(report))
+    digests.write(unfinished)
     os.rename(unfinished, folder)
   except OSError as error:
     if not folder.exists():  # else another process was faster
