@@ -82,7 +82,8 @@ HEADERS = {
     "negative shape": ({"a": entry("F32", [-2, -1], 0, 8)}, 8, "invalid JSON.*integer `-2`"),
     "overlap": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, 12,
                 "tensor 'b' .* at 4 to 12, does not begin where the one before ends, at 8"),
-    "same place": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 0, 8)}, 8, "tensor 'b' .* ends, at 8"),
+    "same place": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 0, 8)}, 8,
+                   "tensor 'b' .* ends, at 8"),
     "hole": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [1], 12, 16)}, 16, "tensor 'b' .* at 12 to 16"),
     "late": ({"a": entry("F32", [1], 4, 8)}, 8, "tensor 'a' .* at 4 to 8"),
     "huge": ({"a": entry("F32", [2**40, 2**40], 0, 8)}, 8, r"tensor 'a' .* shape \[1099511627776, "),
@@ -111,7 +112,7 @@ def test_a_header_that_disagrees_with_itself_names_file_tensor_and_value(case, t
                                      struct.pack("<Q", 10**8) + b"{}", struct.pack("<Q", 10**9) + b"{}"])
 def test_a_file_without_a_header_is_refused(content, tmp_path):
   (tmp_path / "model.safetensors").write_bytes(content)
-  with pytest.raises(HuggingFaceError, match="model.safetensors (is damaged|cannot be read) .*fetch it again"):
+  with pytest.raises(HuggingFaceError, match="safetensors (is damaged|cannot be read) .*fetch it again"):
     tensors.open_tensors(tmp_path / "model.safetensors")
 
 
@@ -183,7 +184,8 @@ def test_a_damaged_folder_is_refused_or_gives_tensors_of_the_shapes_it_names(
 
 
 @pytest.mark.parametrize("weight_map", [
-    [], ["model.safetensors"], "model.safetensors", 5, None, {}, {"a": 5}, {"a": None}, {"a": ["b.safetensors"]}])
+    [], ["model.safetensors"], "model.safetensors", 5, None, {}, {"a": 5}, {"a": None},
+    {"a": ["b.safetensors"]}])
 def test_an_index_of_another_form_is_refused(weight_map, sound, tmp_path_factory):
   folder = copied(sound, tmp_path_factory)
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -200,7 +202,8 @@ def test_an_index_names_no_file_outside_its_folder(name, sound, tmp_path_factory
   shutil.copy(one, folder.parent / "secret.safetensors")  # were it opened, it would load
   index = folder / "model.safetensors.index.json"
   values = json.loads(index.read_text())
-  values["weight_map"] = {key: name if value == one.name else value for key, value in values["weight_map"].items()}
+  values["weight_map"] = {
+      key: name if value == one.name else value for key, value in values["weight_map"].items()}
   index.write_text(json.dumps(values))
   told = refusal(folder)
   assert "which is no safetensors file of that folder" in told and "says that tensor" in told
@@ -225,9 +228,8 @@ def test_a_tensor_that_two_files_hold_or_the_index_puts_elsewhere_is_refused(sou
   index.write_text(json.dumps(values | {"weight_map": turned}))
   assert "but it has not; fetch both again" in refusal(folder)
   shutil.copy(folder / names[0], folder / "more.safetensors")
-  index.write_text(json.dumps(values | {"weight_map": values["weight_map"] | {
-      key: "more.safetensors" for key, value in list(values["weight_map"].items())[:1] if value == names[0]} | {
-      key: "more.safetensors" for key in list(safetensors.numpy.load_file(folder / names[0]))[:1]}}))
+  again = next(iter(safetensors.numpy.load_file(folder / names[0])))
+  index.write_text(json.dumps({"weight_map": values["weight_map"] | {again: "more.safetensors"}}))
   assert "and so has another of the folder's files" in refusal(folder)
 
 
@@ -259,11 +261,13 @@ def test_a_config_is_read_or_refused_in_bounded_time_and_memory(tmp_path_factory
 
 
 @pytest.mark.parametrize("key, value", [
-    ("vocab_size", 10**15), ("num_hidden_layers", 10**9), ("hidden_size", 2**40), ("num_attention_heads", 10**12),
+    ("vocab_size", 10**15), ("num_hidden_layers", 10**9), ("hidden_size", 2**40),
+    ("num_attention_heads", 10**12),
     ("intermediate_size", 2**50), ("max_position_embeddings", 2**60), ("num_key_value_heads", 10**15),
     ("num_hidden_layers", True), ("vocab_size", 32.0), ("vocab_size", "32"), ("rms_norm_eps", float("nan")),
-    ("rms_norm_eps", -1.0), ("rope_theta", float("inf")), ("rope_theta", 1e300), ("tie_word_embeddings", "false"),
-    ("attention_bias", "no"), ("model_type", ["llama"]), ("architectures", 5), ("rope_scaling", [1])])
+    ("rms_norm_eps", -1.0), ("rope_theta", float("inf")), ("rope_theta", 1e300),
+    ("tie_word_embeddings", "false"), ("attention_bias", "no"),
+    ("model_type", ["llama"]), ("architectures", 5), ("rope_scaling", [1])])
 def test_a_number_beyond_any_model_is_told_by_key_and_value(key, value, sound, tmp_path_factory):
   folder = copied(sound, tmp_path_factory)
   values = json.loads((folder / "config.json").read_text())
@@ -273,7 +277,7 @@ def test_a_number_beyond_any_model_is_told_by_key_and_value(key, value, sound, t
 
 
 @pytest.mark.parametrize("layers", [4096, 3000])
-def test_the_deepest_model_that_is_allowed_is_refused_by_its_tensors_in_seconds(layers, sound, tmp_path_factory):
+def test_the_deepest_model_allowed_is_refused_by_its_tensors_in_seconds(layers, sound, tmp_path_factory):
   folder = copied(sound, tmp_path_factory)
   values = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps(values | {"num_hidden_layers": layers}))
@@ -282,8 +286,9 @@ def test_the_deepest_model_that_is_allowed_is_refused_by_its_tensors_in_seconds(
 
 @pytest.mark.parametrize("content, message", [
     (b"", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b'{"a":' * 100_000, "is not JSON"),
-    (b"[]", "not an object"), (b"5", "not an object"), (b"null", "not an object"), (b"\xff\xfe\x00", "is not JSON"),
-    (b'{"vocab_size": ' + b"9" * 10_000 + b"}", "is not JSON"), (b" " * (2**24 + 1), "is larger than 16777216 bytes"),
+    (b"[]", "not an object"), (b"5", "not an object"), (b"null", "not an object"),
+    (b"\xff\xfe\x00", "is not JSON"), (b'{"vocab_size": ' + b"9" * 10_000 + b"}", "is not JSON"),
+    (b" " * (2**24 + 1), "is larger than 16777216 bytes"),
 ])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
 def test_a_file_that_is_no_object_is_refused_by_its_name(content, message, name, sound, tmp_path_factory):
@@ -294,3 +299,79 @@ def test_a_file_that_is_no_object_is_refused_by_its_name(content, message, name,
   if name == "config.json":
     with pytest.raises((HuggingFaceError, checkpoint.CheckpointError), match=f"{folder / name}.*{message}"):
       weights.load(str(folder))
+
+
+@pytest.mark.parametrize("ids", ["2", [2, "3"], {"a": 1}, 2.5, True, [[2]]])
+def test_an_end_that_is_no_id_is_refused(ids, sound, tmp_path_factory):
+  folder = copied(sound, tmp_path_factory)
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+  assert 'generation_config.json has "eos_token_id"' in refusal(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(sound, tmp_path_factory) -> pathlib.Path:
+  """A folder of PEFT's with an adapter of one projection."""
+  folder = tmp_path_factory.mktemp("adapter")
+  name = "base_model.model.model.layers.0.self_attn.q_proj"
+  width = hf.read_config(sound).width
+  safetensors.numpy.save_file({
+      f"{name}.lora_A.weight": np.ones((2, width), np.float32),
+      f"{name}.lora_B.weight": np.ones((width, 2), np.float32)}, folder / "adapter_model.safetensors")
+  (folder / "adapter_config.json").write_text(json.dumps({
+      "peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(sound),
+      "alpha_pattern": {"model.layers.1": 2, ".*k_proj": 8}}))
+  return folder
+
+
+def test_a_sound_adapter_is_read(adapter, sound):
+  changed = np.abs(np.subtract(*(jax.tree.leaves(hf.load(folder).params)[-1] for folder in (adapter, sound))))
+  assert refusal(adapter) == "" and np.isfinite(changed).all()
+
+
+@TRIED
+@given(key=strategies.sampled_from([
+    "peft_type", "lora_alpha", "base_model_name_or_path", "alpha_pattern", "use_rslora", "bias",
+    "modules_to_save"]),
+       value=JSON)
+def test_an_adapter_is_read_or_refused_whatever_its_config_says(adapter, tmp_path_factory, key, value):
+  folder = copied(adapter, tmp_path_factory)
+  values = json.loads((folder / "adapter_config.json").read_text())
+  if key == "base_model_name_or_path" and isinstance(value, str):
+    value = str(folder) + value  # no name of the hub
+  (folder / "adapter_config.json").write_text(json.dumps(values | {key: value}))
+  bounded(lambda: refusal(folder))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"lora_alpha": "4"}, '"lora_alpha": .4.; it must be a finite number'),
+    ({"lora_alpha": 1e300}, '"lora_alpha": 1e.300; it must be'), ({"lora_alpha": None}, '"lora_alpha": None'),
+    ({"alpha_pattern": ["q_proj"]}, '"alpha_pattern"'), ({"alpha_pattern": {"(a+)+$": 1}}, '"alpha_pattern"'),
+    ({"alpha_pattern": {"(": 1}}, '"alpha_pattern"'),
+    ({"alpha_pattern": {"a{65535}{65535}": 1}}, '"alpha_pattern"'),
+    ({"alpha_pattern": {".*.*.*.*.*x": 1}}, '"alpha_pattern"'),
+    ({"base_model_name_or_path": 5}, "must be a name"),
+    ({"peft_type": "X" * 10**6}, '"peft_type": .X')])
+def test_a_value_of_an_adapter_config_is_told(changes, message, adapter, tmp_path_factory):
+  folder = copied(adapter, tmp_path_factory)
+  values = json.loads((folder / "adapter_config.json").read_text())
+  (folder / "adapter_config.json").write_text(json.dumps(values | changes))
+  with pytest.raises(HuggingFaceError, match=f"{folder}/adapter_config.json.*{message}"):
+    hf.load(folder)
+
+
+def test_an_adapter_on_itself_is_refused(adapter, tmp_path_factory):
+  folder = copied(adapter, tmp_path_factory)
+  values = json.loads((folder / "adapter_config.json").read_text())
+  (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(folder)}))
+  for read in (hf.load, hf.read_config):
+    with pytest.raises(HuggingFaceError, match="an adapter too; merge that one"):
+      read(folder)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 16, 1), (0, 16)])
+def test_an_adapter_that_is_no_matrix_is_refused(shape, adapter, tmp_path_factory):
+  folder = copied(adapter, tmp_path_factory)
+  held = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+  name = next(name for name in held if "lora_A" in name)
+  safetensors.numpy.save_file(held | {name: np.ones(shape, np.float32)}, folder / "adapter_model.safetensors")
+  assert "it must be a matrix" in refusal(folder)

@@ -142,9 +142,11 @@ def test_a_key_that_a_server_says_back_is_written_nowhere(said, serve, tmp_path,
 
 
 @pytest.mark.parametrize("changes", [
-    {"url": f"https://me:{KEY}@host/v1"}, {"url": f"https://host/v1?key={KEY}"}, {"url": f"https://host/v1#{KEY}"},
+    {"url": f"https://me:{KEY}@host/v1"}, {"url": f"https://host/v1?key={KEY}"},
+    {"url": f"https://host/v1#{KEY}"},
     {"url": f"ftp://{KEY}@host"}, {"url": f"http://[{KEY}"}, {"options": {"api_key": KEY}},
-    {"options": {"user": KEY}}, {"options": {"extra": {"deep": [KEY]}}}, {"api_key": KEY + "\n", "options": {}},
+    {"options": {"user": KEY}}, {"options": {"extra": {"deep": [KEY]}}},
+    {"api_key": KEY + "\n", "options": {}},
     {"api_key": f"{KEY} twice", "options": {}}, {"options": {"Authorization": f"Bearer {KEY}"}}])
 def test_a_key_where_it_would_be_written_is_refused_without_being_told(changes):
   with pytest.raises(JudgeError) as caught:
@@ -156,7 +158,8 @@ def test_an_answer_that_was_changed_on_the_disk_is_asked_for_again(serve, tmp_pa
   path, server = tmp_path / "answers.jsonl", serve(longer)
   result = judged(endpoint_of(server), pairs_of(6), path)
   lines = path.read_text().splitlines()
-  changed = {0: lines[0].replace('"refused": false', '"refused": true'), 1: lines[1].replace("helpful", "helqful"),
+  changed = {0: lines[0].replace('"refused": false', '"refused": true'),
+             1: lines[1].replace("helpful", "helqful"),
              2: lines[2][:-9], 3: lines[3].replace('"key": "', '"key": "0')}
   assert all(changed[i] != lines[i] for i in changed)
   path.write_text("\n".join(changed.get(i, line) for i, line in enumerate(lines)) + "\n")

@@ -438,7 +438,12 @@ def _published(
       "config": values, "dtype": dtypes.most_common(1)[0][0],
       "bare": not any(name.startswith(family.prefix) for name in names.values())}
   if (folder / "generation_config.json").is_file():
-    published["generation_config"] = read_json(folder / "generation_config.json")
+    generation = published["generation_config"] = read_json(folder / "generation_config.json")
+    ids = generation.get("eos_token_id")
+    if not all(type(each) in (int, type(None)) for each in (ids if isinstance(ids, list) else [ids])):
+      raise HuggingFaceError(
+          f'{folder / "generation_config.json"} has "eos_token_id": {families.shown(ids)}; it must be an id, '
+          "or a list of them")
   others = {}
   for name, actual in names.items():
     found = (actual, files.entries[actual].dtype)
