@@ -1,27 +1,39 @@
-"""Orbax checkpoints of a run: the train state and what it belongs to.
+"""Orbax checkpoints of a run: the train state and what it belongs to, with digests of their files.
 
-The reference is not in them, unless it moves: then the run could not go on without it.
+The reference is not in them, unless it moves: then the run could not go on without it. Every process
+takes the digests of the files it has written, before the checkpoint is renamed to its place; whatever
+is read back is checked against them first.
 """
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
 import pathlib
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from dpojax import checkpoint_files
 from dpojax import config as config_lib
+from dpojax.command import say
+from dpojax.digests import DamageError
 from dpojax.disk import disk_errors
 from dpojax.errors import UserError
 from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.models.tensors import read_json
 from dpojax.step import average_of
+
+ITEMS = ("state", "about", "reference", "metrics")
+"""What a step holds; a reference only if it moves, metrics only if it is ranked by them."""
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -70,11 +82,17 @@ class Checkpoints:
           get_metric_fn=lambda metrics: metrics[best], n=1, reverse=not _higher_is_better(best),
           keep_checkpoints_without_metrics=False))
     self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._writing = 0
+    # What training makes does not get smaller: compressing took more time than all the rest.
+    arrays = lambda: checkpoint_files.Arrays(use_compression=False)
     self._manager = ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept)),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler(),
-                       "reference": ocp.PyTreeCheckpointHandler()})
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing))),
+        item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(),
+                       "reference": arrays()})
+    self._checked = set()  # (step, item), once a run: they are not read again
 
   def steps(self) -> list[int]:
     """Returns the steps that can be restored, ascending."""
@@ -95,11 +113,40 @@ class Checkpoints:
     Raises:
       DiskError: the disk is full or the folder cannot be written.
     """
-    moving = {} if reference is None else {"reference": ocp.args.PyTreeSave(reference)}
+    moving = {} if reference is None else {"reference": checkpoint_files.Save(reference)}
     with disk_errors(self.folder):
+      self._manager.wait_until_finished()
+      self._writing = step
       self._manager.save(
           step, metrics=metrics, args=ocp.args.Composite(
-              state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about), **moving))
+              state=checkpoint_files.Save(state), about=ocp.args.JsonSave(about | checkpoint_files.MARK),
+              **moving))
+
+  def last_sound(self, *, together: bool = True) -> int | None:
+    """Returns the last step whose files are as they were written, or None where there is no step.
+
+    Damaged ones after it are told of.
+
+    Args:
+      together: whether this is the run itself, in all its processes: damaged ones are then moved out
+        of the way, into `workdir/damaged`. Else nothing is moved.
+
+    Raises:
+      CheckpointError: none is sound.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        if not self._check(step, ITEMS, together=together):
+          say(f"the checkpoint {self.folder / str(step)} was written without digests: it is read unchecked")
+        return step
+      except CheckpointError as error:
+        if step == steps[0]:
+          raise
+        say(f"{error}; the one before is taken")
+        if together:
+          self._set_aside(step)
+    return None
 
   def restore(self, step: int, target: Any) -> tuple[Any, dict]:
     """Returns the state at a step, placed as the target is, and what it belongs to.
@@ -109,7 +156,7 @@ class Checkpoints:
     """
     restored = self._restore(
         step, state=_into(target), about=ocp.args.JsonRestore())
-    return restored.state, restored.about
+    return restored.state, _without_mark(restored.about)
 
   def restore_reference(self, step: int, target: Any) -> Any:
     """Returns the reference that moves, as it was at a step, placed as the target is.
@@ -125,13 +172,17 @@ class Checkpoints:
     Raises:
       CheckpointError: its files are damaged.
     """
-    tree = self._manager.item_metadata(step).state.tree
-    tree = {part: tree[part]} if part else tree
+    self._check(step, ("state", "about"))
+    try:
+      tree = checkpoint_files.tree_of(self.folder / str(step) / "state")
+      tree = {part: tree[part]} if part else tree
+    except Exception as error:  # of a step without digests; orbax raises many kinds
+      raise self._unreadable(step, error) from error
     as_array = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
     restored = self._restore(
-        step, about=ocp.args.JsonRestore(), state=ocp.args.PyTreeRestore(
+        step, about=ocp.args.JsonRestore(), state=checkpoint_files.Restore(
             tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)))
-    return restored.state[part] if part else restored.state, restored.about
+    return restored.state[part] if part else restored.state, _without_mark(restored.about)
 
   def restore_about(self, step: int) -> dict:
     """Returns what the state at a step belongs to.
@@ -139,17 +190,46 @@ class Checkpoints:
     Raises:
       CheckpointError: its files are damaged.
     """
-    return self._restore(step, about=ocp.args.JsonRestore()).about
+    return _without_mark(self._restore(step, about=ocp.args.JsonRestore()).about)
 
   def _restore(self, step: int, **items) -> Any:
+    self._check(step, items)
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax and tensorstore raise many kinds
-      earlier = [other for other in self.steps() if other < step]
-      raise CheckpointError(
-          f"the checkpoint {self.folder / str(step)} cannot be read "
-          f"({str(error).strip().splitlines()[0]}); delete that folder to continue from "
-          + (f"step {earlier[-1]}" if earlier else "the start")) from error
+      raise self._unreadable(step, error) from error
+
+  def _check(self, step: int, items: Iterable[str], *, together: bool = False) -> bool:
+    """Checks items of a step against their digests, once; returns False where there are none."""
+    missing = {item for item in items if (step, item) not in self._checked}
+    if not missing:
+      return True
+    try:
+      has_digests = checkpoint_files.check(self.folder / str(step), missing, together=together)
+    except DamageError as error:
+      raise self._unreadable(step, error) from error
+    self._checked |= {(step, item) for item in missing}
+    return has_digests
+
+  def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+    earlier = [other for other in self.steps() if other < step]
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return CheckpointError(
+        f"the checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder to "
+        "continue from " + (f"step {earlier[-1]}" if earlier else "the start"))
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a step to `workdir/damaged`, under a name that is free."""
+    if jax.process_index() == 0:
+      with disk_errors(self.folder):
+        aside = self.folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        name = next(name for i in itertools.count()
+                    if not (aside / (name := f"{step}.{i}" if i else str(step))).exists())
+        os.rename(self.folder / str(step), aside / name)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+    self._manager.reload()
 
   def wait(self) -> None:
     """Returns when everything is written.
@@ -255,7 +335,7 @@ def _opened(
     raise CheckpointError(
         f"{workdir} holds no checkpoint" + (f" of step {step}" if step is not None else "")
         + f"; it holds {steps}. Run it with checkpoint_every > 0")
-  yield checkpoints, steps[-1] if step is None else step
+  yield checkpoints, checkpoints.last_sound(together=False) if step is None else step
   checkpoints.close()
 
 
@@ -284,11 +364,16 @@ def load_settings(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     CheckpointError: the folder is no run's workdir.
   """
   path = pathlib.Path(workdir) / "config.json"
+  if not path.exists():
+    raise CheckpointError(f"{workdir} is not the workdir of a run: {path} does not exist")
   try:
-    return config_lib.from_json(path.read_text())
-  except FileNotFoundError as error:
+    settings = config_lib.from_json(json.dumps(read_json(path)))
+    for key in ("tokenizer", "model.checkpoint"):
+      config_lib.flatten(settings)[key]
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise CheckpointError(
-        f"{workdir} is not the workdir of a run: {path} does not exist") from error
+        f"{workdir} is neither a model nor the workdir of a run ({path}: {error})") from error
+  return settings
 
 
 def fingerprint(params: Any) -> str:
@@ -339,8 +424,12 @@ def _host_checksum(leaf: np.ndarray) -> np.ndarray:
   return sums
 
 
-def _into(target: Any) -> ocp.args.PyTreeRestore:
-  return ocp.args.PyTreeRestore(
+def _without_mark(about: dict) -> dict:
+  return {key: value for key, value in about.items() if key not in checkpoint_files.MARK}
+
+
+def _into(target: Any) -> checkpoint_files.Restore:
+  return checkpoint_files.Restore(
       target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 

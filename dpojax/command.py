@@ -4,6 +4,8 @@ import contextlib
 import sys
 from typing import Iterator
 
+import jax
+
 from dpojax.errors import UserError
 from dpojax.parallel import keep_freed_memory
 
@@ -19,3 +21,14 @@ def command() -> Iterator[None]:
     yield
   except UserError as error:
     sys.exit(f"error: {error}")
+
+
+def say(text: str) -> None:
+  """Prints a line from the first process."""
+  if is_main():
+    print(text, flush=True)
+
+
+def is_main() -> bool:
+  """Returns whether this is the first of the run's processes, which speaks and writes."""
+  return jax.process_index() == 0

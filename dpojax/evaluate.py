@@ -227,10 +227,10 @@ def compare_files(
   """
   prompts, pairs, groups = _pairs_of(ours, theirs, limit, form)
   kept = None
-  if re.match(r"https?://", judge):
+  if re.match(r"(?i)[a-z]+://", judge):
     endpoint = judging.Endpoint(
         judge, judge_model or _missing("--judge_model", "the model's name at the server"),
-        _question(question), api_key=os.environ.get(api_key_env, ""), workers=workers,
+        _question(question), api_key=os.environ.get(api_key_env, "").strip(), workers=workers,
         **({"options": _options(judge_options)} if judge_options else {}))
     kept = judging.Answers(answers or str(pathlib.Path(ours).with_suffix(".answers.jsonl")))
     asked = judging.endpoint_judge(endpoint, kept)
@@ -422,7 +422,7 @@ def _options(text: str) -> dict[str, Any]:
       raise ValueError("it is no object")
   except ValueError as error:
     raise ConfigError(
-        f"--judge_options is {text!r} ({error}); give JSON such as '{{\"temperature\": 0}}'"
+        f"--judge_options is no JSON object ({error}); give one such as '{{\"temperature\": 0}}'"
     ) from error
   return options
 

@@ -15,13 +15,14 @@ import random
 import re
 import sys
 import threading
+import urllib.parse
 from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 import requests
 import tqdm
 
-from dpojax import intervals
+from dpojax import digests, intervals
 from dpojax.data.examples import Example
 from dpojax.disk import disk_errors
 from dpojax.errors import UserError
@@ -201,7 +202,8 @@ class Endpoint:
     model: its name there.
     question: with {prompt}, {a} and {b}; see `QUESTIONS`.
     options: further keys of a request.
-    api_key: sent as a bearer token if not empty; it is never written anywhere.
+    api_key: sent as a bearer token if not empty; it is written nowhere, not even where a server
+      says it back.
     workers: requests under way at once.
     attempts: how often a request is made that meets 429, a server's error or no answer at all.
     patience: seconds waited before the second attempt, doubled before each further one.
@@ -218,6 +220,40 @@ class Endpoint:
   attempts: int = 6
   patience: float = 1.0
   timeout: float = 120.0
+
+  def __post_init__(self):
+    """Refuses a key where it would be written.
+
+    Raises:
+      JudgeError: one is in the URL or among the options, or it cannot be sent.
+    """
+    try:
+      parts = urllib.parse.urlsplit(self.url)
+    except ValueError:
+      raise JudgeError("--judge is no URL; give one such as https://api.openai.com/v1") from None
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+      raise JudgeError(f"--judge is a URL of {parts.scheme!r}; give one such as https://api.openai.com/v1")
+    if "@" in self.url or parts.query or parts.fragment or self.hide(self.url) != self.url:
+      raise JudgeError(
+          "--judge is a URL with a user, a query, a fragment or the API key, which would be written with the "
+          "results; give it without, and the key in the environment (--api_key_env)")
+    for name in self.options:
+      if re.search(r"(?i)api.?key|authorization|bearer|secret|password|access.?token", name):
+        raise JudgeError(
+            f"--judge_options has {name[:40]!r}, which would be kept with the answers; a key goes into the "
+            "environment (--api_key_env)")
+    if self.hide(json.dumps(self.options)) != json.dumps(self.options):
+      raise JudgeError("--judge_options holds the API key, which would be kept with the answers; take it out")
+    if not re.fullmatch(r"[!-~]*", self.api_key):
+      raise JudgeError(
+          "the API key has a space, a line break or a letter that is not ASCII, and cannot be sent; set the "
+          "environment variable (--api_key_env) to the key alone")
+
+  def hide(self, text: str) -> str:
+    """Returns a text with *** in place of the API key, as it is or escaped."""
+    for form in (self.api_key, urllib.parse.quote(self.api_key, safe=""), json.dumps(self.api_key)[1:-1]):
+      text = text.replace(form, "***") if form else text
+    return text
 
   def request(self, pair: Pair) -> dict[str, Any]:
     """Returns the body that asks about a pair."""
@@ -237,18 +273,26 @@ class Answers:
     """
     self.path = pathlib.Path(path)
     self._lock, self._known = threading.Lock(), {}
+    damaged = []
     with disk_errors(self.path.parent):
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+      text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
     whole = text[:text.rfind("\n") + 1]
     for number, line in enumerate(whole.split("\n")[:-1], 1):
       try:
         entry = json.loads(line)
-        self._known[entry["key"]] = entry["answer"], entry["refused"]
-      except (ValueError, KeyError, TypeError) as error:
-        raise JudgeError(
-            f"{self.path} line {number} is no answer of a judge ({error}); give another --answers"
-        ) from error
+        answer = entry["answer"], entry["refused"]
+        if entry.get("digest") in (None, _digest(entry["key"], *answer)):  # None: of an earlier version
+          self._known[entry["key"]] = answer
+          continue
+        error = "its digest is another"
+      except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        error = problem
+      damaged.append(f"{self.path} line {number} is no answer of a judge ({str(error)[:200]})")
+    if damaged and not self._known:
+      raise JudgeError(f"{damaged[0]}; give another --answers")
+    for problem in damaged:
+      print(f"{problem}: it is asked for again", file=sys.stderr)
     with disk_errors(self.path.parent):
       if whole != text:
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -269,7 +313,8 @@ class Answers:
     Raises:
       DiskError: the disk is full.
     """
-    line = json.dumps({"key": key, "request": request, "answer": answer, "refused": refused})
+    line = json.dumps({"key": key, "request": request, "answer": answer, "refused": refused,
+                       "digest": _digest(key, answer, refused)})
     with self._lock, disk_errors(self.path.parent):
       self._file.write(line + "\n")
       self._file.flush()
@@ -306,6 +351,10 @@ def endpoint_judge(endpoint: Endpoint, answers: Answers) -> Judge:
   return judge
 
 
+def _digest(key: str, answer: str, refused: bool) -> str:
+  return digests.of_bytes(json.dumps([key, answer, refused]).encode())
+
+
 def _key(url: str, body: dict) -> str:
   return hashlib.sha256(json.dumps([url, body], sort_keys=True).encode()).hexdigest()
 
@@ -318,14 +367,18 @@ def _ask(
   for attempt in range(endpoint.attempts):
     wait = endpoint.patience * 2**attempt * random.uniform(0.75, 1.25)
     try:
-      response = requests.post(url, json=body, headers=headers, timeout=endpoint.timeout)
+      response = requests.post(url, json=body, headers=headers, timeout=endpoint.timeout,
+                               allow_redirects=False)  # no key is sent where nobody has said it may be
     except (requests.ConnectionError, requests.Timeout) as error:
-      problem = f"gives no answer ({error})"
+      problem = f"gives no answer ({endpoint.hide(str(error))})"
+    except requests.RequestException as error:
+      raise JudgeError(f"{url} cannot be asked ({endpoint.hide(str(error))}); check --judge") from None
     else:
-      if response.ok:
-        answers.add(key, body, *_content(url, response))
+      if response.ok and not response.is_redirect:
+        answer, refused = _content(endpoint, response)
+        answers.add(key, body, endpoint.hide(answer), refused)
         return
-      problem = f"answers {response.status_code} ({_said(response)})"
+      problem = f"answers {response.status_code} ({endpoint.hide(_said(response))[:200]})"
       if response.status_code != 429 and response.status_code < 500:
         hint = ("check the API key" if response.status_code in (401, 403)
                 else "check --judge, --judge_model and --judge_options")
@@ -337,25 +390,25 @@ def _ask(
       f"{url} {problem}, {endpoint.attempts} times; start the same command again to go on")
 
 
-def _content(url: str, response: requests.Response) -> tuple[str, bool]:
+def _content(endpoint: Endpoint, response: requests.Response) -> tuple[str, bool]:
   """Returns the text of an answer and whether it is a refusal."""
   try:
     choice = response.json()["choices"][0]
     message = choice["message"]
     refused = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
-    return message.get("refusal") or message.get("content") or "", refused
+    return str(message.get("refusal") or message.get("content") or ""), refused
   except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
     raise JudgeError(
-        f"{url} answers in another form than chat completions do ({response.text[:200]!r}); check "
-        "--judge") from error
+        f"{endpoint.url} answers in another form than chat completions do "
+        f"({endpoint.hide(response.text)[:200]!r}); check --judge") from error
 
 
 def _said(response: requests.Response) -> str:
   """The server's own words about an error."""
   try:
-    return str(response.json()["error"]["message"])[:200]
+    return str(response.json()["error"]["message"])
   except (ValueError, KeyError, TypeError):
-    return response.text.strip()[:200] or response.reason
+    return response.text.strip() or response.reason
 
 
 def _asked_to_wait(response: requests.Response) -> float:

@@ -281,7 +281,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   was_report = train_lib.open_report(workdir, data)
   train_lib.check_space(workdir, _saved(trainer.state), config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
-  first = checkpoints.steps()[-1] if checkpoints.steps() else 0
+  first = checkpoints.last_sound() or 0
   if first:
     saved, was = checkpoints.restore(first, trainer.devices.restore_target(_saved(trainer.state)))
     train_lib.check_same(was, about, workdir, report.differences(was_report, data.report or {}))

@@ -20,6 +20,7 @@ import tqdm
 from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 
+from dpojax import digests
 from dpojax.data import loader
 from dpojax.disk import disk_errors
 from dpojax.errors import UserError
@@ -64,7 +65,7 @@ def stored_log_probs(
     [N, K] float32 by position in the data set.
 
   Raises:
-    StoreError: a file of the store is damaged.
+    StoreError: the store tells of something else than its name.
     DiskError: the disk is full or cannot be written.
   """
   data = subset.data
@@ -103,13 +104,25 @@ def _prepare(folder: pathlib.Path, identity: dict[str, Any]) -> None:
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "about.json"
-    if not about.exists():
+    was = _told(about)
+    if was is None:
       temporary = folder / f"about.{uuid.uuid4().hex}.tmp"
       temporary.write_text(json.dumps(identity, indent=1, sort_keys=True))
       os.replace(temporary, about)
-  if json.loads(about.read_text()) != json.loads(json.dumps(identity)):
+  if was not in (None, json.loads(json.dumps(identity))):
     raise StoreError(
         f"{about} tells of other weights, data or truncation than its folder's name; delete {folder}")
+
+
+def _told(about: pathlib.Path) -> dict | None:
+  """What a store tells of itself; None where it tells nothing that can be read."""
+  try:
+    return json.loads(about.read_bytes())
+  except FileNotFoundError:
+    return None
+  except (ValueError, RecursionError) as error:
+    print(f"{about} is damaged ({error}): it is written again", file=sys.stderr)
+    return None
 
 
 def _record(shape: tuple[int, ...]) -> np.dtype:
@@ -117,16 +130,26 @@ def _record(shape: tuple[int, ...]) -> np.dtype:
 
 
 def _read(folder: pathlib.Path, values: np.ndarray) -> None:
-  """Fills in what is stored."""
+  """Fills in what is stored; a file that is not as it was written is removed, aloud."""
   kind = _record(values.shape[1:])
   for path in sorted(folder.glob("*.array_record")):
+    _, *digest, _ = path.name.split(".")  # files of earlier versions have none in their names
     try:
       reader = array_record_module.ArrayRecordReader(str(path))
-      records = np.frombuffer(b"".join(reader.read_all()), kind)
+      raw = b"".join(reader.read_all())
       reader.close()
+      if digest and digest != [_digest(folder, raw)]:
+        raise ValueError("its digest is another")
+      records = np.frombuffer(raw, kind)
       values[records["position"]] = records["log_probs"]
     except (ValueError, IndexError, RuntimeError) as error:
-      raise StoreError(f"{path} is damaged ({error}); delete it to compute it again") from error
+      print(f"{path} is damaged ({error}): what was in it is computed again", file=sys.stderr)
+      path.unlink()
+
+
+def _digest(folder: pathlib.Path, raw: bytes) -> str:
+  """Of a file's records, and of the store it belongs to."""
+  return digests.of_bytes(folder.name.encode() + raw)
 
 
 def _write(folder: pathlib.Path, positions: list[int], values: np.ndarray) -> None:
@@ -140,6 +163,8 @@ def _write(folder: pathlib.Path, positions: list[int], values: np.ndarray) -> No
       for record in records:
         writer.write(record.tobytes())
       writer.close()
-      os.replace(temporary, folder / f"{min(positions):09d}-{max(positions):09d}.array_record")
+      digest = _digest(folder, records.tobytes())
+      os.replace(
+          temporary, folder / f"{min(positions):09d}-{max(positions):09d}.{digest}.array_record")
     finally:
       temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from dpojax import objectives, preference, step, weights
 from dpojax import config as config_lib
 from dpojax import reference as reference_lib
+from dpojax.command import is_main, say
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
 from dpojax.data import report as data_report
@@ -338,17 +339,6 @@ def _responses(config: ml_collections.ConfigDict) -> dict[str, int]:
     if names == ["dpo_plackett_luce"]:
       return dict(num_responses=config.data.num_responses, fewest=2)
   return dict(num_responses=2, fewest=2)
-
-
-def say(text: str) -> None:
-  """Prints a line from the first process."""
-  if is_main():
-    print(text, flush=True)
-
-
-def is_main() -> bool:
-  """Returns whether this is the first of the run's processes, which speaks and writes."""
-  return jax.process_index() == 0
 
 
 def _left_open(config: ml_collections.ConfigDict) -> dict[str, Any]:

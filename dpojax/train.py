@@ -104,9 +104,8 @@ def run(
     plan.check_fits(train_step.compile(state, reference, rows))
   check_space(workdir, state, config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best)
-  first = 0
-  if checkpoints.steps():
-    first = checkpoints.steps()[-1]
+  first = checkpoints.last_sound() or 0
+  if first:
     saved, was = checkpoints.restore(first, devices.restore_target(state))
     check_same(was, about, workdir, report_lib.differences(was_report, data.report or {}))
     state = devices.place(saved._replace(finite=np.ones((), bool)))
@@ -308,7 +307,7 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
     workdir.mkdir(parents=True, exist_ok=True)
     config = with_template_date(config, workdir)
     if path.exists():
-      config_lib.check_continues(config_lib.from_json(path.read_text()), config)
+      config_lib.check_continues(checkpoint.load_settings(workdir), config)
     if is_main():
       temporary = path.with_suffix(".tmp")
       temporary.write_text(config_lib.to_json(config))

@@ -202,9 +202,9 @@ class _Sweep:
     every = (list(group) * size)[:size]  # a group is filled up, so that all compile to one program
     value = devices.place_rows(np.array([each.value for each in every], np.float32), size)
     state = self._first_state(every)
-    checkpoints, first = Checkpoints(folder, keep=1), 0
-    if checkpoints.steps():
-      first = checkpoints.steps()[-1]
+    checkpoints = Checkpoints(folder, keep=1)
+    first = checkpoints.last_sound() or 0
+    if first:
       state, was = checkpoints.restore(first, devices.restore_target(state))
       train.check_same(was, self.about, folder)
       state = devices.place(state)

@@ -118,6 +118,29 @@ def test_a_second_call_reads_what_the_first_prepared(prepare, tmp_path):
   assert list(second) == list(first)
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "empty"])
+def test_damaged_prepared_data_are_named_and_prepared_again(damage, prepare, tmp_path, capsys):
+  """Whichever file it is."""
+  path = write(tmp_path / "a.jsonl", *map(plain, range(200)), "{")
+  want = prepare("jsonl", path=path)
+  folder, = {file.parent for file in (tmp_path / "prepared").rglob("*array_record*")}
+  names = sorted(file.name for file in folder.iterdir())
+  assert "digests.json" in names and len(names) == 5
+  for name in names:
+    file = folder / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    if damage == "delete":
+      file.unlink()
+    else:
+      file.write_bytes({"flip": content, "cut": content[:-3], "empty": b""}[damage])
+    got = prepare("jsonl", path=path)
+    told = capsys.readouterr().err
+    assert "it is made again" in told and (str(file) in told or damage == "delete" and name == "digests.json")
+    assert (list(got), got.report, got.fingerprint) == (list(want), want.report, want.fingerprint)
+    assert list(prepare("jsonl", path=path)) == list(want) and not capsys.readouterr().err
+
+
 def test_a_changed_file_is_prepared_again(prepare, tmp_path):
   first = prepare("jsonl", path=write(tmp_path / "a.jsonl", plain(0)))
   second = prepare("jsonl", path=write(tmp_path / "a.jsonl", plain(1)))

@@ -11,13 +11,16 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
-    "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
-    "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models.gguf", "models",
+    "losses", "ppo_losses", "log_probs", "errors", "disk", "digests", "models.config", "models.attention",
+    "models.blockwise", "models.fused", "models.forms", "models.rotary",
+    "models.transformer", "models.lora", "models.families", "models.tensors", "models.peft", "models.hf",
+    "models.gguf", "models",
     "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.forms", "data.records",
     "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.shortening", "data.encoder",
     "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.gguf",
     "data.packing", "data.loader", "data.report", "data",
-    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
+    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts",
+    "ppo_step", "config", "checkpoint_files", "checkpoint", "weights",
     "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "sample", "scorers",
     "watching", "train", "intervals", "judging", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""
@@ -27,7 +30,7 @@ HOMES = {
     "transformers": ("data.tokenization", "data.templates"),
     "huggingface_hub": ("models.hf", "data.hub"), "gguf": ("models.gguf",),
     "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",),
-    "requests": ("judging", "data.builders")}
+    "requests": ("judging", "data.builders"), "xxhash": ("digests",)}
 """The modules a library may be imported in."""
 
 

@@ -4,6 +4,7 @@ import collections
 import json
 import threading
 import time
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -113,6 +114,59 @@ def test_the_key_is_sent_and_never_written(serve, tmp_path):
   judged(endpoint, pairs_of(2), tmp_path / "answers.jsonl")
   assert seen == ["Bearer secret"] * 2 and "secret" not in repr(endpoint)
   assert "secret" not in (tmp_path / "answers.jsonl").read_text()
+
+
+KEY = "sk-Zm9v+/=b\"ar"
+
+
+@pytest.mark.parametrize("said", [
+    lambda key: (401, {}, {"error": {"message": f"Incorrect API key provided: {key}."}}),
+    lambda key: (400, {}, {"error": {"message": "no", "key": key}}),
+    lambda key: (500, {}, {"detail": f"while asked by {urllib.parse.quote(key, safe='')}"}),
+    lambda key: (200, {}, {"text": f"Bearer {key}"}),
+    lambda key: (200, {}, {"choices": [{"message": {"content": f"your key is {key}\nMore helpful: A"}}]}),
+    lambda key: (200, {}, {"choices": [{"message": {"refusal": f"not with {key}"}}]}),
+    lambda key: (307, {"Location": f"http://{key}@127.0.0.1:9/"}, {}),
+    lambda key: (307, {"Location": f"gopher://{key}/"}, {})])
+def test_a_key_that_a_server_says_back_is_written_nowhere(said, serve, tmp_path, capfd, caplog):
+  server = serve(lambda *_: said(KEY))
+  caplog.set_level("DEBUG")
+  told = ""
+  try:
+    judged(endpoint_of(server, api_key=KEY, attempts=2), pairs_of(2), tmp_path / "answers.jsonl")
+  except JudgeError as error:
+    told = str(error)
+  written = told + "".join(capfd.readouterr()) + (tmp_path / "answers.jsonl").read_text() + caplog.text
+  for form in (KEY, json.dumps(KEY)[1:-1], urllib.parse.quote(KEY, safe=""), "Zm9v"):
+    assert form not in written
+
+
+@pytest.mark.parametrize("changes", [
+    {"url": f"https://me:{KEY}@host/v1"}, {"url": f"https://host/v1?key={KEY}"},
+    {"url": f"https://host/v1#{KEY}"},
+    {"url": f"ftp://{KEY}@host"}, {"url": f"http://[{KEY}"}, {"options": {"api_key": KEY}},
+    {"options": {"user": KEY}}, {"options": {"extra": {"deep": [KEY]}}},
+    {"api_key": KEY + "\n", "options": {}},
+    {"api_key": f"{KEY} twice", "options": {}}, {"options": {"Authorization": f"Bearer {KEY}"}}])
+def test_a_key_where_it_would_be_written_is_refused_without_being_told(changes):
+  with pytest.raises(JudgeError) as caught:
+    Endpoint(**{"url": "https://host/v1", "model": "m", "question": "q", "api_key": KEY} | changes)
+  assert "Zm9v" not in str(caught.value)
+
+
+def test_an_answer_that_was_changed_on_the_disk_is_asked_for_again(serve, tmp_path, capsys):
+  path, server = tmp_path / "answers.jsonl", serve(longer)
+  result = judged(endpoint_of(server), pairs_of(6), path)
+  lines = path.read_text().splitlines()
+  changed = {0: lines[0].replace('"refused": false', '"refused": true'),
+             1: lines[1].replace("helpful", "helqful"),
+             2: lines[2][:-9], 3: lines[3].replace('"key": "', '"key": "0')}
+  assert all(changed[i] != lines[i] for i in changed)
+  path.write_text("\n".join(changed.get(i, line) for i, line in enumerate(lines)) + "\n")
+  server.asked.clear()
+  assert judged(endpoint_of(server), pairs_of(6), path) == result and len(server.asked) == 4
+  assert [f"line {i} is no answer" in capsys_line for i, capsys_line in enumerate(
+      capsys.readouterr().err.splitlines(), 1)] == [True] * 4
 
 
 def test_ties_refusals_and_what_cannot_be_read_are_counted_by_themselves(serve, tmp_path):

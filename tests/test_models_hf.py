@@ -259,7 +259,7 @@ def test_published_models_have_their_published_number_of_parameters(name):
     ("gpt2", {"activation_function": "relu"}, "\"activation_function\": 'relu', which is not "
      "supported; supported are 'gelu_new'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, '"scale_attn_by_inverse_layer_idx": True'),
-    ("gptj", {"n_head": "2"}, "config.json makes no model"),
+    ("gptj", {"n_head": "2"}, '"n_head": .2.; it must be an integer from 0 to 4096'),
     ("llama1", {"rope_scaling": {"type": "llama3"}}, "makes no model: KeyError.'low_freq_factor'"),
     ("llama1", {"rope_scaling": {"type": "longrope"}}, "rotary positions of type 'longrope'"),
     ("llama1", {"rope_scaling": None, "partial_rotary_factor": 0.5, "rope_parameters": {

@@ -104,12 +104,32 @@ def test_a_computation_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
   assert (first.batches, second.batches, third.batches) == (5, 6, 0)
 
 
-def test_a_damaged_file_is_named(tmp_path):
-  compute(tmp_path, Scorer())
-  file, = tmp_path.glob("*/*.array_record")
-  file.write_bytes(file.read_bytes()[:200])
-  with pytest.raises(reference.StoreError, match="is damaged.*delete it to compute it again"):
-    compute(tmp_path, Scorer())
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:200], lambda content: b"", lambda content: content[:100] + b"\0" + content[101:],
+    lambda content: bytes(len(content)), lambda content: content.replace(content[-40:], bytes(40))])
+def test_a_damaged_file_is_named_and_computed_again(damage, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(reference, "_FLUSH", 4)
+  whole, again, then = Scorer(), Scorer(), Scorer()
+  compute(tmp_path, whole)
+  file, *others = sorted(tmp_path.glob("*/*.array_record"))
+  file.write_bytes(damage(file.read_bytes()))
+  np.testing.assert_array_equal(compute(tmp_path, again), WANT)
+  told = capsys.readouterr().err
+  if again.batches:
+    assert f"{file} is damaged" in told and again.batches == 4 < whole.batches
+  np.testing.assert_array_equal(compute(tmp_path, then), WANT)
+  assert then.batches == 0 and others
+
+
+def test_a_file_of_another_store_is_not_believed(tmp_path, capsys):
+  compute(tmp_path / "a", Scorer())
+  compute(tmp_path / "b", lambda batch: (batch.rows.example[..., None] + np.zeros(2, np.float32),
+                                         batch.rows.example), {"weights": "others"})
+  (mine,), (theirs,) = ((tmp_path / name).glob("*/*.array_record") for name in "ab")
+  mine.unlink()
+  theirs.rename(mine.parent / theirs.name)
+  np.testing.assert_array_equal(compute(tmp_path / "a", Scorer()), WANT)
+  assert "its digest is another): what was in it is computed again" in capsys.readouterr().err
 
 
 def test_a_store_of_something_else_in_its_place_is_refused(tmp_path):

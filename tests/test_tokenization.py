@@ -354,6 +354,34 @@ def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
   assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, capsys):
+  data = comparisons(*({"prompt": f"Q{i}", "responses": [" a", " b c"]} for i in range(20)))
+  tokenize = lambda folder: tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, cache_dir=folder)
+  want = tokenize(None)
+  tokenize(tmp_path)
+  folder, = tmp_path.iterdir()
+  damages = {"lengths.npy": "flip", "ids.npy": "flip", "offsets.npy": "cut", "example.npy": "empty",
+             "report.json": "delete", "digests.json": "flip"}
+  assert damages.keys() == {file.name for file in folder.iterdir()}
+  for name, damage in damages.items():
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).unlink()
+    if damage != "delete":
+      (folder / name).write_bytes({"flip": content, "cut": content[:-3], "empty": b""}[damage])
+    got = tokenize(tmp_path)
+    told = capsys.readouterr().err
+    assert str(folder / name) in told and "it is made again" in told
+    for each in ("lengths", "ids", "offsets", "example"):
+      np.testing.assert_array_equal(getattr(got, each), getattr(want, each))
+    assert got.report == want.report
+  tokenize(tmp_path)
+  assert not capsys.readouterr().err
+  (folder / "digests.json").unlink()  # as an earlier version has left it
+  tokenize(tmp_path)
+  assert f"{folder} has no digests: it is made again" in capsys.readouterr().err
+
+
 def test_the_fingerprint_is_of_the_ids_and_the_cache_of_what_they_are_made_from(
     both, load, chat, comparisons, tmp_path):
   data, other = (comparisons({"prompt": "Q", "responses": [" A", text]}) for text in (" b", " c"))

@@ -200,6 +200,7 @@ def start_run(tmp_path, name, settings, *, settings_name="", devices=1):
 def finish(process):
   output, _ = process.communicate(timeout=240)
   assert process.returncode == 0, output[-3000:]
+  return output
 
 
 def state_files(workdir, step):
@@ -246,21 +247,43 @@ def test_a_checkpoint_cut_off_half_way_is_never_loaded(given, sft, tmp_path):
   assert checkpoint.load_policy(tmp_path).step == 4
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(given, sft, tmp_path):
+def flip(workdir, step, name="ocdbt.process_*"):
+  """Flips a bit in the middle of the largest of a checkpoint's array files."""
+  files = (workdir / f"checkpoints/{step}/state").rglob(f"{name}/d/*")
+  file = max(files, key=lambda file: file.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 4
+  file.write_bytes(content)
+  return file
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(given, sft, tmp_path, capsys):
   config = worlds.run_config("dpo", **given, steps=4, checkpoint_keep=0, **{"model.checkpoint": sft})
   train.run(config, tmp_path)
-  for file in (tmp_path / "checkpoints/4/state").rglob("*"):
-    if file.is_file() and file.stat().st_size > 2000:
-      file.write_bytes(file.read_bytes()[:-1000])
-  with pytest.raises(checkpoint.CheckpointError, match="checkpoints/4 cannot be read.*from step 2"):
-    train.run(config, tmp_path)
-  shutil.rmtree(tmp_path / "checkpoints/4")
+  want = checkpoint.load_policy(tmp_path).params
+  file = flip(tmp_path, 4)
+  capsys.readouterr()
+  assert checkpoint.load_policy(tmp_path).step == 2
+  with pytest.raises(checkpoint.CheckpointError, match="checkpoints/4 cannot be read.*continue from step 2"):
+    checkpoint.load_policy(tmp_path, 4)
   train.run(config, tmp_path)
-  assert checkpoint.load_policy(tmp_path).step == 4
+  told = capsys.readouterr().out
+  assert told.count(f"{file} is damaged") == 2 and f"continuing from step 2 of {tmp_path}" in told
+  policy = checkpoint.load_policy(tmp_path)
+  assert policy.step == 4 and [path.name for path in (tmp_path / "damaged").iterdir()] == ["4"]
+  jax.tree.map(np.testing.assert_array_equal, policy.params, want)
+
+
+def test_where_the_only_checkpoint_is_damaged_the_run_stops(given, sft, tmp_path):
+  config = worlds.run_config("dpo", **given, steps=2, **{"model.checkpoint": sft})
+  train.run(config, tmp_path)
+  file = flip(tmp_path, 2)
+  with pytest.raises(checkpoint.CheckpointError, match=f"{file} is damaged.*continue from the start"):
+    train.run(config, tmp_path)
 
 
 def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
-  changes = {"model.checkpoint": sft, "row_length": 32, "parallel.strategy": "mesh",
+  changes = {"model.checkpoint": sft, "row_length": 32, "checkpoint_keep": 0, "parallel.strategy": "mesh",
              "parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2}
   train.run(worlds.run_config("dpo", **given, steps=6, **changes), tmp_path / "one")
   for steps in (4, 6):
@@ -270,8 +293,12 @@ def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
     processes = [start_run(tmp_path, "two", dict(kind="dpo", **given, steps=steps, **changes, **{
         "parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2,
         "parallel.process_id": i}), settings_name=f"two{i}", devices=4) for i in range(2)]
-    for process in processes:
-      finish(process)
+    told = [finish(process) for process in processes]
+    if steps == 4:
+      assert len(json.loads((tmp_path / "two/checkpoints/4/digests.json").read_text())["files"]) > 4
+      file = flip(tmp_path / "two", 4, name="ocdbt.process_1")
+  assert told[0].count(f"{file} is damaged") == 1 and "continuing from step 2" in told[0]
+  assert file.name not in told[1]  # one process speaks, and both continue from there
   one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
   assert [(line["step"], line["split"]) for line in one] == [
       (line["step"], line["split"]) for line in two]

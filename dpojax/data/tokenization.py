@@ -19,6 +19,7 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 import tqdm
 
+from dpojax import digests
 from dpojax.data import pool
 from dpojax.data.builders import Comparisons
 from dpojax.data.encoder import Encoder
@@ -134,7 +135,7 @@ def tokenize(
     return _tokenize(comparisons, tokenizer, settings, inputs, workers)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
   folder = pathlib.Path(cache_dir).expanduser() / key
-  if not folder.exists():
+  if not digests.is_sound(folder, without=False):
     _store(folder, _tokenize(comparisons, tokenizer, settings, inputs, workers))
   return _load(folder)
 
@@ -351,6 +352,7 @@ def _store(folder: pathlib.Path, tokenized: Tokenized) -> None:
       np.save(os.path.join(unfinished, name), getattr(tokenized, name))
     about = {"report": tokenized.report, "fingerprint": tokenized.fingerprint}
     pathlib.Path(unfinished, "report.json").write_text(json.dumps(about))
+    digests.write(unfinished)
     os.rename(unfinished, folder)
   except OSError as error:
     if not folder.exists():  # else another process was faster

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 POSITIONS = ("rotary", "interleaved", "learned")
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
@@ -12,6 +13,11 @@ BIASES = ("none", "qkv", "attention", "mlp", "all")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "attention", "dots")
 ATTENTIONS = ("auto", "blockwise", "fused")
+
+LARGEST = {
+    "vocab_size": 2**24, "width": 2**18, "layers": 2**12, "heads": 2**12, "kv_heads": 2**12,
+    "head_size": 2**14, "mlp_width": 2**22, "max_positions": 2**31 - 1}
+"""The dimensions and what they may be at most, well beyond any model: a wrong number is told, not tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,12 @@ class RopeScaling:
     if self.name not in ROPE_SCALINGS:
       raise ValueError(
           f"model.rope_scaling.name is {self.name!r}; it must be one of {', '.join(ROPE_SCALINGS)}")
+    for name in ("factor", "original_positions", "low", "high", "magnitude"):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"model.rope_scaling.{name} is {value!r}; it must be a number, not negative")
+    if not self.factor:
+      raise ValueError("model.rope_scaling.factor is 0; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +149,12 @@ class ModelConfig:
     if isinstance(self.biases, bool):
       replace("biases", "all" if self.biases else "none")
 
-    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width",
-                 "max_positions"):
+    for name, largest in LARGEST.items():
       value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"model.{name} is {value!r}; it must be a positive integer")
+      if value > largest:
+        raise ValueError(f"model.{name} is {value}; it must be at most {largest}")
     if self.heads % self.kv_heads:
       raise ValueError(
           f"model.heads is {self.heads} and model.kv_heads {self.kv_heads}; "

@@ -4,16 +4,26 @@ A family reads a config.json into the one `ModelConfig`, and names for each para
 decoder the tensor that holds it. Values are those of `transformers`, defaults included.
 """
 
+import reprlib
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
 from dpojax.errors import UserError
-from dpojax.models.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from dpojax.models.config import LARGEST, ROPE_SCALINGS, ModelConfig, RopeScaling
 
 
 class HuggingFaceError(UserError, ValueError):
   """A folder cannot be read or written; the message names the file, the value and the fix."""
+
+
+def shown(value: Any) -> str:
+  """Returns a value for a message, cut where it is long."""
+  return str(value)[:200] if isinstance(value, Exception) else _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 
 class Tensor(NamedTuple):
@@ -57,11 +67,46 @@ class Family(NamedTuple):
     return self.tensors["up/kernel"].shape == "D F"
 
 
+INTEGERS = {key: LARGEST[ours] for ours, keys in {
+    "vocab_size": ["vocab_size"], "width": ["hidden_size", "n_embd"],
+    "layers": ["num_hidden_layers", "n_layer", "max_window_layers", "sliding_window_pattern"],
+    "heads": ["num_attention_heads", "n_head"], "kv_heads": ["num_key_value_heads"],
+    "head_size": ["head_dim", "rotary_dim"], "mlp_width": ["intermediate_size", "n_inner"],
+    "max_positions": ["max_position_embeddings", "n_positions", "sliding_window",
+                      "original_max_position_embeddings"]}.items() for key in keys}
+"""Keys of a config.json that are integers, and what they may be at most; 0 and null have meanings."""
+
+NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq",
+    "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping")
+"""Keys that are numbers, from 0 to `LARGEST_NUMBER`."""
+
+LARGEST_NUMBER = 1e12
+
+BOOLEANS = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_parallel_residual",
+    "scale_attn_weights")
+
+
 class Settings:
   """A config.json being read; keys that nobody asks for are kept in the file and change nothing."""
 
   def __init__(self, values: dict[str, Any]):
+    """Takes the values.
+
+    Raises:
+      HuggingFaceError: a number is none, or beyond any model's: told before anything is made of it.
+    """
     self.values = values
+    for key, value in values.items():
+      if key in INTEGERS and value is not None and not (
+          type(value) is int and 0 <= value <= INTEGERS[key]):
+        raise HuggingFaceError(
+            f'config.json has "{key}": {shown(value)}; it must be an integer from 0 to {INTEGERS[key]}')
+      if key in BOOLEANS and value not in (None, False, True):
+        raise HuggingFaceError(f'config.json has "{key}": {shown(value)}; it must be true or false')
+    _check_numbers(values)
 
   def get(self, key: str, default: Any = ...) -> Any:
     """Returns a value: the default where the key is not there, None where it is null.
@@ -84,7 +129,7 @@ class Settings:
     value = self.get(key, default)
     if value not in meanings:
       raise HuggingFaceError(
-          f'config.json has "{key}": {value!r}, which is not supported; supported are '
+          f'config.json has "{key}": {shown(value)}, which is not supported; supported are '
           f"{', '.join(map(repr, meanings))}")
     return meanings[value]
 
@@ -92,7 +137,24 @@ class Settings:
     """Refuses keys with values other than those that leave the model as it is; None always does."""
     for key, values in harmless.items():
       if self.get(key, None) not in (None, *values):
-        raise HuggingFaceError(f'config.json has "{key}": {self.get(key)!r}, which is not supported')
+        raise HuggingFaceError(f'config.json has "{key}": {shown(self.get(key))}, which is not supported')
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+  """Refuses what is no number where one belongs, in the rotary parameters too."""
+  for key, value in values.items():
+    if key in ("rope_scaling", "rope_parameters", "full_attention", "sliding_attention"):
+      if not isinstance(value, (dict, type(None))):
+        raise HuggingFaceError(f'config.json has "{key}": {shown(value)}; it must be an object')
+      for name, number in (value or {}).items():
+        if type(number) in (int, float) and not abs(number) <= LARGEST_NUMBER:
+          raise HuggingFaceError(
+              f'config.json has "{name}": {shown(number)}; it must be at most {LARGEST_NUMBER:g}')
+      _check_numbers(value or {})
+    elif key in NUMBERS and value is not None and not (
+        type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER):
+      raise HuggingFaceError(
+          f'config.json has "{key}": {shown(value)}; it must be a number from 0 to {LARGEST_NUMBER:g}')
 
 
 def dimensions(config: ModelConfig, shape: str) -> tuple[int, ...]:
@@ -354,7 +416,7 @@ def _windows(settings: Settings, window: int | None, has_one: Callable) -> tuple
   unknown = set(kinds) - {"sliding_attention", "full_attention"}
   if unknown or len(kinds) != layers:
     raise HuggingFaceError(
-        f'config.json has "layer_types": {kinds}, which is not supported; it must hold '
+        f'config.json has "layer_types": {shown(kinds)}, which is not supported; it must hold '
         "'sliding_attention' or 'full_attention' for each layer")
   windows = [(window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
   period = next(p for p in range(1, layers + 1) if windows[p:] == windows[:-p])
@@ -378,7 +440,7 @@ def _rope(settings: Settings, defaults: dict, parameters: dict | None = None) ->
     return rope
   if name not in ROPE_SCALINGS:
     raise HuggingFaceError(
-        f"config.json has rotary positions of type {name!r}, which is not supported; supported "
+        f"config.json has rotary positions of type {shown(name)}, which is not supported; supported "
         f"are default, {', '.join(ROPE_SCALINGS)}")
   scaling = {"name": name, "factor": float(values.get("factor", 1.0))}
   if name in ("yarn", "llama3"):
@@ -436,12 +498,16 @@ def family_of(values: dict[str, Any]) -> Family:
   Raises:
     HuggingFaceError: it is none of those supported.
   """
-  kind = values.get("model_type")
+  kind, architectures = values.get("model_type"), values.get("architectures") or []
+  if not isinstance(kind, str) or not isinstance(architectures, list) or not all(
+      isinstance(each, str) for each in architectures):
+    raise HuggingFaceError(
+        f'config.json has "model_type": {shown(kind)} and "architectures": {shown(architectures)}; they '
+        "must be a name and a list of names")
   family = FAMILIES.get(kind)
-  architectures = values.get("architectures") or []
   if family is None or (architectures and family.architecture not in architectures):
     raise HuggingFaceError(
-        f"the model is a {', '.join(architectures) or 'model'} of type {kind!r}, which is not "
+        f"the model is a {', '.join(architectures)[:200] or 'model'} of type {shown(kind)}, which is not "
         f"supported; supported are {', '.join(f.architecture for f in FAMILIES.values())}")
   return family
 
@@ -459,7 +525,7 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
   except HuggingFaceError:
     raise
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    raise HuggingFaceError(f"config.json makes no model: {error!r}") from error
+    raise HuggingFaceError(f"config.json makes no model: {repr(error)[:200]}") from error
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import mmap
 import os
 import pathlib
 import re
@@ -25,12 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.disk import disk_errors
-from dpojax.models import families, peft, transformer
+from dpojax.models import families, peft, tensors, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import Family, HuggingFaceError, Tensor
-
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""Dtypes of tensors and their names in the files."""
+from dpojax.models.tensors import DTYPES, read_json
 
 SHARD_BYTES = 5 * 10**9
 """Largest file a folder is written in, but for a tensor that is larger."""
@@ -64,8 +61,8 @@ def is_model_folder(path: str | os.PathLike) -> bool:
   if peft.is_adapter_folder(path):
     return True
   try:
-    return "model_type" in json.loads((pathlib.Path(path) / "config.json").read_text())
-  except (OSError, ValueError):
+    return "model_type" in read_json(pathlib.Path(path) / "config.json")
+  except HuggingFaceError:
     return False
 
 
@@ -98,11 +95,11 @@ def read_config(name: str | os.PathLike) -> ModelConfig:
   """
   folder = pathlib.Path(name).expanduser()
   if peft.is_adapter_folder(folder):
-    return read_config(peft.read(folder)[0])
+    return read_config(_base(folder))
   if not folder.is_dir():
     with _fetching(name):
       folder = pathlib.Path(huggingface_hub.hf_hub_download(str(name), "config.json")).parent
-  return families.read_config(_read_json(folder / "config.json"))
+  return families.read_config(read_json(folder / "config.json"))
 
 
 @contextlib.contextmanager
@@ -115,6 +112,15 @@ def _fetching(name: str | os.PathLike) -> Iterator[None]:
         f"model {str(name)!r} is no folder and cannot be fetched from the hub ({reason}); give a "
         "folder with config.json and *.safetensors, or a hub name while there is a network"
     ) from error
+
+
+def _base(folder: pathlib.Path) -> str:
+  """The base an adapter is on, which is a model itself."""
+  base = peft.read_settings(folder)["base_model_name_or_path"]
+  if peft.is_adapter_folder(pathlib.Path(base).expanduser()):
+    raise HuggingFaceError(
+        f"the adapter {folder} is on {base!r}, an adapter too; merge that one with PEFT and save the model")
+  return base
 
 
 def load(
@@ -135,9 +141,9 @@ def load(
   """
   folder, changes_of = locate(name), {}
   if peft.is_adapter_folder(folder):
-    base, changes_of = peft.read(folder)
-    folder = locate(base)
-  values = _read_json(folder / "config.json")
+    changes_of = peft.read(folder)[1]
+    folder = locate(_base(folder))
+  values = read_json(folder / "config.json")
   family = families.family_of(values)
   config = dataclasses.replace(families.read_config(values), **changes)
   files = _Files(folder)
@@ -343,38 +349,22 @@ class _Files:
     """Reads the files' headers.
 
     Raises:
-      HuggingFaceError: a file is missing or damaged.
+      HuggingFaceError: a file is missing or damaged, or is none of the folder's.
     """
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-      names = sorted(set(_read_json(index)["weight_map"].values()))
-    self.entries = {}  # name -> (file, dtype, shape, start)
-    for name in names:
-      self._open(folder / name)
-
-  def _open(self, path: pathlib.Path) -> None:
-    try:
-      with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-      raise HuggingFaceError(
-          f"{path} does not exist; weights are read from safetensors: load a model of another "
-          "format with transformers and save it again") from error
-    try:
-      length = int.from_bytes(mapped[:8], "little")
-      header = json.loads(mapped[8:8 + length])
-      header.pop("__metadata__", None)
-      size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-      if 8 + length + size > len(mapped):
-        raise ValueError(f"{8 + length + size} bytes were written and {len(mapped)} are there")
-    except (ValueError, KeyError) as error:
-      raise HuggingFaceError(f"{path} is damaged ({error}); fetch it again") from error
-    dtypes = {stored: name for name, stored in DTYPES.items()}
-    for name, entry in header.items():
-      start = 8 + length + entry["data_offsets"][0]
-      dtype = dtypes.get(entry["dtype"], entry["dtype"])
-      self.entries[name] = (mapped, dtype, tuple(entry["shape"]), start)
+    files = tensors.shards(index) if index.is_file() else {"model.safetensors": []}
+    self.entries: dict[str, tensors.Entry] = {}
+    for name, promised in sorted(files.items()):
+      found = tensors.open_tensors(folder / name)
+      absent, twice = set(promised) - found.keys(), self.entries.keys() & found.keys()
+      if absent:
+        raise HuggingFaceError(
+            f"{index} says that {name} has {_some(absent)}, but it has not; fetch both again")
+      if twice:
+        raise HuggingFaceError(
+            f"{folder / name} has {_some(twice)}, and so has another of the folder's files; fetch them "
+            "again")
+      self.entries |= found
 
   def array(self, name: str) -> np.ndarray:
     """Returns a tensor, of which only what is looked at is read.
@@ -382,19 +372,11 @@ class _Files:
     Raises:
       HuggingFaceError: its dtype is not supported.
     """
-    mapped, dtype, shape, start = self.entries[name]
-    if dtype not in DTYPES:
-      raise HuggingFaceError(
-          f"tensor {name} is of dtype {dtype}, which is not supported; supported are "
-          f"{', '.join(DTYPES)}")
-    return np.frombuffer(mapped, jnp.dtype(dtype), math.prod(shape), start).reshape(shape)
+    return self.entries[name].array(name)
 
   def forget(self, name: str) -> None:
     """Lets the system take back the memory a tensor was read into."""
-    mapped, dtype, shape, start = self.entries[name]
-    first = start - start % mmap.PAGESIZE
-    mapped.madvise(
-        mmap.MADV_DONTNEED, first, start - first + math.prod(shape) * jnp.dtype(dtype).itemsize)
+    self.entries[name].forget()
 
 
 def _shapes(config: ModelConfig) -> Any:
@@ -467,9 +449,9 @@ def _find(
             ("missing are", missing), ("unknown are", extra)) if which))
   for name, piece in wanted.items():
     shape = families.dimensions(config, piece.tensor.shape)
-    if files.entries[names[name]][2] != shape:
+    if files.entries[names[name]].shape != shape:
       raise HuggingFaceError(
-          f"tensor {names[name]} is {list(files.entries[names[name]][2])} but config.json makes it "
+          f"tensor {names[name]} is {list(files.entries[names[name]].shape)} but config.json makes it "
           f"{list(shape)}")
   return names
 
@@ -483,7 +465,7 @@ def _check_changes(
         f"the adapter changes {_some(unknown)}, of which the base has none; give the base it is of")
   for name, change in changes_of.items():
     shape = (len(change.b), change.a.shape[-1])
-    there = files.entries[names[name]][2]
+    there = files.entries[names[name]].shape
     if shape[::-1 if family.inputs_first else 1] != there or change.b.shape[-1] != len(change.a):
       raise HuggingFaceError(
           f"the adapter's change of {name} is {list(shape)} outputs and inputs, of rank "
@@ -492,7 +474,7 @@ def _check_changes(
 
 def _same(files: _Files, name: str, other: str) -> bool:
   first, second = files.array(name), files.array(other)
-  return first.shape == second.shape and all(
+  return first.shape == second.shape and first.ndim > 0 and all(
       np.array_equal(first[i:i + 4096], second[i:i + 4096]) for i in range(0, len(first), 4096))
 
 
@@ -500,15 +482,20 @@ def _published(
     folder: pathlib.Path, values: dict, family: Family, names: dict[str, str], files: _Files
 ) -> str:
   """What `save` needs to write the same folder again, as JSON."""
-  dtypes = collections.Counter(files.entries[name][1] for name in names.values())
+  dtypes = collections.Counter(files.entries[name].dtype for name in names.values())
   published = {
       "config": values, "dtype": dtypes.most_common(1)[0][0],
       "bare": not any(name.startswith(family.prefix) for name in names.values())}
   if (folder / "generation_config.json").is_file():
-    published["generation_config"] = _read_json(folder / "generation_config.json")
+    generation = published["generation_config"] = read_json(folder / "generation_config.json")
+    ids = generation.get("eos_token_id")
+    if not all(type(each) in (int, type(None)) for each in (ids if isinstance(ids, list) else [ids])):
+      raise HuggingFaceError(
+          f'{folder / "generation_config.json"} has "eos_token_id": {families.shown(ids)}; it must be an id, '
+          "or a list of them")
   others = {}
   for name, actual in names.items():
-    found = (actual, files.entries[actual][1])
+    found = (actual, files.entries[actual].dtype)
     if found != _as_published(name, published, family):
       others[name] = found
   return json.dumps(published | ({"others": others} if others else {}))
@@ -553,19 +540,10 @@ def _write_shards(
         "weight_map": {name: file_of(i) for i, names in enumerate(shards) for name in names}})
 
 
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise HuggingFaceError(f"{path} does not exist; give a Hugging Face model folder") from error
-  except ValueError as error:
-    raise HuggingFaceError(f"{path} is not JSON ({error})") from error
-
-
 def _write_json(path: pathlib.Path, values: dict) -> None:
   path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _some(names) -> str:
-  names = sorted(names)
+  names = sorted(name[:200] for name in names)
   return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

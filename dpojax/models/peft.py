@@ -21,6 +21,7 @@ from dpojax.models import families, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import Family, HuggingFaceError
 from dpojax.models.lora import TARGETS, WHOLE, Lora
+from dpojax.models.tensors import open_tensors, read_json, shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -51,10 +52,10 @@ def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
     HuggingFaceError: a file is missing or damaged, or the adapter is no plain LoRA.
   """
   folder = pathlib.Path(folder)
+  settings = read_settings(folder)
   try:
-    settings = json.loads((folder / CONFIG).read_text())
-    tensors = safetensors.numpy.load_file(folder / TENSORS)
-  except (OSError, ValueError, safetensors.SafetensorError) as error:
+    tensors = {name: entry.array(name) for name, entry in open_tensors(folder / TENSORS).items()}
+  except HuggingFaceError as error:
     raise HuggingFaceError(
         f"the adapter {folder} cannot be read ({error}); it needs {CONFIG} and {TENSORS}") from error
   for key, harmless in (("peft_type", ("LORA",)), ("use_dora", (None, False)),
@@ -62,25 +63,63 @@ def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
                         ("modules_to_save", (None, [])), ("trainable_token_indices", (None, []))):
     if settings.get(key) not in harmless:
       raise HuggingFaceError(
-          f'{CONFIG} has "{key}": {settings.get(key)!r}, which is not supported; merge the adapter '
-          "with PEFT and save the model")
+          f'{folder / CONFIG} has "{key}": {shown(settings.get(key))}, which is not supported; merge the '
+          "adapter with PEFT and save the model")
   pairs = collections.defaultdict(dict)
   for name, tensor in tensors.items():
     found = re.fullmatch(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight", name)
     if not found:
       raise HuggingFaceError(
-          f"the adapter {folder} has a tensor {name}, which is not supported; supported are "
+          f"the adapter {folder} has a tensor {name[:200]}, which is not supported; supported are "
           "lora_A.weight and lora_B.weight of projections")
+    if tensor.ndim != 2 or not tensor.size:
+      raise HuggingFaceError(
+          f"the adapter {folder} has a tensor {name[:200]} of shape {list(tensor.shape)}; it must be a "
+          "matrix")
     pairs[found[1]][found[2]] = tensor
   changes = {}
   for module, pair in pairs.items():
     if len(pair) < 2:
       raise HuggingFaceError(f"the adapter {folder} has half of an adapter of {module}")
     rank = len(pair["A"])
-    alpha = _of_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+    alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     changes[f"{module}.weight"] = Change(pair["A"], pair["B"], scale)
-  return settings.get("base_model_name_or_path") or "", changes
+  return settings["base_model_name_or_path"], changes
+
+
+def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns an adapter_config.json, with what is read of it checked.
+
+  Raises:
+    HuggingFaceError: it is missing, is no JSON, or has a value that means nothing.
+  """
+  settings = {"base_model_name_or_path": "", "alpha_pattern": {}} | {
+      key: value for key, value in read_json(folder / CONFIG).items() if value is not None}
+  def check(key, fine, what):
+    if not fine:
+      raise HuggingFaceError(
+          f'{folder / CONFIG} has "{key}": {shown(settings.get(key))}; it must be {what}')
+
+  check("base_model_name_or_path", isinstance(settings["base_model_name_or_path"], str), "a name")
+  check("lora_alpha", _is_scale(settings.get("lora_alpha")), "a finite number")
+  patterns = settings["alpha_pattern"]
+  check("alpha_pattern", isinstance(patterns, dict) and all(map(_is_scale, patterns.values()))
+        and all(map(_is_pattern, patterns)), "numbers by names of modules, with a wildcard or two at most")
+  return settings
+
+
+def _is_scale(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _is_pattern(text: str) -> bool:
+  """Whether a regular expression is one, and can be matched in a time that does not explode."""
+  try:
+    re.compile(text)
+  except (re.error, OverflowError, RecursionError):
+    return False
+  return len(text) <= 1000 and len(re.findall(r"[*+{]", text)) <= 2 and not re.search(r"\)[*+{?]", text)
 
 
 def save(

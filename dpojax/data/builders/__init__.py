@@ -17,6 +17,7 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
+from dpojax import digests
 from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
@@ -132,10 +133,13 @@ def _published(builder_class: type, name: str) -> tfds.core.BuilderConfig:
 def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.Path):
   """Returns the builder with its data on disk, whichever process has put them there."""
   make = lambda: builder_class(config=config, data_dir=root, file_format="array_record")
-  builder = make()
-  if builder.data_path.exists():
-    return builder
   local = isinstance(config, base.LocalFiles)
+  # Before TFDS reads what is there.
+  there = digests.is_sound(
+      root / builder_class.name / config.name / str(builder_class.VERSION), without=not local)
+  builder = make()
+  if there:
+    return builder
   try:
     if not local:
       _check_reachable(builder)

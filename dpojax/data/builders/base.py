@@ -9,6 +9,7 @@ from typing import Any, Iterable, Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dpojax import digests
 from dpojax.data.examples import DataError, Example, LeftOut, RecordError
 from dpojax.data.files import digest, read_records
 from dpojax.data.records import Reading
@@ -65,6 +66,13 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         }),
         metadata=tfds.core.MetadataDict(),
         disable_shuffling=True)
+
+  def _download_and_prepare(self, dl_manager: tfds.download.DownloadManager, *args, **kwargs) -> None:
+    """Adds digests of all files, before TFDS renames the folder to its place."""
+    super()._download_and_prepare(dl_manager, *args, **kwargs)
+    self.info.download_size = dl_manager.downloaded_size  # what TFDS writes after this, as it will be
+    self.info.write_to_directory(self.data_dir)
+    digests.write(self.data_dir)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
     local = isinstance(self.builder_config, LocalFiles)
