@@ -31,6 +31,7 @@ that `dpojax.sample`, `evaluate` and `export` read, and a killed run continues t
 
 import dataclasses
 import os
+import pathlib
 from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
@@ -269,15 +270,21 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     ConfigError, DataError: something given cannot be used; before any compile.
     CheckpointError: a checkpoint is missing, or belongs to another run.
     DiskError: the disk is full or cannot be written.
+    InUseError: another run owns the workdir.
     TrainingError: an update is not finite, or a signal asked to stop.
   """
   config = weights.with_tokenizer(config)
   settings = ppo_config.validate(config)
-  workdir = train_lib.open_workdir(workdir, config)
+  with train_lib.open_workdir(workdir, config) as workdir:
+    return _run(config, settings, workdir)
+
+
+def _run(
+    config: ml_collections.ConfigDict, settings: Settings, workdir: pathlib.Path) -> dict[str, float]:
   resolve.use_compile_cache(config)
   trainer, train_prompts, held_out, about = _set_up(config, settings)
   train_lib.check_space(workdir, _saved(trainer.state), config)
-  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, owner=True)
   first = checkpoints.steps()[-1] if checkpoints.steps() else 0
   if first:
     saved, was = checkpoints.restore(first, trainer.devices.restore_target(_saved(trainer.state)))
@@ -294,6 +301,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
       metrics = trainer.step(step - 1, *(x[index] for x in train_prompts))
       samples = settings.prompts_per_step * settings.num_samples
       log.advance(_Progress(samples, round(samples * metrics["objective/length"])), waited=0.0)
+      checkpoints.check()
       if not trainer.finite():
         raise TrainingError(_not_finite(step, settings))
       due = lambda every: every and (step % every == 0 or step == config.steps)

@@ -30,6 +30,12 @@ class Data(NamedTuple):
   held_out: loader.Subset | loader.Mismatched | None
   fingerprint: str
 
+  def fingerprints(self) -> dict[str, str | None]:
+    """Returns what tells the data of one process from those of another."""
+    subset = lambda data: data.subset if isinstance(data, loader.Mismatched) else data
+    held_out = self.held_out and subset(self.held_out).data.fingerprint
+    return {"training data with digest": self.fingerprint, "held-out data with digest": held_out}
+
 
 class Setup(NamedTuple):
   """What a run trains: the model, its first params, the objective, and the reference, or None.

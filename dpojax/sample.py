@@ -36,6 +36,7 @@ from dpojax.data.examples import DataError, RecordError
 from dpojax.disk import disk_errors
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
+from dpojax.ownership import owned
 from dpojax.resolve import say
 
 _NARROWEST = 16
@@ -267,8 +268,17 @@ def run(
 
   Raises:
     ConfigError, DataError, CheckpointError: something given cannot be used.
+    InUseError: another process writes `out`.
     DiskError: the disk is full or cannot be written.
   """
+  with owned(out, f"the samples file {out}"):
+    return _run(model, prompts, pathlib.Path(out), draw, step, reference, batch_size,
+                max_prompt_length, limit, make_mesh(fsdp, tensor))
+
+
+def _run(
+    model, prompts, out, draw, step, reference, batch_size, max_prompt_length, limit, devices
+) -> dict[str, float]:
   policy = weights.load(model, step)
   other = None if reference == "none" else (
       weights.load(reference, dtype=policy.config.dtype) if reference
@@ -276,7 +286,7 @@ def run(
   tokenizer = tokenization.load_tokenizer(policy.tokenizer)
   generator = Generator(
       policy, other, draw, eos=tokenizer.eos_token_id, batch_size=batch_size,
-      devices=make_mesh(fsdp, tensor))
+      devices=devices)
   texts = read_prompts(prompts, limit)
   longest, keep = prompt_room(policy, generator, max_prompt_length)
   ids, cut = encode(texts, tokenizer, longest=longest, keep=keep, path=prompts)
@@ -288,7 +298,7 @@ def run(
       "max_prompt_length": longest, "keep": keep,
       "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
   policy = other = None  # the placed copies are the only ones now
-  return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
+  return _fill(out, settings, generator, texts, ids, tokenizer)
 
 
 def make_mesh(fsdp: int, tensor: int) -> parallel.Mesh:

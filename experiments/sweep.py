@@ -86,7 +86,11 @@ def run(
   config = weights.with_tokenizer(config).copy_and_resolve_references()
   members = members_of(config, seeds, axis, values)
   _check_can_sweep(config)
-  workdir = train.open_workdir(workdir, config)
+  with train.open_workdir(workdir, config) as workdir:
+    return _run(config, workdir, members, at_once, data, measure, measure_every)
+
+
+def _run(config, workdir, members, at_once, data, measure, measure_every) -> list[dict]:
   _check_same_sweep(workdir, members, at_once)
   at_once = min(at_once or len(members), len(members))
   sweep = _Sweep(config, members, at_once, data)
@@ -198,7 +202,7 @@ class _Sweep:
     every = (list(group) * size)[:size]  # a group is filled up, so that all compile to one program
     value = devices.place_rows(np.array([each.value for each in every], np.float32), size)
     state = self._first_state(every)
-    checkpoints, first = Checkpoints(folder, keep=1), 0
+    checkpoints, first = Checkpoints(folder, keep=1, owner=True), 0
     if checkpoints.steps():
       first = checkpoints.steps()[-1]
       state, was = checkpoints.restore(first, devices.restore_target(state))
@@ -228,6 +232,7 @@ class _Sweep:
     for step, rows in self._rows(every, first):
       state, metrics = self._train(state, self.reference, value, devices.place_rows(rows, size))
       bar.update(len(group))
+      checkpoints.check()
       if step == 1 or due(step, config.log_every):
         metrics = jax.device_get(metrics) | {"finite": np.asarray(state.finite)}
         write(step, "train", metrics)

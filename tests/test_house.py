@@ -11,10 +11,10 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
-    "losses", "ppo_losses", "log_probs", "errors", "disk", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
+    "losses", "ppo_losses", "log_probs", "errors", "disk", "ownership", "models.config", "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.peft", "models.hf", "models",
     "data.examples", "data.builders", "data.tokenization", "data.packing", "data.loader", "data",
-    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
+    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "stderr_filter", "processes", "command", "rollouts", "ppo_step", "config", "checkpoint", "weights",
     "metrics", "resolve", "plan", "export", "train", "sample", "intervals", "judging",
     "scorers", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""

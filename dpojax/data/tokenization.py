@@ -26,6 +26,7 @@ import tqdm
 
 from dpojax.data.builders import Comparisons
 from dpojax.data.examples import DataError, Example, RecordError
+from dpojax.ownership import owned
 
 TRUNCATION_SIDE = {
     "hh": "end", "imdb": "start", "jsonl": "end", "shp": "start", "stack_exchange": "start",
@@ -152,7 +153,9 @@ def tokenize(
         *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest), fingerprint=fingerprint)
   folder = pathlib.Path(cache_dir).expanduser() / fingerprint
   if not folder.exists():
-    _store(folder, *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest))
+    with owned(folder, f"the token cache {folder}", wait=True):
+      if not folder.exists():  # else another process has made it while this one waited
+        _store(folder, *_tokenize(comparisons, tokenizer, truncation, num_responses, fewest))
   arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
   return Tokenized(*arrays, json.loads((folder / "report.json").read_text()), fingerprint)
 

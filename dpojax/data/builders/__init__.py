@@ -21,6 +21,8 @@ from absl import logging
 
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
+from dpojax.disk import DiskError
+from dpojax.ownership import owned
 
 BUILDERS = {builder.name: builder for builder in (
     hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
@@ -157,13 +159,15 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.P
   builder = make()
   if builder.data_path.exists():
     return builder
-  local = isinstance(config, base.LocalFiles)
   try:
-    if not local:
-      _check_reachable(builder)
-    builder.download_and_prepare(
-        download_dir=root / "downloads",
-        download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+    with owned(builder.data_path, f"the prepared data {builder.data_path}", wait=True):
+      if builder.data_path.exists():  # another process has made it while this one waited
+        return make()
+      if not isinstance(config, base.LocalFiles):
+        _check_reachable(builder)
+      builder.download_and_prepare(
+          download_dir=root / "downloads",
+          download_config=tfds.download.DownloadConfig(compute_stats="skip"))
   except DataError:
     raise
   except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
@@ -171,7 +175,7 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.P
   except Exception as error:
     if builder.data_path.exists():  # another process was faster
       return make()
-    if isinstance(error, OSError) or "() failed: " in str(error):  # as ArrayRecord says it
+    if isinstance(error, (OSError, DiskError)) or "() failed: " in str(error):  # as ArrayRecord says it
       raise DataError(
           f"could not write prepared data to {root} ({error}); free space there, or set "
           "data.cache_dir to a folder with room") from error
