@@ -113,7 +113,8 @@ class FileLock:
     if not self._is_there(file):  # the last holder has deleted it: what was locked is no one's any more
       os.close(file)
       return self.take()
-    _write(file, Holder(socket.gethostname(), os.getpid(), shlex.join(sys.orig_argv)[:_LONGEST_COMMAND],
+    command = " ".join(shlex.join(sys.orig_argv).split())[:_LONGEST_COMMAND]  # in one line
+    _write(file, Holder(socket.gethostname(), os.getpid(), command,
                         datetime.datetime.now().astimezone().isoformat(" ", "seconds")))
     self._hold(file)
     return None

@@ -89,7 +89,7 @@ def agree(what: str, facts: dict[str, Any]) -> None:
   client.key_value_set(f"dpojax/{what}/{jax.process_index()}", json.dumps(facts))
   of_all = [json.loads(client.blocking_key_value_get(f"dpojax/{what}/{i}", _FOREVER)) for i in range(count)]
   for i, theirs in enumerate(of_all):
-    for name in sorted(of_all[0].keys() | theirs.keys()):
+    for name in of_all[0] | theirs:
       first, other = of_all[0].get(name), theirs.get(name)
       if first != other:
         raise DisagreementError(
@@ -242,7 +242,7 @@ class _Watch:
                for i in self._seen)
 
   def end(self, error: BaseException) -> None:
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if _of_jax(error):
       time.sleep(self._timeout + 2 * _BEAT)  # if it is for the loss of a process, this one ends meanwhile
     self._ending.acquire()
     if isinstance(error, UserError):
@@ -260,6 +260,7 @@ class _Watch:
         self._ended |= {int(key.rpartition("/")[2]): text
                         for key, text in self._client.key_value_dir_get("dpojax/end/")}
     self._left.set()
+    jax.distributed.shutdown()  # waits once more for all, so that none sees process 0 go before it has left
     ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # the default
 
   def _aborted(self, _) -> None:
@@ -282,6 +283,13 @@ class _Watch:
     except OSError:
       return False
     return True
+
+
+def _of_jax(error: BaseException | None) -> bool:
+  """Returns whether jax has raised it, or what it was raised from, for another reason than its memory."""
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return "RESOURCE_EXHAUSTED" not in str(error)
+  return error is not None and _of_jax(error.__cause__)
 
 
 _watch: _Watch | None = None
