@@ -9,7 +9,8 @@ import logging
 import os
 import pathlib
 import shutil
-from typing import Any, Iterator, NamedTuple
+import sys
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,14 +213,25 @@ class Checkpoints:
     self._manager.close()
 
 
-class _Tracebacks(logging.Filter):
-  """Leaves out what Orbax logs of a failed save, every thread of it the whole traceback: it is raised as well."""
+class _SaidOnce(logging.Filter):
+  """Leaves out what Orbax logs of a failed save, from every thread of it, and of a signal: it is raised too."""
 
   def filter(self, record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+    said = record.exc_info or "preemption sync point" in record.getMessage()
+    return not (said and "orbax" in record.pathname)
 
 
-logging.getLogger("absl").addFilter(_Tracebacks())
+def _show_unless_late(show: Callable) -> Callable:
+  """Returns the hook without what tensorstore shows of writes that end after the first of a save has failed."""
+  def shown(unraisable):
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+      show(unraisable)
+  return shown
+
+
+logging.getLogger("absl").addFilter(_SaidOnce())
+sys.unraisablehook = _show_unless_late(sys.unraisablehook)
 
 
 def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:

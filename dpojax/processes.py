@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -242,8 +243,8 @@ class _Watch:
                for i in self._seen)
 
   def end(self, error: BaseException) -> None:
-    if _of_jax(error):
-      time.sleep(self._timeout + 2 * _BEAT)  # if it is for the loss of a process, this one ends meanwhile
+    # If it is for the loss of a process, the watch ends this one meanwhile.
+    time.sleep(self._timeout + 2 * _BEAT if _between_processes(error) else 2 * _BEAT)
     self._ending.acquire()
     if isinstance(error, UserError):
       self._exit(f"error: {error}", tell=str(error))
@@ -285,11 +286,11 @@ class _Watch:
     return True
 
 
-def _of_jax(error: BaseException | None) -> bool:
-  """Returns whether jax has raised it, or what it was raised from, for another reason than its memory."""
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    return "RESOURCE_EXHAUSTED" not in str(error)
-  return error is not None and _of_jax(error.__cause__)
+def _between_processes(error: BaseException | None) -> bool:
+  """Returns whether it, or what it was raised from, is about what processes do together."""
+  return error is not None and (
+      re.search("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|ABORTED", str(error)) is not None
+      or _between_processes(error.__cause__))
 
 
 _watch: _Watch | None = None

@@ -1,6 +1,6 @@
 """Kills runs at random moments, starts them again, and compares the end with that of runs left alone.
 
-python -m tests.chaos.harness --kills=200 --kills_of_two=40 --rivals=10 --faults [--seed=0] [--out=TABLE.md]
+python -m tests.chaos.harness --kills=200 --rivals=10 --faults [--only=train,ppo] [--seed=0] [--out=TABLE.md]
 
 A process that has imported everything forks one for each start, so that a kill falls in what a run does and
 not in its imports. Half of the kills fall at a moment drawn from the time a run takes, the other half just
@@ -12,6 +12,7 @@ import collections
 import contextlib
 import ctypes
 import json
+import math
 import os
 import pathlib
 import random
@@ -30,6 +31,8 @@ from tests.chaos import scenarios
 
 LONGEST = 120.0
 _PR_SET_PDEATHSIG = 1
+SHARES = {"train": 0.5, "ppo": 0.15, "sample": 0.15, "two": 0.2}
+"""Of the kills, by scenario."""
 WITHIN = 30.0  # s, in which the processes of a run end when one of them is lost
 
 
@@ -189,12 +192,13 @@ def left_alone(run):
   return run.outcome(), time.monotonic() - started
 
 
-def chaos(name, kills, world, folder, rng, seen, times, slow):
-  """Kills runs of a scenario so many times; returns how many runs came to their end."""
+def chaos(name, kills, world, folder, rng, seen, times, options):
+  """Kills runs of a scenario so many times; returns what comes out of it, and how many came to their end."""
+  slow, until = options.slow, time.monotonic() + options.seconds
   left_alone(Run(name, world, folder / f"{name}_first", slow))  # compiles
   whole, length = left_alone(Run(name, world, folder / f"{name}_whole", slow))
   runs = 0
-  while kills > 0:
+  while kills > 0 and time.monotonic() < until:
     place = folder / f"{name}_{runs}"
     kills -= killed_until(Run(name, world, place, slow), min(kills, 12), rng, whole, length, seen, times)
     shutil.rmtree(place)
@@ -292,8 +296,9 @@ def table(seen, ended, rivals_tried, times):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--kills", type=int, default=200, help="of one process: half training, else PPO, sampling")
-  parser.add_argument("--kills_of_two", type=int, default=40)
+  parser.add_argument("--kills", type=int, default=200, help="of all scenarios together")
+  parser.add_argument("--only", default=",".join(SHARES), help="of these scenarios")
+  parser.add_argument("--seconds", type=float, default=1e9, help="a scenario gets no new run after these")
   parser.add_argument("--rivals", type=int, default=10, help="times that two runs are started at once")
   parser.add_argument("--faults", action="store_true", help="also what else befalls one process of two")
   parser.add_argument("--lost_after", type=float, default=25.0, help="seconds, for a process that stalls")
@@ -316,12 +321,13 @@ def main():
         os._exit(1)
     if wait(maker, LONGEST) != 0:
       raise Lost("the world was not made")
-    kills = {"train": -(-options.kills // 2), "ppo": options.kills // 4,
-             "sample": options.kills // 2 - options.kills // 4, "two": options.kills_of_two}
-    for each, count in kills.items():
+    chosen = {name: SHARES[name] for name in options.only.split(",")}
+    for each, share in chosen.items():
+      count = math.ceil(options.kills * share / sum(chosen.values()))
       if count:
-        whole, ended[each] = chaos(each, count, world, folder, rng, seen, times, options.slow)
-        print(f"{each}: {count} kills, {ended[each]} runs, the same bits", flush=True)
+        whole, ended[each] = chaos(each, count, world, folder, rng, seen, times, options)
+        done = sum(number for (of, _), number in seen.items() if of == each)
+        print(f"{each}: {done} kills, {ended[each]} runs, the same bits", flush=True)
         if each == "two" and options.faults:
           for line in (*differing(world, folder), *stopped(world, folder, whole, options.lost_after)):
             print(line, flush=True)
