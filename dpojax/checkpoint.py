@@ -214,7 +214,7 @@ class Checkpoints:
 
 
 class _SaidOnce(logging.Filter):
-  """Leaves out what Orbax logs of a failed save, from every thread of it, and of a signal: it is raised too."""
+  """Leaves out what Orbax logs of a failed save, from each of its threads, and of a signal: we raise both."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     said = record.exc_info or "preemption sync point" in record.getMessage()
@@ -222,7 +222,7 @@ class _SaidOnce(logging.Filter):
 
 
 def _show_unless_late(show: Callable) -> Callable:
-  """Returns the hook without what tensorstore shows of writes that end after the first of a save has failed."""
+  """Returns the hook without what tensorstore shows of writes that end after the first of them failed."""
   def shown(unraisable):
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):

@@ -6,7 +6,8 @@ kernel lets go of it however the owner ends, kill -9 included. In the file stand
 
 On NFS, Linux turns `flock` into a byte-range lock of the server: it holds between hosts, unless the mount
 says `nolock` or `local_lock=flock`; of a host that is gone, the server lets go after its lease, 90 s as a
-rule. Lustre needs the mount option `flock`. A file system without locks is told, and nothing is refused there.
+rule. Lustre needs the mount option `flock`. A file system without locks is named aloud, and nothing is
+refused there.
 """
 
 import contextlib

@@ -35,6 +35,7 @@ from dpojax.errors import UserError
 _BEAT = 1.0
 _GRACE = 3.0  # for a process that is about to end by an error of its own
 _FAREWELL = 12.0  # that process 0 waits for the others to read why it ends
+_LAST = 60.0  # that a process at its end waits for the others to come to theirs; jax then waits on
 _FOREVER = 10**9  # ms; who waits in vain is ended by the watch
 
 
@@ -150,6 +151,7 @@ class _Watch:
     ctypes.CDLL(None).signal(int(signal.SIGABRT), self._on_abort)
     for loop in (self._exchange, self._look):
       threading.Thread(target=loop, daemon=True).start()
+    sys.excepthook = lambda kind, error, trace: self.end(error)  # for a run that is no command's
     atexit.register(self.leave)
 
   def _exchange(self) -> None:
@@ -222,8 +224,9 @@ class _Watch:
 
   def _exit(self, text: str, *, tell: str, code: int = 1) -> NoReturn:
     """Says it, here and to the others, and ends the process without jax's wait for those it has lost."""
-    print(text, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a terminal may be gone
+      print(text, file=sys.stderr, flush=True)
+      sys.stdout.flush()
     telling = threading.Thread(target=self._tell, args=(tell,), daemon=True)
     telling.start()
     telling.join(_FAREWELL if self._me == 0 else _GRACE)  # a process 0 that stalls does not answer
@@ -247,16 +250,19 @@ class _Watch:
     time.sleep(self._timeout + 2 * _BEAT if _between_processes(error) else 2 * _BEAT)
     self._ending.acquire()
     if isinstance(error, UserError):
-      self._exit(f"error: {error}", tell=str(error))
+      self._exit(f"error: {error}", tell=str(error).partition("\n")[0])
     text = "".join(traceback.format_exception(error)).rstrip()
-    self._exit(text, tell=text.strip().splitlines()[-1], code=130 if isinstance(error, KeyboardInterrupt) else 1)
+    code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    self._exit(text, tell=text.splitlines()[-1], code=code)
 
   def leave(self) -> None:
     if self._left.is_set():
       return
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._client.key_value_set(f"dpojax/end/{self._me}", "")
-      while not self._ended.keys() >= self._seen.keys():  # the watch goes on: one may be lost even now
+      until = time.monotonic() + _LAST
+      while not self._ended.keys() >= self._seen.keys() and time.monotonic() < until:
+        # The watch goes on: one may be lost even now.
         time.sleep(_BEAT / 4)
         self._ended |= {int(key.rpartition("/")[2]): text
                         for key, text in self._client.key_value_dir_get("dpojax/end/")}

@@ -13,7 +13,8 @@ from dpojax.errors import UserError
 
 def passed_on(text):
   done = subprocess.run(
-      [sys.executable, "-I", "-S", stderr_filter.__file__], input=text, capture_output=True, text=True, timeout=60)
+      [sys.executable, "-I", "-S", stderr_filter.__file__], input=text, capture_output=True, text=True,
+      timeout=60)
   assert not done.stdout
   return done.stderr
 

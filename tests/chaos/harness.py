@@ -151,9 +151,8 @@ def check_the_other(run, other, number):
 
 def expected(line):
   """Whether a line is one of a run that goes well."""
-  return line.startswith((
-      "step ", "training ", "[Gloo]", "[transformers]", "continuing from", "removed from", "waiting for")) or (
-      "comparisons" in line)
+  of_every_run = ("step ", "training ", "[Gloo]", "[transformers]", "continuing from", "removed from")
+  return line.startswith((*of_every_run, "waiting for")) or "comparisons" in line
 
 
 def killed_until(run, kills, rng, whole, length, seen, times):
@@ -207,7 +206,7 @@ def chaos(name, kills, world, folder, rng, seen, times, options):
 
 
 def rivals(name, world, folder, rng, whole):
-  """Starts two runs at once over the same caches, and over the same workdir or file; both have to be right."""
+  """Starts two runs at once over one cache, and over one workdir or file; both have to be right."""
   if name == "train":  # a workdir each, one cache
     run = Run(name, world, folder / "shared")
     pids = [run.start(i, workdir=str(run.folder / f"run{i}")) for i in range(2)]
@@ -250,12 +249,13 @@ def differing(world, folder):
 
 def stopped(world, folder, whole, lost_after):
   """Kills, stops and stalls one process of two while they train; the same command has to continue."""
+  lost = lambda victim, how: f"error: process {victim} (pid {{pid}} on {{host}}) {how} "
   for what, victim, number, said in (
-      ("kill -9 of process 0", 0, signal.SIGKILL, "error: process 0 (pid {pid} on {host}) is gone; step "),
-      ("kill -9 of process 1", 1, signal.SIGKILL, "error: process 1 (pid {pid} on {host}) is gone; step "),
+      ("kill -9 of process 0", 0, signal.SIGKILL, lost(0, "is gone; step")),
+      ("kill -9 of process 1", 1, signal.SIGKILL, lost(1, "is gone; step")),
       ("SIGTERM of process 1", 1, signal.SIGTERM, "error: stopped by a signal after step "),
-      ("SIGSTOP of process 0", 0, signal.SIGSTOP, "error: process 0 (pid {pid} on {host}) has been silent for "),
-      ("SIGSTOP of process 1", 1, signal.SIGSTOP, "error: process 1 (pid {pid} on {host}) has been silent for ")):
+      ("SIGSTOP of process 0", 0, signal.SIGSTOP, lost(0, "has been silent for")),
+      ("SIGSTOP of process 1", 1, signal.SIGSTOP, lost(1, "has been silent for"))):
     run = Run("two", world, folder / what.replace(" ", "_"), slow=0.25)
     pids = run.start_two(**{"parallel.lost_after": lost_after})
     metrics, until = run.folder / "run" / "metrics.jsonl", time.monotonic() + LONGEST
@@ -270,7 +270,8 @@ def stopped(world, folder, whole, lost_after):
     wait(pids[victim], LONGEST)
     errors = [each for each in run.log(1 - victim).read_text().splitlines() if not expected(each)]
     said = said.format(pid=pids[victim], host=socket.gethostname())
-    if code != 1 or len(errors) != 1 or not errors[0].startswith(said) or "the same command continues" not in errors[0]:
+    told = len(errors) == 1 and errors[0].startswith(said) and errors[0].endswith("the same command continues")
+    if code != 1 or not told:
       raise Lost(f"{what}: the other ended with {code} after {took:.1f} s, saying\n" + "\n".join(errors))
     finished(run, run.start_two())
     if run.outcome() != whole:
@@ -289,8 +290,8 @@ def table(seen, ended, rivals_tried, times):
   for name, count in rivals_tried.items():
     lines.append(f"| two of {name} at once | | {count} times | {count} of {count} |")
   if times:
-    lines.append(f"\nOf two processes the other ended within {max(times):.1f} s, {sum(times) / len(times):.1f} s "
-                 "on average.")
+    mean = sum(times) / len(times)
+    lines.append(f"\nOf two processes the other ended within {max(times):.1f} s, {mean:.1f} s on average.")
   return "\n".join(lines)
 
 

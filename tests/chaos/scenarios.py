@@ -89,7 +89,8 @@ RUNS = {"train": run_train, "two": run_two, "ppo": run_ppo, "sample": run_sample
 """Scenarios by name."""
 
 PHASES = {
-    "train": ("preparing", "tokenizing", "storing a reference", "restoring", "evaluating", "training", "saving"),
+    "train": ("preparing", "tokenizing", "storing a reference", "restoring", "evaluating", "training",
+              "saving"),
     "two": ("storing a reference", "restoring", "evaluating", "training", "saving"),
     "ppo": ("preparing", "restoring", "evaluating", "PPO step", "saving"),
     "sample": ("sampling",)}
@@ -100,7 +101,7 @@ def _of_run(workdir, step):
   manager = checkpoint.Checkpoints(workdir, keep=0)
   state, _ = manager.restore_arrays(step)
   manager.close()
-  bits = [(jax.tree_util.keystr(path), str(leaf.dtype), leaf.shape, _sha(np.ascontiguousarray(leaf).tobytes()))
+  bits = [(jax.tree_util.keystr(path), str(leaf.dtype), leaf.shape, _sha(leaf.tobytes()))
           for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
   metrics = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
   return {"state": _sha(json.dumps(bits).encode()), "metrics": _sha(json.dumps(metrics).encode())}

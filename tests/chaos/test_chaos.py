@@ -15,8 +15,8 @@ pytestmark = pytest.mark.chaos
 def harness(*options):
   """What the harness prints; it ends with 1 and says LOST when anything was."""
   done = subprocess.run(
-      [sys.executable, "-m", "tests.chaos.harness", *options], cwd=conftest.ROOT, capture_output=True, text=True,
-      timeout=600, env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES})
+      [sys.executable, "-m", "tests.chaos.harness", *options], cwd=conftest.ROOT, capture_output=True,
+      text=True, timeout=600, env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES})
   assert done.returncode == 0, done.stderr[-6000:]
   return done.stdout
 
@@ -32,5 +32,6 @@ def test_of_two_processes_the_other_says_who_is_lost_and_the_same_command_contin
   assert "two: 1 kills, 1 runs, the same bits" in said
   for what in ("another data file", "another config", "another jax"):
     assert f"- {what}, told by both before step 1" in said
-  for what in ("kill -9 of process 0", "SIGTERM of process 1", "SIGSTOP of process 0", "SIGSTOP of process 1"):
+  for what in ("kill -9 of process 0", "kill -9 of process 1", "SIGTERM of process 1", "SIGSTOP of process 0",
+               "SIGSTOP of process 1"):
     assert f"- {what}: the other said so and ended after " in said
