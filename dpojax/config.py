@@ -135,7 +135,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.parallel.coordinator = ""  # host:port of process 0, or auto on a cluster; empty: one process
   config.parallel.num_processes = 1
   config.parallel.process_id = 0
-  config.parallel.lost_after = 25.0  # s without a sign of a process, after which the others end; 0: jax's 100
+  config.parallel.lost_after = 20.0  # s without a sign of a process, after which the others end; 0: jax's 100
   return config
 
 

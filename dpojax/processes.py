@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -79,7 +80,7 @@ def agree(what: str, facts: dict[str, Any]) -> None:
   """Compares facts with those of the other processes; all of them have to call it.
 
   Args:
-    what: names this comparison; each is made once.
+    what: names this comparison.
     facts: JSON values by the name a user knows them by.
 
   Raises:
@@ -88,8 +89,9 @@ def agree(what: str, facts: dict[str, Any]) -> None:
   client, count = distributed.global_state.client, jax.process_count()
   if client is None or count == 1:
     return
-  client.key_value_set(f"dpojax/{what}/{jax.process_index()}", json.dumps(facts))
-  of_all = [json.loads(client.blocking_key_value_get(f"dpojax/{what}/{i}", _FOREVER)) for i in range(count)]
+  place = _place(what)
+  client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(facts))
+  of_all = [json.loads(client.blocking_key_value_get(f"{place}/{i}", _FOREVER)) for i in range(count)]
   for i, theirs in enumerate(of_all):
     for name in of_all[0] | theirs:
       first, other = of_all[0].get(name), theirs.get(name)
@@ -111,9 +113,14 @@ def digest(value: Any) -> str:
 
 
 def meet(where: str) -> None:
-  """Returns when all processes have called it; each place is met at once."""
+  """Returns when all processes have called it."""
   if distributed.global_state.client is not None and jax.process_count() > 1:
-    distributed.global_state.client.wait_at_barrier(f"dpojax/{where}", _FOREVER)
+    distributed.global_state.client.wait_at_barrier(_place(where), _FOREVER)
+
+
+def _place(name: str) -> str:
+  """Returns a name that is new each time, and the same in all processes, as they come by in one order."""
+  return f"dpojax/{next(_places)}/{name}"
 
 
 def leave() -> None:
@@ -299,6 +306,7 @@ def _between_processes(error: BaseException | None) -> bool:
       or _between_processes(error.__cause__))
 
 
+_places = itertools.count()
 _watch: _Watch | None = None
 _filter: subprocess.Popen | None = None
 

@@ -302,7 +302,7 @@ def main():
   parser.add_argument("--seconds", type=float, default=1e9, help="a scenario gets no new run after these")
   parser.add_argument("--rivals", type=int, default=10, help="times that two runs are started at once")
   parser.add_argument("--faults", action="store_true", help="also what else befalls one process of two")
-  parser.add_argument("--lost_after", type=float, default=25.0, help="seconds, for a process that stalls")
+  parser.add_argument("--lost_after", type=float, default=20.0, help="seconds, for a process that stalls")
   parser.add_argument("--slow", type=float, default=0.02, help="seconds a step takes longer")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", default="")
