@@ -1,5 +1,6 @@
 """Text becomes ids with an exact boundary, is cut as in the paper's code, and is accounted for."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -8,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -346,6 +348,24 @@ def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
     np.testing.assert_array_equal(getattr(again, name), getattr(fresh, name))
   assert again.report == stored.report == fresh.report
   assert [path.name for path in tmp_path.iterdir()] == [again.fingerprint]
+
+
+def test_of_two_at_once_one_tokenizes_and_the_other_reads_what_it_made(
+    both, hh, tmp_path, monkeypatch, capsys):
+  calls, tokenize = [], tokenization._tokenize
+
+  def slowly(*args):
+    calls.append(args)
+    time.sleep(0.5)
+    return tokenize(*args)
+
+  monkeypatch.setattr(tokenization, "_tokenize", slowly)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    one, other = pool.map(lambda _: tokenization.tokenize(
+        hh, both["gpt2"], truncation=ROOMY, cache_dir=tmp_path), range(2))
+  assert len(calls) == 1 and one.fingerprint == other.fingerprint
+  np.testing.assert_array_equal(one.ids, other.ids)
+  assert f"waiting for the token cache {tmp_path}/" in capsys.readouterr().out
 
 
 def test_whatever_changes_the_ids_changes_the_fingerprint(both, load, chat, comparisons):

@@ -194,7 +194,8 @@ def left_alone(run):
 def chaos(name, kills, world, folder, rng, seen, times, options):
   """Kills runs of a scenario so many times; returns what comes out of it, and how many came to their end."""
   slow, until = options.slow, time.monotonic() + options.seconds
-  left_alone(Run(name, world, folder / f"{name}_first", slow))  # compiles
+  if not options.quick:  # else the time a run takes is that of one which compiles
+    left_alone(Run(name, world, folder / f"{name}_first", slow))
   whole, length = left_alone(Run(name, world, folder / f"{name}_whole", slow))
   runs = 0
   while kills > 0 and time.monotonic() < until:
@@ -230,12 +231,14 @@ def rivals(name, world, folder, rng, whole):
   shutil.rmtree(run.folder)
 
 
-def differing(world, folder):
+def differing(world, folder, chosen):
   """Starts two processes that were given different things; both have to say so before step 1."""
   for what, changes, line in (
       ("another data file", {"path": str(world / "others.jsonl")}, "process 1 has training data with digest"),
       ("another config", {"beta": 0.5}, "process 1 has config.beta 0.5, process 0 0.1"),
       ("another jax", {"versions": {"jax": "0.9.9"}}, "process 1 has jax '0.9.9', process 0 '")):
+    if not chosen(what):
+      continue
     run = Run("two", world, folder / what.replace(" ", "_"))
     codes = [wait(pid, LONGEST) for pid in run.start_two(changes)]
     for i, code in enumerate(codes):
@@ -247,7 +250,7 @@ def differing(world, folder):
     yield f"{what}, told by both before step 1"
 
 
-def stopped(world, folder, whole, lost_after):
+def stopped(world, folder, whole, lost_after, chosen):
   """Kills, stops and stalls one process of two while they train; the same command has to continue."""
   lost = lambda victim, how: f"error: process {victim} (pid {{pid}} on {{host}}) {how} "
   for what, victim, number, said in (
@@ -256,6 +259,8 @@ def stopped(world, folder, whole, lost_after):
       ("SIGTERM of process 1", 1, signal.SIGTERM, "error: stopped by a signal after step "),
       ("SIGSTOP of process 0", 0, signal.SIGSTOP, lost(0, "has been silent for")),
       ("SIGSTOP of process 1", 1, signal.SIGSTOP, lost(1, "has been silent for"))):
+    if not chosen(what):
+      continue
     run = Run("two", world, folder / what.replace(" ", "_"), slow=0.25)
     pids = run.start_two(**{"parallel.lost_after": lost_after})
     metrics, until = run.folder / "run" / "metrics.jsonl", time.monotonic() + LONGEST
@@ -270,8 +275,8 @@ def stopped(world, folder, whole, lost_after):
     wait(pids[victim], LONGEST)
     errors = [each for each in run.log(1 - victim).read_text().splitlines() if not expected(each)]
     said = said.format(pid=pids[victim], host=socket.gethostname())
-    told = len(errors) == 1 and errors[0].startswith(said) and errors[0].endswith("the same command continues")
-    if code != 1 or not told:
+    line = errors[0] if len(errors) == 1 else ""
+    if code != 1 or not (line.startswith(said) and line.endswith("the same command continues")):
       raise Lost(f"{what}: the other ended with {code} after {took:.1f} s, saying\n" + "\n".join(errors))
     finished(run, run.start_two())
     if run.outcome() != whole:
@@ -301,7 +306,8 @@ def main():
   parser.add_argument("--only", default=",".join(SHARES), help="of these scenarios")
   parser.add_argument("--seconds", type=float, default=1e9, help="a scenario gets no new run after these")
   parser.add_argument("--rivals", type=int, default=10, help="times that two runs are started at once")
-  parser.add_argument("--faults", action="store_true", help="also what else befalls one process of two")
+  parser.add_argument("--faults", nargs="?", const="all", default="", help="also these, of one of two")
+  parser.add_argument("--quick", action="store_true", help="no run of a scenario first that only compiles")
   parser.add_argument("--lost_after", type=float, default=20.0, help="seconds, for a process that stalls")
   parser.add_argument("--slow", type=float, default=0.02, help="seconds a step takes longer")
   parser.add_argument("--seed", type=int, default=0)
@@ -316,7 +322,7 @@ def main():
     maker = os.fork()
     if not maker:
       try:
-        scenarios.make_world(world)
+        scenarios.make_world(world, with_reward="ppo" in options.only)
         os._exit(0)
       finally:
         os._exit(1)
@@ -330,7 +336,9 @@ def main():
         done = sum(number for (of, _), number in seen.items() if of == each)
         print(f"{each}: {done} kills, {ended[each]} runs, the same bits", flush=True)
         if each == "two" and options.faults:
-          for line in (*differing(world, folder), *stopped(world, folder, whole, options.lost_after)):
+          wanted = lambda what: options.faults == "all" or what in options.faults.split(",")
+          for line in (*differing(world, folder, wanted),
+                       *stopped(world, folder, whole, options.lost_after, wanted)):
             print(line, flush=True)
             told.append(line)
         if each in ("train", "sample") and options.rivals:

@@ -24,13 +24,15 @@ from tests import worlds
 CLOCK = ("pairs_per_second", "tokens_per_second", "samples_per_second", "input_wait", "time")
 
 
-def make_world(folder):
-  """Makes what the runs are given: a tokenizer, pairs, an SFT run and a reward model."""
+def make_world(folder, with_reward):
+  """Makes what the runs are given: a tokenizer, pairs, an SFT run and, for PPO, a reward model."""
   worlds.save_tokenizer(folder / "words")
   worlds.write_jsonl(folder / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 150))
   worlds.write_jsonl(folder / "others.jsonl", worlds.pairs(np.random.default_rng(1), 150))
   small = dict(eval_every=0, log_every=50, checkpoint_every=50)
   train.run(worlds.run_config("sft", **_given(folder, folder), steps=20, **small), folder / "sft")
+  if not with_reward:
+    return
   train.run(worlds.run_config("reward", **_given(folder, folder), steps=6, **small, **{
       "model.checkpoint": str(folder / "sft"), "checkpoint_best": ""}), folder / "reward")
 
