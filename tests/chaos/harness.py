@@ -334,7 +334,8 @@ def main():
       if count:
         whole, ended[each] = chaos(each, count, world, folder, rng, seen, times, options)
         done = sum(number for (of, _), number in seen.items() if of == each)
-        print(f"{each}: {done} kills, {ended[each]} runs, the same bits", flush=True)
+        phases = ", ".join(f"{phase} {number}" for (of, phase), number in sorted(seen.items()) if of == each)
+        print(f"{each}: {done} kills, {ended[each]} runs, the same bits; {phases}", flush=True)
         if each == "two" and options.faults:
           wanted = lambda what: options.faults == "all" or what in options.faults.split(",")
           for line in (*differing(world, folder, wanted),
