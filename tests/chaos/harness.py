@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -338,8 +339,8 @@ def main():
         print(f"{each}: {done} kills, {ended[each]} runs, the same bits; {phases}", flush=True)
         if each == "two" and options.faults:
           wanted = lambda what: options.faults == "all" or what in options.faults.split(",")
-          for line in (*differing(world, folder, wanted),
-                       *stopped(world, folder, whole, options.lost_after, wanted)):
+          for line in itertools.chain(
+              differing(world, folder, wanted), stopped(world, folder, whole, options.lost_after, wanted)):
             print(line, flush=True)
             told.append(line)
         if each in ("train", "sample") and options.rivals:
