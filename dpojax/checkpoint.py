@@ -9,9 +9,12 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
-from typing import Any, Iterable, Iterator, NamedTuple
+import shutil
+import sys
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from dpojax import checkpoint_files
 from dpojax import config as config_lib
 from dpojax.command import say
 from dpojax.digests import DamageError
-from dpojax.disk import disk_errors
+from dpojax.disk import DiskError, disk_errors
 from dpojax.errors import UserError
 from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
@@ -67,13 +70,16 @@ class Adapter(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run, written in the background, each complete or not there at all."""
 
-  def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = ""):
+  def __init__(
+      self, workdir: str | os.PathLike, *, keep: int, best: str = "", owner: bool = False):
     """Opens `workdir/checkpoints`.
 
     Args:
       workdir: the run's folder.
       keep: last n checkpoints kept; 0 keeps all.
       best: an evaluation metric; the checkpoint best by it is kept too.
+      owner: whether this run owns the workdir: what a run before it left half written is then removed,
+        and said.
     """
     policies = ocp.checkpoint_managers.preservation_policy
     kept = [policies.LatestN(keep)] if keep else [policies.PreserveAll()]
@@ -93,6 +99,10 @@ class Checkpoints:
         item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(),
                        "reference": arrays()})
     self._checked = set()  # (step, item), once a run: they are not read again
+    self._saving = None
+    if owner and (removed := self._remove_half_written()):
+      print(f"removed from {self.folder}, half written by a run that was stopped: {', '.join(removed)}",
+            flush=True)
 
   def steps(self) -> list[int]:
     """Returns the steps that can be restored, ascending."""
@@ -101,7 +111,9 @@ class Checkpoints:
   def save(
       self, step: int, state: Any, about: dict, metrics: dict | None = None, reference: Any = None
   ) -> None:
-    """Starts writing the state and what it belongs to; an earlier failure is raised here.
+    """Starts writing the state and what it belongs to, when the save before has ended.
+
+    Whether it succeeds, `check` or `wait` tell.
 
     Args:
       step: the state's.
@@ -111,12 +123,12 @@ class Checkpoints:
       reference: a reference that moves; one that does not is not saved.
 
     Raises:
-      DiskError: the disk is full or the folder cannot be written.
+      DiskError, CheckpointError: this save or the one before could not be written.
     """
     moving = {} if reference is None else {"reference": checkpoint_files.Save(reference)}
-    with disk_errors(self.folder):
-      self._manager.wait_until_finished()
-      self._writing = step
+    self.wait()
+    with self._saving_errors(step):
+      self._saving = self._writing = step
       self._manager.save(
           step, metrics=metrics, args=ocp.args.Composite(
               state=checkpoint_files.Save(state), about=ocp.args.JsonSave(about | checkpoint_files.MARK),
@@ -231,19 +243,79 @@ class Checkpoints:
       multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
     self._manager.reload()
 
+  def check(self) -> None:
+    """Returns at once; to be called often, so that no step is made after a save that failed.
+
+    Raises:
+      DiskError, CheckpointError: the last save has ended and could not be written.
+    """
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
   def wait(self) -> None:
     """Returns when everything is written.
 
     Raises:
-      DiskError: the disk is full or the folder cannot be written.
+      DiskError, CheckpointError: it could not be written.
     """
-    with disk_errors(self.folder):
+    with self._saving_errors(self._saving):
       self._manager.wait_until_finished()
+    self._saving = None
+
+  @contextlib.contextmanager
+  def _saving_errors(self, step: int | None) -> Iterator[None]:
+    """Turns a failed save into one error, which names the last good step, and removes what there is of it."""
+    try:
+      with disk_errors(self.folder):
+        yield
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      self._saving = None
+      removed = self._remove_half_written()
+      kind = DiskError if isinstance(error, DiskError) else CheckpointError
+      good = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+      raise kind(
+          f"step {step} could not be saved: {str(error).strip().splitlines()[0]}. "
+          + (f"Step {good[-1]} is the last that is saved" if good else "No step is saved")
+          + ("; what was half written is removed" if removed else "")) from error
+
+  def _remove_half_written(self) -> list[str]:
+    """Removes what Orbax has not renamed to its step, and returns their names; process 0 does it."""
+    if jax.process_index() > 0:
+      return []
+    found = sorted(self.folder.glob("*.orbax-checkpoint-tmp*"))
+    for path in found:
+      shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
 
   def close(self) -> None:
-    """Waits and lets go of the folder."""
+    """Waits and lets go of the folder.
+
+    Raises:
+      DiskError, CheckpointError: the last save could not be written.
+    """
     self.wait()
     self._manager.close()
+
+
+class _SaidOnce(logging.Filter):
+  """Leaves out what Orbax logs of a failed save, from each of its threads, and of a signal: we raise both."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    said = record.exc_info or "preemption sync point" in record.getMessage()
+    return not (said and "orbax" in record.pathname)
+
+
+def _show_unless_late(show: Callable) -> Callable:
+  """Returns the hook without what tensorstore shows of writes that end after the first of them failed."""
+  def shown(unraisable):
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+      show(unraisable)
+  return shown
+
+
+logging.getLogger("absl").addFilter(_SaidOnce())
+sys.unraisablehook = _show_unless_late(sys.unraisablehook)
 
 
 def load_policy(workdir: str | os.PathLike, step: int | None = None) -> Policy:

@@ -6,6 +6,7 @@ from typing import Iterator
 
 import jax
 
+from dpojax import processes
 from dpojax.errors import UserError
 from dpojax.parallel import keep_freed_memory
 
@@ -14,13 +15,18 @@ from dpojax.parallel import keep_freed_memory
 def command() -> Iterator[None]:
   """Makes the process keep the memory it frees, and turns what a user can mend into one line and exit 1.
 
-  To be entered before any use of jax.
+  Of several processes all end when one does. To be entered before any use of jax.
   """
   keep_freed_memory()
   try:
     yield
+    processes.leave()
   except UserError as error:
+    processes.end(error)
     sys.exit(f"error: {error}")
+  except (Exception, KeyboardInterrupt) as error:  # of several processes the others would wait for this one
+    processes.end(error)
+    raise
 
 
 def say(text: str) -> None:

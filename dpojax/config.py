@@ -166,6 +166,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.parallel.coordinator = ""  # host:port of process 0, or auto on a cluster; empty: one process
   config.parallel.num_processes = 1
   config.parallel.process_id = 0
+  config.parallel.lost_after = 20.0  # s without a sign of a process, after which the others end; 0: jax's 100
   return config
 
 
@@ -225,7 +226,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
               "checkpoint_keep", "data.eval_size", "model.vocab_size", "model.kv_heads",
               "model.max_positions", "reference.sync_every", "optimizer.warmup_steps",
               "optimizer.max_grad_norm", "optimizer.weight_decay", "lora.rank", "parallel.data",
-              "parallel.process_id"):
+              "parallel.process_id", "parallel.lost_after"):
     _at_least(config, key, 0)
   for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):
@@ -248,6 +249,10 @@ def _check_reading(config) -> None:
 
 def _check_combinations(config) -> None:
   data = config.data
+  if 0 < config.parallel.lost_after < 5:
+    raise ConfigError(
+        f"config.parallel.lost_after is {config.parallel.lost_after}; processes show every second that "
+        "they live, and a second may be late: give at least 5, or 0")
   if not config.tokenizer:
     raise ConfigError("config.tokenizer is empty; set it to a tokenizer folder or hub name")
   if data.source == "jsonl" and not data.path:
@@ -549,6 +554,17 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return tuple(value) if isinstance(value, list) else value
 
   return ml_collections.ConfigDict(with_tuples(json.loads(text)))
+
+
+OF_ONE_PROCESS = (
+    "parallel.process_id", "data.path", "data.eval_path", "data.cache_dir", "compile_cache", "wandb_project")
+"""Keys in which the processes of a run may differ: of data the contents are compared."""
+
+
+def shared(config: ml_collections.ConfigDict) -> dict:
+  """Returns what has to be the same in all processes of a run, as JSON values by their names."""
+  return {f"config.{key}": list(value) if isinstance(value, tuple) else value
+          for key, value in flatten(config).items() if key not in OF_ONE_PROCESS}
 
 
 def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 
 from dpojax import intervals, judging, objectives, parallel, resolve, sample, scorers, weights
 from dpojax import reference as reference_lib
-from dpojax.command import command
+from dpojax.command import command, say
 from dpojax.config import ConfigError
 from dpojax.data import builders, examples, loader, records, tokenization
 from dpojax.data.examples import DataError, Example
@@ -35,7 +35,6 @@ from dpojax.disk import disk_errors
 from dpojax.intervals import Estimate
 from dpojax.judging import Pair
 from dpojax.models import transformer
-from dpojax.resolve import say
 
 
 class HeldOut(NamedTuple):

@@ -6,6 +6,7 @@ left out; ties count half.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,7 @@ from dpojax.data.examples import Example
 from dpojax.disk import disk_errors
 from dpojax.errors import UserError
 from dpojax.intervals import Estimate
+from dpojax.ownership import owned
 
 _SUMMARIES = """
 
@@ -269,10 +271,17 @@ class Answers:
 
     Raises:
       JudgeError: the file is no file of answers.
+      InUseError: another process keeps answers there.
       DiskError: it cannot be written.
     """
     self.path = pathlib.Path(path)
     self._lock, self._known = threading.Lock(), {}
+    with contextlib.ExitStack() as held:
+      held.enter_context(owned(self.path, f"the file of answers {self.path}"))
+      self._open()
+      self._held = held.pop_all()
+
+  def _open(self) -> None:
     damaged = []
     with disk_errors(self.path.parent):
       self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,6 +331,7 @@ class Answers:
 
   def close(self) -> None:
     self._file.close()
+    self._held.close()
 
 
 def endpoint_judge(endpoint: Endpoint, answers: Answers) -> Judge:

@@ -60,6 +60,7 @@ class Replicas:
   def __init__(self):
     self.devices = jax.local_devices()
     self.row_multiple = jax.device_count()
+    self.compiles_ahead = jax.process_count() == 1  # else pmap converts arguments outside of its program
     mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
     self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -126,6 +127,7 @@ class Mesh:
   """Rows cut over data and fsdp, parameters over fsdp and tensor, as `PARTITION` says."""
 
   axis_name = None
+  compiles_ahead = True
 
   def __init__(self, *, data: int = 0, fsdp: int = 1, tensor: int = 1,
                devices: Sequence[jax.Device] | None = None):

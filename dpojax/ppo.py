@@ -31,6 +31,7 @@ that `dpojax.sample`, `evaluate` and `export` read, and a killed run continues t
 
 import dataclasses
 import os
+import pathlib
 from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
@@ -46,7 +47,7 @@ from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax import train as train_lib
 from dpojax.checkpoint import Checkpoints
-from dpojax.command import command
+from dpojax.command import command, say
 from dpojax.config import ConfigError
 from dpojax.data import loader, report, tokenization
 from dpojax.models import transformer
@@ -270,23 +271,28 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     ConfigError, DataError: something given cannot be used; before any compile.
     CheckpointError: a checkpoint is missing, or belongs to another run.
     DiskError: the disk is full or cannot be written.
+    InUseError: another run owns the workdir.
     TrainingError: an update is not finite, or a signal asked to stop.
   """
   config = weights.with_tokenizer(config)
   settings = ppo_config.validate(config)
-  workdir = train_lib.open_workdir(workdir, config)
-  config = train_lib.with_template_date(config, workdir)
+  with train_lib.open_workdir(workdir, config) as workdir:
+    return _run(train_lib.with_template_date(config, workdir), settings, workdir)
+
+
+def _run(
+    config: ml_collections.ConfigDict, settings: Settings, workdir: pathlib.Path) -> dict[str, float]:
   resolve.use_compile_cache(config)
   trainer, train_prompts, held_out, about, data = _set_up(config, settings)
   was_report = train_lib.open_report(workdir, data)
   train_lib.check_space(workdir, _saved(trainer.state), config)
-  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, owner=True)
   first = checkpoints.last_sound() or 0
   if first:
     saved, was = checkpoints.restore(first, trainer.devices.restore_target(_saved(trainer.state)))
     train_lib.check_same(was, about, workdir, report.differences(was_report, data.report or {}))
     trainer.state = trainer.devices.place(_restored(saved))
-    resolve.say(f"continuing from step {first} of {workdir}")
+    say(f"continuing from step {first} of {workdir}")
 
   with train_lib.Log(workdir, config, first) as log, train_lib.stop_signal() as stop_asked:
     if first == 0 and config.eval_every:
@@ -298,6 +304,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
       samples = settings.prompts_per_step * settings.num_samples
       log.advance()
       throughput.advance(_Progress(samples, round(samples * metrics["objective/length"])), waited=0.0)
+      checkpoints.check()
       if not trainer.finite():
         raise TrainingError(_not_finite(step, settings))
       due = lambda every: every and (step % every == 0 or step == config.steps)
@@ -381,7 +388,7 @@ def _prompts(subset: loader.Subset, width: int, name: str) -> tuple[np.ndarray, 
   subset = loader.last_of_each_prompt(subset)
   ids = [subset.comparison(i)[0] for i in range(len(subset))]
   kept = [each for each in ids if 1 <= len(each) <= width]
-  resolve.say(f"{len(kept)} {name} prompts; left out: {len(ids) - len(kept)} that are empty or longer "
+  say(f"{len(kept)} {name} prompts; left out: {len(ids) - len(kept)} that are empty or longer "
               f"than {width} tokens")
   if not kept:
     raise ConfigError(

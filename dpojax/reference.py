@@ -6,6 +6,7 @@ a comparison: its number, and the summed log-prob of each response. A later run,
 say, finds them; one that was killed goes on where it was.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from dpojax.data import loader
 from dpojax.disk import disk_errors
 from dpojax.errors import UserError
 from dpojax.objectives import Apply, response_log_probs
+from dpojax.ownership import owned
 from dpojax.parts import Parts
 
 _VERSION = 1
@@ -75,12 +77,21 @@ def stored_log_probs(
   is_main, several = jax.process_index() == 0, jax.process_count() > 1
   shape = (len(data), data.lengths.shape[1] - 1)
   values = np.full(shape, np.nan, np.float32)
-  if is_main:
-    _prepare(folder, identity)
-    _read(folder, values)
-  if several:
-    values = np.array(multihost_utils.broadcast_one_to_all(values))
+  with contextlib.ExitStack() as held:
+    if is_main:
+      _prepare(folder, identity)
+      _read(folder, values)
+      if np.isnan(values).any():
+        held.enter_context(owned(folder, f"the stored reference {folder}", wait=True))
+        _read(folder, values)  # what another process has made while this one waited
+    if several:
+      values = np.array(multihost_utils.broadcast_one_to_all(values))
+    _compute(folder, data, values, score, make_loader, is_main)
+  return values
 
+
+def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
+  """Fills in what is not stored yet, and stores it."""
   position = {int(example): i for i, example in enumerate(data.example)}
   batches = make_loader(loader.all_of(data))
   missing = [step for step, index in enumerate(batches.plan_in_order().index)
@@ -97,7 +108,6 @@ def stored_log_probs(
     if is_main and (count % _FLUSH == 0 or count == len(missing)):
       _write(folder, fresh, values)
       fresh = []
-  return values
 
 
 def _prepare(folder: pathlib.Path, identity: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ from jax.experimental import multihost_utils
 from dpojax import objectives, preference, step, weights
 from dpojax import config as config_lib
 from dpojax import reference as reference_lib
-from dpojax.command import is_main, say
+from dpojax.command import say
 from dpojax.config import ConfigError
 from dpojax.data import builders, loader, tokenization
 from dpojax.data import report as data_report
 from dpojax.data.examples import DataError
+from dpojax.data.truncation import end_kept
 from dpojax.disk import disk_errors
 from dpojax.models import config as model_config
 from dpojax.models import forms, hf, lora, transformer
@@ -43,6 +44,12 @@ class Data(NamedTuple):
     train = self.train.subset if isinstance(self.train, loader.Mismatched) else self.train
     return train.data.report.get("stop_ids", [])
 
+  def fingerprints(self) -> dict[str, str | None]:
+    """Returns what tells the data of one process from those of another."""
+    subset = lambda data: data.subset if isinstance(data, loader.Mismatched) else data
+    held_out = self.held_out and subset(self.held_out).data.fingerprint
+    return {"training data with digest": self.fingerprint, "held-out data with digest": held_out}
+
 
 class Setup(NamedTuple):
   """What a run trains: the model, its first params, the objective, and the reference, or None.
@@ -63,7 +70,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
   truncation = tokenization.Truncation(
       settings.max_length, settings.max_prompt_length,
-      settings.keep or tokenization.TRUNCATION_SIDE.get(settings.source, "start"))
+      end_kept(settings))
   report = {}
 
   def tokenized(path, name, split):

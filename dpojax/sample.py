@@ -29,14 +29,15 @@ import tqdm
 
 from dpojax import checkpoint, parallel, sampling, weights
 from dpojax import reference as reference_lib
-from dpojax.command import command
+from dpojax.command import command, say
 from dpojax.config import ConfigError
 from dpojax.data import packing, records, tokenization
 from dpojax.data.examples import DataError, Example, RecordError
+from dpojax.data.truncation import end_kept
 from dpojax.disk import disk_errors
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
-from dpojax.resolve import say
+from dpojax.ownership import owned
 
 _NARROWEST = 16
 
@@ -296,8 +297,18 @@ def run(
 
   Raises:
     ConfigError, DataError, CheckpointError: something given cannot be used.
+    InUseError: another process writes `out`.
     DiskError: the disk is full or cannot be written.
   """
+  with owned(out, f"the samples file {out}"):
+    return _run(model, prompts, pathlib.Path(out), draw, step, reference, batch_size,
+                max_prompt_length, limit, make_mesh(fsdp, tensor), form, on_error)
+
+
+def _run(
+    model, prompts, out, draw, step, reference, batch_size, max_prompt_length, limit, devices, form,
+    on_error,
+) -> dict[str, float]:
   policy = weights.load(model, step)
   other = None if reference == "none" else (
       weights.load(reference, dtype=policy.config.dtype) if reference
@@ -305,7 +316,7 @@ def run(
   tokenizer = tokenization.load_tokenizer(policy.tokenizer)
   texts = read_prompts(prompts, limit, form, on_error)
   generator = Generator(
-      policy, other, draw, eos=tokenizer.eos_token_id, devices=make_mesh(fsdp, tensor),
+      policy, other, draw, eos=tokenizer.eos_token_id, devices=devices,
       batch_size=min(batch_size, power_of_two(len(texts))))
   longest, keep = prompt_room(policy, generator, max_prompt_length)
   left_out, reading = [] if on_error == "skip" else None, reading_of(policy, out)
@@ -324,13 +335,15 @@ def run(
       "max_prompt_length": longest, "keep": keep, "reading": dataclasses.asdict(reading),
       "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts.values()]).encode()).hexdigest()}
   policy = other = None  # the placed copies are the only ones now
-  return _fill(pathlib.Path(out), settings, generator, texts, ids, tokenizer)
+  return _fill(out, settings, generator, texts, ids, tokenizer)
 
 
 def _identity(example: Example) -> str | list[dict] | dict:
   """What tells a prompt from another: itself, or where it has tools and the like the record of it all."""
   record = records.prompt_record(example)
   return record if len(record) > 1 else example.prompt
+
+
 def reading_of(policy: weights.Loaded, out: str | os.PathLike = "") -> tokenization.Reading:
   """Returns how prompts are read: as the run's data were; of another model on the day its file was begun."""
   if policy.settings is not None:
@@ -369,7 +382,7 @@ def prompt_room(
   keep, longest = "end", max_prompt_length
   if policy.settings is not None:
     data = policy.settings.data
-    keep = data.keep or tokenization.TRUNCATION_SIDE.get(data.source, "start")
+    keep = end_kept(data)
     longest = longest or data.max_prompt_length
   room = generator.longest_prompt
   if room is not None and room < max(1, max_prompt_length):

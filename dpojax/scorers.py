@@ -11,6 +11,7 @@ from dpojax import objectives, parallel, weights
 from dpojax.config import ConfigError
 from dpojax.data import loader, tokenization
 from dpojax.data.examples import Example
+from dpojax.data.truncation import end_kept
 from dpojax.models import transformer
 
 Prompt = str | list[dict] | Example
@@ -113,7 +114,7 @@ class RewardModel:
     tokenized = tokenization.tokenize_answers(
         list(zip(prompts, responses)), self._tokenizer, truncation=tokenization.Truncation(
             data.max_length, data.max_prompt_length,
-            data.keep or tokenization.TRUNCATION_SIDE.get(data.source, "start")),
+            end_kept(data)),
         reading=tokenization.Reading.of(data))
     batches = loader.Loader(
         loader.all_of(tokenized), seed=0, batch_size=_BATCH, row_length=self._settings.row_length,

@@ -29,19 +29,19 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, parallel, plan, resolve, watching, weights
+from dpojax import checkpoint, objectives, parallel, plan, processes, resolve, watching, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import CheckpointError, Checkpoints
-from dpojax.command import command
+from dpojax.command import command, is_main, say
 from dpojax.config import ConfigError
 from dpojax.data import loader, packing, tokenization
 from dpojax.data import report as report_lib
 from dpojax.disk import DiskError, disk_errors
 from dpojax.errors import UserError
 from dpojax.metrics import MetricsWriter
+from dpojax.ownership import owned
 from dpojax.parts import Parts
-from dpojax.resolve import is_main, say
 from dpojax.throughput import Profile, Throughput
 
 
@@ -66,12 +66,18 @@ def run(
     ConfigError, DataError, PackingError: something given cannot be used; before any compile.
     CheckpointError: a checkpoint is missing, or belongs to another run.
     DiskError: the disk is full or cannot be written.
+    InUseError: another run owns the workdir.
     TrainingError: policy and reference disagree before step 1, or the loss is not finite.
   """
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
-  workdir = open_workdir(workdir, config)
-  config = with_template_date(config, workdir)
+  with open_workdir(workdir, config) as workdir:
+    return _run(with_template_date(config, workdir), workdir, data)
+
+
+def _run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, data: resolve.Data | None
+) -> dict[str, float]:
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
   data = data or resolve.load_data(config)
@@ -79,6 +85,7 @@ def run(
   train_loader = resolve.make_loader(config, data.train, devices)
   held_out_loader = data.held_out and resolve.make_loader(config, data.held_out, devices)
   _report_plan(train_loader, config)
+  processes.agree("data", data.fingerprints())
 
   setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_part)
   resolve.check_ids(setup.model, config, data)
@@ -98,13 +105,18 @@ def run(
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
   parallel.fit_memory_to(state)
 
-  if config.check_memory:
+  if config.check_memory and not devices.compiles_ahead:
+    say("the check of memory is left out: pmap over several processes compiles with its first step only")
+  elif config.check_memory:
     stored = config.reference.mode == "stored" and setup.objective.needs_reference
     rows = plan.largest_rows(train_loader, setup.objective.num_responses, devices, stored=stored)
     plan.check_fits(train_step.compile(state, reference, rows))
   check_space(workdir, state, config)
-  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best)
+  checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best, owner=True)
   first = checkpoints.last_sound() or 0
+  processes.agree("start", {
+      "the last checkpoint at step": first, "the model": processes.digest(about["model"]),
+      "a reference with digest": about["reference"]})
   if first:
     saved, was = checkpoints.restore(first, devices.restore_target(state))
     check_same(was, about, workdir, report_lib.differences(was_report, data.report or {}))
@@ -140,6 +152,7 @@ def run(
       profile.before(step, state)
       with throughput.on_device():
         state, metrics = train_step(state, reference, rows)
+      checkpoints.check()
       if config.reference.sync_every and step % config.reference.sync_every == 0:
         reference, _ = move_reference(reference, state)
       log.advance()
@@ -168,6 +181,7 @@ def run(
             step, devices.collect(state), about, log.evaluations.get(step), reference=moving())
       if stopping:
         checkpoints.wait()
+        processes.meet("stop")
         raise TrainingError(
             f"stopped by a signal after step {step}; "
             + (f"it is saved in {workdir}: the same command continues"
@@ -207,10 +221,8 @@ def join_processes(config: ml_collections.ConfigDict) -> None:
   """Joins the processes of a run on several hosts, if there are; before any other use of jax."""
   settings = config.parallel
   if settings.coordinator:
-    arguments = {} if settings.coordinator == "auto" else dict(
-        coordinator_address=settings.coordinator, num_processes=settings.num_processes,
-        process_id=settings.process_id)
-    jax.distributed.initialize(**arguments)
+    processes.join(settings.coordinator, settings.num_processes, settings.process_id,
+                   timeout=settings.lost_after)
 
 
 def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict) -> None:
@@ -299,20 +311,40 @@ class Log:
       say(f"step {step}/{self._steps}  {split}  {text}")
 
 
-def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> pathlib.Path:
-  """Makes the workdir and writes config.json, or checks that the run there is the same."""
+@contextlib.contextmanager
+def open_workdir(
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Iterator[pathlib.Path]:
+  """Makes the workdir, owns it, and writes config.json or checks that the run there is the same.
+
+  Of several processes the first does it for all, after they have compared configs and versions.
+
+  Raises:
+    DisagreementError: the processes have different ones.
+    InUseError: another run owns it.
+    ConfigError: it holds a run of another config.
+    DiskError: the disk is full or cannot be written.
+  """
   workdir = pathlib.Path(workdir).absolute()
   path = workdir / "config.json"
-  with disk_errors(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
-    config = with_template_date(config, workdir)
-    if path.exists():
-      config_lib.check_continues(checkpoint.load_settings(workdir), config)
+  with contextlib.ExitStack() as held:
+    def open_it():
+      with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+      held.enter_context(owned(workdir / "run", f"the workdir {workdir}"))
+      with disk_errors(workdir):
+        dated = with_template_date(config, workdir)
+        if path.exists():
+          config_lib.check_continues(checkpoint.load_settings(workdir), dated)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(config_lib.to_json(dated))
+        os.replace(temporary, path)
+
+    processes.agree("config", config_lib.shared(config) | processes.versions())
     if is_main():
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text(config_lib.to_json(config))
-      os.replace(temporary, path)
-  return workdir
+      open_it()
+    processes.meet("workdir")
+    processes.saves_in(workdir)
+    yield workdir
 
 
 def with_template_date(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -421,6 +453,7 @@ def _stop_at_a_bad_step(state, moving, devices, checkpoints, about, workdir, con
     if good and good not in checkpoints.steps():
       checkpoints.save(good, devices.collect(state), about, reference=moving)
     checkpoints.wait()
+    processes.meet("bad step")
     saved = f"the state before it is saved in {workdir}"
   raise TrainingError(
       f"the loss or its gradient is not finite at step {good + 1}; {saved}. Usual causes: a "

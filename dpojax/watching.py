@@ -16,14 +16,15 @@ import numpy as np
 
 from dpojax import config as config_lib
 from dpojax import parallel, sample, scorers, weights
+from dpojax.command import say
 from dpojax.config import ConfigError
 from dpojax.data import loader, records, tokenization
 from dpojax.data.examples import Example
+from dpojax.data.truncation import end_kept
 from dpojax.disk import disk_errors
 from dpojax.metrics import read_lines
 from dpojax.models import lora
 from dpojax.models.config import ModelConfig
-from dpojax.resolve import say
 
 
 class Watcher:
@@ -102,7 +103,7 @@ class Watcher:
           f"{self._model.longest} positions, which leaves none for a prompt; lower it")
     if config.sample_prompts:
       prompts = list(sample.read_prompts(config.sample_prompts, limit).values())
-      keep = config.data.keep or tokenization.TRUNCATION_SIDE.get(config.data.source, "start")
+      keep = end_kept(config.data)
       ids, cut = sample.encode(
           prompts, self._tokenizer, longest=room, keep=keep, path=config.sample_prompts,
           reading=tokenization.Reading.of(config.data), vocab_size=self._model.vocab_size)

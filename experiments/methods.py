@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from dpojax import best_of_n, parallel, ppo, resolve, rollouts, train, weights
+from dpojax.command import say
 from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.disk import disk_errors
@@ -93,7 +94,7 @@ def stage(folder: pathlib.Path, settings: dict, make: Callable[[], list[Line]]) 
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
-  resolve.say(f"-- {folder}")
+  say(f"-- {folder}")
   lines = make()
   sweep.write_table(folder, lines)
   (folder / "finished").touch()

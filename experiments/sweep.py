@@ -28,7 +28,7 @@ from dpojax import checkpoint, objectives, parallel, resolve, train, weights
 from dpojax import config as config_lib
 from dpojax import step as step_lib
 from dpojax.checkpoint import Checkpoints
-from dpojax.command import command
+from dpojax.command import command, say
 from dpojax.config import ConfigError
 from dpojax.data import loader, packing
 from dpojax.disk import disk_errors
@@ -86,8 +86,12 @@ def run(
   config = weights.with_tokenizer(config).copy_and_resolve_references()
   members = members_of(config, seeds, axis, values)
   _check_can_sweep(config)
-  workdir = train.open_workdir(workdir, config)
-  config = train.with_template_date(config, workdir)
+  with train.open_workdir(workdir, config) as workdir:
+    return _run(
+        train.with_template_date(config, workdir), workdir, members, at_once, data, measure, measure_every)
+
+
+def _run(config, workdir, members, at_once, data, measure, measure_every) -> list[dict]:
   _check_same_sweep(workdir, members, at_once)
   at_once = min(at_once or len(members), len(members))
   sweep = _Sweep(config, members, at_once, data)
@@ -202,7 +206,7 @@ class _Sweep:
     every = (list(group) * size)[:size]  # a group is filled up, so that all compile to one program
     value = devices.place_rows(np.array([each.value for each in every], np.float32), size)
     state = self._first_state(every)
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpoints(folder, keep=1, owner=True)
     first = checkpoints.last_sound() or 0
     if first:
       state, was = checkpoints.restore(first, devices.restore_target(state))
@@ -232,6 +236,7 @@ class _Sweep:
     for step, rows in self._rows(every, first):
       state, metrics = self._train(state, self.reference, value, devices.place_rows(rows, size))
       bar.update(len(group))
+      checkpoints.check()
       if step == 1 or due(step, config.log_every):
         metrics = jax.device_get(metrics) | {"finite": np.asarray(state.finite)}
         write(step, "train", metrics)
@@ -244,7 +249,7 @@ class _Sweep:
     table.close()
     for member, fine in zip(group, np.asarray(state.finite)):
       if not fine:
-        resolve.say(f"{member.labels()}: an update was not finite; it stands where it was before that")
+        say(f"{member.labels()}: an update was not finite; it stands where it was before that")
 
   def _first_state(self, members: Sequence[Member]) -> step_lib.TrainState:
     """Returns the states before step 1, stacked."""

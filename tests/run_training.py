@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 
-from dpojax import train
+from dpojax import processes, train
+from dpojax.command import command
 from tests import worlds
 
 
@@ -27,9 +28,14 @@ def main(settings, workdir):
   if largest:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-  config = worlds.run_config(**settings)
-  train.join_processes(config)
-  train.run(config, workdir)
+  versions = settings.pop("versions", {})
+  if versions:
+    real = processes.versions
+    processes.versions = lambda: real() | versions
+  with command():
+    config = worlds.run_config(**settings)
+    train.join_processes(config)
+    train.run(config, workdir)
 
 
 if __name__ == "__main__":

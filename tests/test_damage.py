@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
-from dpojax import checkpoint
 from dpojax.checkpoint import CheckpointError, Checkpoints
 
 TRIED = settings(max_examples=int(os.environ.get("DPOJAX_EXAMPLES", 25)), deadline=None,

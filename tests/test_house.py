@@ -11,16 +11,16 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpojax"
 
 ORDER = [
-    "losses", "ppo_losses", "log_probs", "errors", "disk", "digests", "models.config", "models.attention",
-    "models.blockwise", "models.fused", "models.forms", "models.rotary",
+    "losses", "ppo_losses", "log_probs", "errors", "disk", "digests", "ownership", "models.config",
+    "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
     "models.transformer", "models.lora", "models.families", "models.tensors", "models.peft", "models.hf",
     "models.gguf", "models",
     "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.forms", "data.records",
     "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.shortening", "data.encoder",
     "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.gguf",
     "data.packing", "data.loader", "data.report", "data",
-    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "command", "rollouts",
-    "ppo_step", "config", "checkpoint_files", "checkpoint", "weights",
+    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "stderr_filter",
+    "processes", "command", "rollouts", "ppo_step", "config", "checkpoint_files", "checkpoint", "weights",
     "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "sample", "scorers",
     "watching", "train", "intervals", "judging", "evaluate", "best_of_n", "ppo_config", "ppo"]
 """A module imports only modules before it; a package stands for all its modules."""

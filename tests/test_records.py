@@ -159,8 +159,8 @@ FORMS = {
 def test_a_record_is_read_in_the_form_it_has(name):
   form, record, example = FORMS[name]
   before = json.dumps(record)
-  for given in ("", form):
-    read = records.read(record, given)
+  for asked in ("", form):
+    read = records.read(record, asked)
     assert (read.form, read.example) == (form, example)
   assert json.dumps(record) == before
   assert records.parse_prompt(record) == example._replace(responses=())

@@ -1,6 +1,8 @@
 """A stored reference: the same training as with the model, computed once, found again, never mixed up."""
 
+import concurrent.futures
 import json
+import time
 
 import numpy as np
 import pytest
@@ -74,13 +76,14 @@ def examples(count=50):
 class Scorer:
   """Gives every response its example's number and its own; stops after some batches."""
 
-  def __init__(self, stop_after=10**9):
-    self.batches, self.stop_after = 0, stop_after
+  def __init__(self, stop_after=10**9, wait=0.0):
+    self.batches, self.stop_after, self.wait = 0, stop_after, wait
 
   def __call__(self, batch):
     if self.batches == self.stop_after:
       raise KeyboardInterrupt
     self.batches += 1
+    time.sleep(self.wait)
     examples = batch.rows.example
     return examples[..., None] + np.array([0.25, 0.5], np.float32), examples
 
@@ -102,6 +105,15 @@ def test_a_computation_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
   np.testing.assert_array_equal(compute(tmp_path, second), WANT)
   np.testing.assert_array_equal(compute(tmp_path, third), WANT)
   assert (first.batches, second.batches, third.batches) == (5, 6, 0)
+
+
+def test_of_two_at_once_one_computes_and_the_other_reads_what_it_made(tmp_path, capsys):
+  first, second = Scorer(wait=0.05), Scorer(wait=0.05)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for values in pool.map(lambda scorer: compute(tmp_path, scorer), (first, second)):
+      np.testing.assert_array_equal(values, WANT)
+  assert sorted((first.batches, second.batches)) == [0, 10]  # 50 comparisons, 5 a batch
+  assert f"waiting for the stored reference {tmp_path}/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [

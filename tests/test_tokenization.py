@@ -1,5 +1,6 @@
 """Text becomes ids with an exact boundary, is cut as in the paper's code, and is accounted for."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -8,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given, settings, strategies
 from dpojax.data import builders, tokenization
 from dpojax.data.examples import DataError, Example
 from dpojax.data.tokenization import Reading, Truncation
+from dpojax.data.truncation import TRUNCATION_SIDE
 
 ROOMY = Truncation(100_000, 50_000, "end")
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -354,6 +357,24 @@ def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
   assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_of_two_at_once_one_tokenizes_and_the_other_reads_what_it_made(
+    both, hh, tmp_path, monkeypatch, capsys):
+  calls, tokenize = [], tokenization._tokenize
+
+  def slowly(*args):
+    calls.append(args)
+    time.sleep(0.5)
+    return tokenize(*args)
+
+  monkeypatch.setattr(tokenization, "_tokenize", slowly)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    one, other = pool.map(lambda _: tokenization.tokenize(
+        hh, both["gpt2"], truncation=ROOMY, cache_dir=tmp_path), range(2))
+  assert len(calls) == 1 and one.fingerprint == other.fingerprint
+  np.testing.assert_array_equal(one.ids, other.ids)
+  assert f"waiting for the token cache {tmp_path}/" in capsys.readouterr().out
+
+
 def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, capsys):
   data = comparisons(*({"prompt": f"Q{i}", "responses": [" a", " b c"]} for i in range(20)))
   tokenize = lambda folder: tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, cache_dir=folder)
@@ -454,5 +475,5 @@ def test_impossible_truncation_is_refused(values, words):
 
 
 def test_every_source_has_a_truncation_side():
-  assert set(tokenization.TRUNCATION_SIDE) == set(builders.BUILDERS)
-  assert tokenization.TRUNCATION_SIDE["hh"] == "end"
+  assert set(TRUNCATION_SIDE) == set(builders.BUILDERS)
+  assert TRUNCATION_SIDE["hh"] == "end"

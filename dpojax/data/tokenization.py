@@ -27,7 +27,8 @@ from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.shortening import Room
 from dpojax.data.templates import Reading, reads_the_clock
 from dpojax.data.tokenizing import Part, Settings, Tokenizing
-from dpojax.data.truncation import TRUNCATION_SIDE, Truncation, cut, cut_prompt
+from dpojax.data.truncation import Truncation, cut, cut_prompt
+from dpojax.ownership import owned
 
 _VERSION = 2
 _CHUNK = 1024
@@ -135,8 +136,11 @@ def tokenize(
     return _tokenize(comparisons, tokenizer, settings, inputs, workers)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
   folder = pathlib.Path(cache_dir).expanduser() / key
-  if not digests.is_sound(folder, without=False):
-    _store(folder, _tokenize(comparisons, tokenizer, settings, inputs, workers))
+  is_there = lambda: digests.is_sound(folder, without=False)
+  if not is_there():
+    with owned(folder, f"the token cache {folder}", wait=True):
+      if not is_there():  # else another process has made it while this one waited
+        _store(folder, _tokenize(comparisons, tokenizer, settings, inputs, workers))
   return _load(folder)
 
 

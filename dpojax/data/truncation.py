@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from typing import Collection
+from typing import Any, Collection
 
 from dpojax.data.encoder import Encoded
 from dpojax.data.examples import DataError, RecordError
@@ -12,6 +12,11 @@ TRUNCATION_SIDE = {
     "tldr": "start"}
 """Which end of an over-long prompt is kept. HH as in the paper's code, where the others keep the
 start; for local files the end, because a conversation's last turn is what is answered."""
+
+
+def end_kept(data: Any) -> str:
+  """Returns which end of an over-long prompt stays under a run's `config.data`: "end" or "start"."""
+  return data.keep or TRUNCATION_SIDE.get(data.source, "start")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 from dpojax.data.files import Path, digest, local_files
+from dpojax.disk import DiskError
+from dpojax.ownership import owned
 
 BUILDERS = {builder.name: builder for builder in (
     hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
@@ -133,19 +135,21 @@ def _published(builder_class: type, name: str) -> tfds.core.BuilderConfig:
 def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.Path):
   """Returns the builder with its data on disk, whichever process has put them there."""
   make = lambda: builder_class(config=config, data_dir=root, file_format="array_record")
-  local = isinstance(config, base.LocalFiles)
   # Before TFDS reads what is there.
-  there = digests.is_sound(
-      root / builder_class.name / config.name / str(builder_class.VERSION), without=not local)
+  folder = root / builder_class.name / config.name / str(builder_class.VERSION)
+  is_there = lambda: digests.is_sound(folder, without=not isinstance(config, base.LocalFiles))
+  if is_there():
+    return make()
   builder = make()
-  if there:
-    return builder
   try:
-    if not local:
-      _check_reachable(builder)
-    builder.download_and_prepare(
-        download_dir=root / "downloads",
-        download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+    with owned(builder.data_path, f"the prepared data {builder.data_path}", wait=True):
+      if is_there():  # another process has made it while this one waited
+        return make()
+      if not isinstance(config, base.LocalFiles):
+        _check_reachable(builder)
+      builder.download_and_prepare(
+          download_dir=root / "downloads",
+          download_config=tfds.download.DownloadConfig(compute_stats="skip"))
   except DataError:
     raise
   except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
@@ -153,7 +157,7 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.P
   except Exception as error:
     if builder.data_path.exists():  # another process was faster
       return make()
-    if isinstance(error, OSError) or "() failed: " in str(error):  # as ArrayRecord says it
+    if isinstance(error, (OSError, DiskError)) or "() failed: " in str(error):  # as ArrayRecord says it
       raise DataError(
           f"could not write prepared data to {root} ({error}); free space there, or set "
           "data.cache_dir to a folder with room") from error
