@@ -12,6 +12,7 @@ ending says what it was sampled with.
 """
 
 import argparse
+import collections
 import copy
 import dataclasses
 import hashlib
@@ -252,8 +253,12 @@ def encode(
     DataError: one cannot be tokenized, or none can, or one has an id that the model has no embedding
       of; it says which.
   """
-  ids, cuts = [], 0
-  encoded = tokenization.encode_prompts(prompts, tokenizer, longest=longest, keep=keep, reading=reading)
+  ids, cuts, counts = [], 0, collections.Counter()
+  encoded = tokenization.encode_prompts(
+      prompts, tokenizer, longest=longest, keep=keep, reading=reading, counts=counts)
+  if named := counts["with_special_tokens_in_text"]:
+    say(f"{named} of {len(prompts)} prompts of {path} have a special token's name in their text, which is read "
+        f"as data.special_tokens={reading.special_tokens!r} says")
   for i, each in enumerate(encoded):
     if isinstance(each, RecordError):
       problem = f"{path} prompt {i + 1}: {each}"

@@ -274,9 +274,20 @@ def test_a_template_without_end_is_refused_once_with_its_record(template, words)
   data = Memory([Example([user("Which way?")], ([assistant("a")], [assistant("b")]))] * 50)
   with pytest.raises(
       DataError,
-      match="records from 0 on: the chat template of tokenizer .* does not come to an end") as caught:
+      match=r'record 0 \("Which way\?"\): the chat template of tokenizer .* does not come to an end') as caught:
     tokenization.tokenize(data, tokenizer, truncation=ROOMY)
-  assert words in str(caught.value) and '"Which way?"' in str(caught.value)
+  assert words in str(caught.value)
+
+
+def test_the_record_that_a_template_has_no_end_for_is_named():
+  tokenizer = chats.tokenizer(
+      "byte_level", "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+      "{% endfor %}{% endfor %}{% endif %}"
+      "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+  data = Memory([Example([user("loop" if i == 7 else f"Q{i}")], ([assistant("a")], [assistant("b")]))
+                 for i in range(20)])
+  with pytest.raises(DataError, match=r'record 7 \("loop"\): the chat template'):
+    tokenization.tokenize(data, tokenizer, truncation=ROOMY)
 
 
 def test_limits_change_nothing_that_a_template_writes():

@@ -96,6 +96,15 @@ def test_a_policy_is_at_no_distance_from_itself(runs, prompts, tmp_path):
   assert means["kl"] == 0
 
 
+def test_prompts_with_the_name_of_a_special_token_are_counted_aloud(data_folder, capsys):
+  tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "gpt2"))
+  sample.encode(["plain", f"a{tokenizer.eos_token}b"], tokenizer, longest=50, keep="end", path="p.jsonl")
+  assert ("1 of 2 prompts of p.jsonl have a special token's name in their text, which is read as "
+          "data.special_tokens='text' says") in capsys.readouterr().out
+  sample.encode(["plain"], tokenizer, longest=50, keep="end", path="p.jsonl")
+  assert not capsys.readouterr().out
+
+
 def test_a_conversation_is_prompted_as_the_template_has_it(data_folder):
   tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "llama2"))
   tokenizer.chat_template = (

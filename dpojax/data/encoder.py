@@ -19,6 +19,7 @@ from dpojax.data.ids import Ids, Pieces
 from dpojax.data.shortening import Room, Shortening, long_enough
 from dpojax.data.templates import Reading, Templates
 
+
 class Encoded(NamedTuple):
   """A comparison in ids: `scored` tells which of a response's ids are, `whole` is False of a cut text."""
 

@@ -197,7 +197,7 @@ def encode(
 
 def encode_prompts(
     prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str,
-    reading: Reading = Reading(),
+    reading: Reading = Reading(), counts: collections.Counter | None = None,
 ) -> list[tuple[list[int], bool] | RecordError]:
   """Returns the ids of each prompt and whether it was cut, or what is wrong with it.
 
@@ -208,15 +208,19 @@ def encode_prompts(
     longest: tokens a prompt may have; of a longer one the rest is left out.
     keep: which part of that stays, as in `Truncation`.
     reading: how they are read.
+    counts: what was seen of them is added to it, by the names in `COUNTS`.
 
   Raises:
     DataError: there is no chat template for a conversation.
   """
   encoder, examples = Encoder(tokenizer, reading), [_example(prompt) for prompt in prompts]
   bos = lambda example: encoder.bos if isinstance(example.prompt, str) else tokenizer.bos_token_id
-  return [each if isinstance(each, RecordError)
-          else (cut_prompt(each, longest, keep, bos(example)), len(each) > longest)
-          for each, example in zip(encoder.prompts(examples, Room(longest, keep)), examples)]
+  encoded = [each if isinstance(each, RecordError)
+             else (cut_prompt(each, longest, keep, bos(example)), len(each) > longest)
+             for each, example in zip(encoder.prompts(examples, Room(longest, keep)), examples)]
+  if counts is not None:
+    counts.update(encoder.counts)
+  return encoded
 
 
 def decode_response(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> str:

@@ -123,7 +123,10 @@ class Tokenizing:
     try:
       return self._encoder.encode(examples, self._room)
     except TemplateError as error:
-      raise DataError(f"records from {first} on: {error}") from error
+      if len(examples) == 1:
+        raise DataError(f"record {first} ({first_text(examples[0].prompt)}): {error}") from error
+    # One by one: the first that the template cannot be used for is to be named.
+    return [each for i, example in enumerate(examples, first) for each in self._encoder_of([example], i)]
 
   def _kept(self, i: int, example: Example, encoded: Any) -> Any:
     """Returns what is kept of a comparison; raises RecordError where nothing is."""
