@@ -234,6 +234,21 @@ def test_a_template_that_drops_a_message_is_counted():
       "prompts_rendered_otherwise_with_an_answer": 1, "with_text_that_the_template_leaves_out": 1}
 
 
+@pytest.mark.parametrize("write, left_out", [
+    ("", ["calls", "text", "tools"]),
+    ("{{ m.reasoning_content }}", ["calls", "tools"]),
+    ("{{ m.reasoning_content }}{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}", ["tools"]),
+    ("{{ m.reasoning_content }}{{ m.tool_calls | tojson if m.tool_calls }}{{ tools | tojson }}", [])])
+def test_what_of_a_conversation_a_template_does_not_write_is_counted(write, left_out):
+  tokenizer = chats.tokenizer(
+      "byte_level", "{% for m in messages %}" + write + "{{ m.content }}<|end|>{% endfor %}")
+  function = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Aberg"}}}
+  calling = assistant("Let me look.") | {"tool_calls": [function], "reasoning_content": "Rain?"}
+  encoder = Encoder(tokenizer)
+  encoder.encode([Example([user("Q")], ([calling], [assistant("No.")]), tools=[function])])
+  assert sorted(encoder.counts) == [f"with_{what}_that_the_template_leaves_out" for what in left_out]
+
+
 def test_a_token_that_would_span_the_start_of_an_answer_is_two():
   template = (
       "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}{% endfor %}"

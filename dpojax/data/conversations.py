@@ -102,8 +102,9 @@ class Conversations:
     texts = [each.text for each in written]
     if before is not None and not all(text.startswith(before.text) for text in texts):
       self._counts["prompts_rendered_otherwise_with_an_answer"] += 1
-    if not all(map(_holds, texts, ([*example.prompt, *response] for response in example.responses))):
-      self._counts["with_text_that_the_template_leaves_out"] += 1
+    self._counts.update({
+        f"with_{what}_that_the_template_leaves_out": 1
+        for what in _left_out(texts, example)})
     return written
 
   def _of_response(
@@ -222,10 +223,30 @@ def _or_none(render: Callable[[], Rendering]) -> Rendering | None:
     return None
 
 
-def _holds(whole: str, messages: Sequence[dict]) -> bool:
-  """Returns whether the text of every message stands in what was written."""
-  return all(message["content"].strip() in whole for message in messages
-             if isinstance(message.get("content"), str))
+_SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message whose text a template is expected to write."""
+
+
+def _left_out(written: Sequence[str], example: Example) -> set[str]:
+  """Returns what does not stand in what was written: "text" of a message, "calls" in one, "tools"."""
+  left_out = set()
+  if not all(name in whole for whole in written for name in _called(example.tools)):
+    left_out.add("tools")
+  for whole, response in zip(written, example.responses):
+    for message in (*example.prompt, *response):
+      texts = [message[key] for key in _SPOKEN if isinstance(message.get(key), str)]
+      if not all(text.strip() in whole for text in texts):
+        left_out.add("text")
+      if not all(name in whole for name in _called(message.get("tool_calls"))):
+        left_out.add("calls")
+  return left_out
+
+
+def _called(functions: Any) -> list[str]:
+  """Returns the names of tools or of calls, which stand under "function" or by themselves."""
+  each = functions if isinstance(functions, (list, tuple)) else ()
+  found = [one.get("function", one) for one in each if isinstance(one, dict)]
+  return [one["name"] for one in found if isinstance(one, dict) and isinstance(one.get("name"), str)]
 
 
 def refusal(names: set[str]) -> str:

@@ -10,6 +10,8 @@ _OF_TOKENS = {
     "with_special_tokens_that_the_template_reads": "of these, read by the chat template itself",
     "prompts_rendered_otherwise_with_an_answer": "prompts that the template writes otherwise with an answer",
     "with_text_that_the_template_leaves_out": "conversations of which the chat template leaves out text",
+    "with_calls_that_the_template_leaves_out": "conversations of which the chat template leaves out tool calls",
+    "with_tools_that_the_template_leaves_out": "conversations of which the chat template leaves out the tools",
     "responses_ended_with_eos_that_the_template_lacks": "responses ended with EOS, as the template has none",
     "without_bos": "conversations without the BOS that a text would get, as the template has none",
     "prompts_started_with_eos": "empty prompts started with EOS",

@@ -272,6 +272,7 @@ COUNTS = (
     "prompts_cut", "responses_cut", "responses_without_eos", "prompts_started_with_eos",
     "with_special_tokens_in_text", "with_special_tokens_that_the_template_reads",
     "prompts_rendered_otherwise_with_an_answer", "with_text_that_the_template_leaves_out",
+    "with_calls_that_the_template_leaves_out", "with_tools_that_the_template_leaves_out",
     "responses_ended_with_eos_that_the_template_lacks", "without_bos", "slow", "checked",
     "changed_by_tokenizer")
 """What a report counts; the last two: of the first comparisons, those whose ids decode to another
