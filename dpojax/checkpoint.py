@@ -78,8 +78,9 @@ class Checkpoints:
       workdir: the run's folder.
       keep: last n checkpoints kept; 0 keeps all.
       best: an evaluation metric; the checkpoint best by it is kept too.
-      owner: whether this run owns the workdir: what a run before it left half written is then removed,
-        and said.
+      owner: whether this run owns the workdir and saves in it: what a run before it left half written is
+        then removed, and said. Otherwise nothing is written or removed, so that a run which is saving can
+        be looked at.
     """
     policies = ocp.checkpoint_managers.preservation_policy
     kept = [policies.LatestN(keep)] if keep else [policies.PreserveAll()]
@@ -93,7 +94,7 @@ class Checkpoints:
     arrays = lambda: checkpoint_files.Arrays(use_compression=False)
     self._manager = ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(kept), read_only=not owner,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing))),
         item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(),

@@ -43,11 +43,11 @@ def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
   config = model()
   params = jax.device_get(transformer.init_params(config, jax.random.key(0)))
   hf.save(folder / "model", config, params)
-  checkpoints = checkpoint.Checkpoints(folder / "run", keep=0)
+  checkpoints = checkpoint.Checkpoints(folder / "run", keep=0, owner=True)
   checkpoints.save(1, {"params": params}, {})
   checkpoints.close()
   with older():
-    checkpoints = checkpoint.Checkpoints(folder / "older", keep=0)
+    checkpoints = checkpoint.Checkpoints(folder / "older", keep=0, owner=True)
     checkpoints.save(1, {"params": params}, {})
     checkpoints.close()
 
@@ -93,7 +93,7 @@ def save(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[float,
   params = hf.load(folder / "model").params
   def work():
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
-      checkpoints = checkpoint.Checkpoints(workdir, keep=0)
+      checkpoints = checkpoint.Checkpoints(workdir, keep=0, owner=True)
       checkpoints.save(1, {"params": params}, {})
       checkpoints.close()
   return timed(work, options.repeats)

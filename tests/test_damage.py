@@ -74,7 +74,7 @@ def tree_of(step: int) -> dict:
 def saved(tmp_path_factory) -> pathlib.Path:
   """A folder with the checkpoints of steps 1 and 2, ranked by a metric, with a reference that moves."""
   folder = tmp_path_factory.mktemp("saved")
-  checkpoints = Checkpoints(folder, keep=0, best="loss")
+  checkpoints = Checkpoints(folder, keep=0, best="loss", owner=True)
   for step in (1, 2):
     checkpoints.save(step, tree_of(step), {"model": step}, {"loss": 1.0 / step}, reference=tree_of(step + 10))
   checkpoints.close()
@@ -88,7 +88,7 @@ def assert_is(got, want):
 
 def read(folder: pathlib.Path) -> int | None:
   """Reads the last sound step as a run does, asserts that it is as it was saved, and returns it."""
-  checkpoints = Checkpoints(folder, keep=0, best="loss")
+  checkpoints = Checkpoints(folder, keep=0, best="loss", owner=True)
   step = checkpoints.last_sound()
   if step is not None:
     state, about = checkpoints.restore(step, tree_of(0))
@@ -167,7 +167,7 @@ def test_damage_without_digests_ends_in_one_error_or_in_a_tree_of_the_same_shape
   folder = tmp_path_factory.mktemp("damaged")
   shutil.copytree(older, folder, dirs_exist_ok=True)
   do(damage, folder / "checkpoints" / "2")
-  checkpoints = Checkpoints(folder, keep=0)
+  checkpoints = Checkpoints(folder, keep=0, owner=True)
   try:
     step = checkpoints.last_sound()
     state, _ = checkpoints.restore(step, tree_of(0))
@@ -177,3 +177,14 @@ def test_damage_without_digests_ends_in_one_error_or_in_a_tree_of_the_same_shape
     assert "checkpoints/2" in str(error)
   checkpoints.close()
   shutil.rmtree(folder)
+
+
+def test_who_reads_a_workdir_leaves_what_is_being_saved(saved, tmp_path):
+  shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+  saving = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
+  shutil.copytree(tmp_path / "checkpoints" / "2", saving)
+  reader = Checkpoints(tmp_path, keep=1)
+  assert reader.steps() == [1, 2] and reader.last_sound(together=False) == 2
+  assert_is(reader.restore_arrays(2)[0], tree_of(2))
+  reader.close()
+  assert saving.exists() and (tmp_path / "checkpoints" / "1").exists()

@@ -229,7 +229,7 @@ def test_pairs_are_all_of_a_prompts_samples_but_those_of_equal_reward():
 
 def test_the_best_evaluation_is_that_of_the_checkpoint_that_is_kept(tmp_path):
   accuracies = [0.5, 0.9, 0.9, 0.1]
-  checkpoints = Checkpoints(tmp_path, keep=1, best="rewards/accuracies")
+  checkpoints = Checkpoints(tmp_path, keep=1, best="rewards/accuracies", owner=True)
   lines = [{"split": "eval", "step": 0, "rewards/accuracies": 1.0}]
   for step, accuracy in enumerate(accuracies, 1):
     lines.append({"split": "eval", "step": step, "rewards/accuracies": accuracy})
