@@ -94,7 +94,7 @@ class Checkpoints:
     arrays = lambda: checkpoint_files.Arrays(use_compression=False)
     self._manager = ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), read_only=not owner,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing))),
         item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(),

@@ -431,18 +431,17 @@ def _report_plan(train_loader: loader.Loader, config: ml_collections.ConfigDict)
 def _placed_ahead(
     batches: Iterator[loader.Batch], devices, ahead: int = 2
 ) -> Iterator[tuple[loader.Batch, Any, float]]:
-  """Keeps `ahead` batches on the devices before they are asked for; says how long each kept us."""
-  queue = []
-  while len(queue) <= ahead:
-    asked = time.perf_counter()
-    batch = next(batches, None)
-    if batch is None:
-      break
-    rows = devices.place_rows(batch.rows, batch.total_rows)
-    queue.append((batch, rows, time.perf_counter() - asked))
-    if len(queue) > ahead:
-      yield queue.pop(0)
-  yield from queue
+  """Keeps `ahead` batches on the devices before they are asked for; says how long each kept the loop."""
+  queue, asked, there_are_more = [], time.perf_counter(), True
+  while queue or there_are_more:
+    while there_are_more and len(queue) <= ahead:
+      batch = next(batches, None)
+      there_are_more = batch is not None
+      if there_are_more:
+        queue.append((batch, devices.place_rows(batch.rows, batch.total_rows)))
+    if queue:
+      yield *queue.pop(0), time.perf_counter() - asked
+      asked = time.perf_counter()
 
 
 def _stop_at_a_bad_step(state, moving, devices, checkpoints, about, workdir, config) -> None:

@@ -379,8 +379,9 @@ def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, ca
   data = comparisons(*({"prompt": f"Q{i}", "responses": [" a", " b c"]} for i in range(20)))
   tokenize = lambda folder: tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, cache_dir=folder)
   want = tokenize(None)
-  tokenize(tmp_path)
-  folder, = tmp_path.iterdir()
+  cache = tmp_path / "tokenized"
+  tokenize(cache)
+  folder, = (path for path in cache.iterdir() if path.is_dir())  # beside it is its lock
   damages = {"lengths.npy": "flip", "ids.npy": "flip", "offsets.npy": "cut", "example.npy": "empty",
              "report.json": "delete", "digests.json": "flip"}
   assert damages.keys() == {file.name for file in folder.iterdir()}
@@ -390,16 +391,16 @@ def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, ca
     (folder / name).unlink()
     if damage != "delete":
       (folder / name).write_bytes({"flip": content, "cut": content[:-3], "empty": b""}[damage])
-    got = tokenize(tmp_path)
+    got = tokenize(cache)
     told = capsys.readouterr().err
     assert str(folder / name) in told and "it is made again" in told
     for each in ("lengths", "ids", "offsets", "example"):
       np.testing.assert_array_equal(getattr(got, each), getattr(want, each))
     assert got.report == want.report
-  tokenize(tmp_path)
+  tokenize(cache)
   assert not capsys.readouterr().err
   (folder / "digests.json").unlink()  # as an earlier version has left it
-  tokenize(tmp_path)
+  tokenize(cache)
   assert f"{folder} has no digests: it is made again" in capsys.readouterr().err
 
 

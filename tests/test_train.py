@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, disk, metrics, preference, throughput, train
+from dpojax import checkpoint, digests, disk, metrics, preference, throughput, train
 from dpojax import config as config_lib
 from dpojax.errors import UserError
 from dpojax.metrics import read_metrics
@@ -410,6 +410,7 @@ def test_another_reference_than_the_runs_is_refused(given, sft, tmp_path):
   train.run(config, tmp_path)
   about = tmp_path / "checkpoints/2/about/metadata"
   about.write_text(about.read_text().replace('"reference": "', '"reference": "0'))
+  digests.write(tmp_path / "checkpoints/2")
   with pytest.raises(checkpoint.CheckpointError, match="started with another reference weights"):
     train.run(config, tmp_path)
 
@@ -466,14 +467,16 @@ def test_a_disk_that_fills_up_is_one_line_at_once_and_loses_no_checkpoint_writte
                   **{"model.checkpoint": sft})
   finish(start_run(tmp_path, "run", settings))
   (tmp_path / "run.json").write_text(json.dumps(settings | {
-      "steps": 60, "checkpoint_every": 20, "slow": 0.1, "largest_file": 16 * 1024}))
-  # No file may grow beyond 16 kB from here on, which is how a full disk looks to one process.
+      "steps": 60, "checkpoint_every": 20, "slow": 0.1, "largest_file": 64 * 1024}))
+  # No file may grow beyond 64 kB from here on, which is how a full disk looks to one process.
   process = subprocess.run(
       [sys.executable, "-m", "tests.run_training", str(tmp_path / "run.json"), str(tmp_path / "run")],
       cwd=conftest.ROOT, capture_output=True, text=True, timeout=240,
       env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES, "PYTHONDONTWRITEBYTECODE": "1"})
   assert process.returncode == 1
-  line, = [line for line in process.stderr.splitlines() if not line.startswith("[transformers]")]
+  told = [line for line in process.stderr.splitlines() if not line.startswith("[transformers]")]
+  assert len(told) == 1, process.stderr
+  line, = told
   assert re.fullmatch(
       r"error: step 20 could not be saved: the disk of \S+ is full; .*start the same command again.*\. "
       "Step 4 is the last that is saved; what was half written is removed", line), line

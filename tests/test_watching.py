@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, config as config_lib, sample, step, train, watching
+from dpojax import checkpoint, config as config_lib, sample, step, throughput, train, watching
 from dpojax.checkpoint import Checkpoints
 from dpojax.metrics import read_metrics
 from tests import worlds
@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_writes_the_same_samples(changes, given, sft, tmp
       file.write('{"step": 5, "of a step that was not saved')  # cut off by a kill
   whole, twice = ((tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "twice"))
   assert twice.startswith(whole) and len(whole.splitlines()) == 4 * 16
-  without = lambda lines: [{k: v for k, v in line.items() if "per_second" not in k and k != "input_wait"}
+  without = lambda lines: [{name: value for name, value in line.items() if name not in throughput.METRICS}
                            for line in lines]
   assert without(read_metrics(tmp_path / "whole")) == without(read_metrics(tmp_path / "twice"))
 

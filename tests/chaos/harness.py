@@ -152,8 +152,9 @@ def check_the_other(run, other, number):
 
 def expected(line):
   """Whether a line is one of a run that goes well."""
-  of_every_run = ("step ", "training ", "[Gloo]", "[transformers]", "continuing from", "removed from")
-  return line.startswith((*of_every_run, "waiting for")) or "comparisons" in line
+  of_every_run = (
+      "step ", "training ", "  ", "[Gloo]", "[transformers]", "continuing from", "removed from", "waiting for")
+  return line.startswith(of_every_run) or "comparisons" in line or "held out by" in line
 
 
 def killed_until(run, kills, rng, whole, length, seen, times):

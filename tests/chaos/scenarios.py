@@ -15,13 +15,13 @@ import time
 import jax
 import numpy as np
 
-from dpojax import checkpoint, ppo, processes, reference, sample, train
+from dpojax import checkpoint, ppo, processes, reference, sample, throughput, train
 from dpojax.command import command, is_main
 from dpojax.data import builders, tokenization
 from dpojax.metrics import read_metrics
 from tests import worlds
 
-CLOCK = ("pairs_per_second", "tokens_per_second", "samples_per_second", "input_wait", "time")
+CLOCK = (*throughput.METRICS, "samples_per_second", "time")
 
 
 def make_world(folder, with_reward):
