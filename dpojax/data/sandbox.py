@@ -107,13 +107,24 @@ def compile_in(environment: jinja2.Environment, text: str, day: datetime.date) -
   Raises:
     jinja2.TemplateSyntaxError: it is none.
   """
-  environment.__class__ = _Environment
+  become(environment, _Environment, vars(environment))
   environment.template_class = Bounded
   environment.filters = {name: _watched(name, each) for name, each in environment.filters.items()} | {
       "random": _refused("random"), _COUNTED: _counted, _WEIGHED: _weighed}
   clock = datetime.datetime.combine(day, datetime.time())
   environment.globals |= {"strftime_now": clock.strftime, "lipsum": _refused("lipsum")}
   return environment.from_string(text)
+
+
+def become(thing: Any, kind: type, attributes: dict[str, Any]) -> None:
+  """Makes an object one of another class, with these attributes and no others.
+
+  They are set anew: Python 3.13.0 loses some where the class changes below them.
+  """
+  attributes = dict(attributes)
+  thing.__class__ = kind
+  vars(thing).clear()
+  vars(thing).update(attributes)
 
 
 class Bounded(jinja2.Template):

@@ -154,7 +154,7 @@ class Templates:
       raise TemplateError(
           f"the chat template of tokenizer {self._tokenizer.name_or_path!r} is not valid Jinja ({error}); "
           "correct it") from error
-    compiled.__class__, compiled.__dict__ = bounded.__class__, bounded.__dict__
+    sandbox.become(compiled, type(bounded), vars(bounded))
     return key, bool(re.search(r"\{%[-+]?\s*generation\b", text)), compiled
 
 
