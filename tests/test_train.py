@@ -309,6 +309,24 @@ def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
     np.testing.assert_allclose(a["logps/chosen"], b["logps/chosen"], rtol=1e-4)
 
 
+def test_two_processes_of_replicas_train_as_one(given, sft, tmp_path):
+  """`pmap` is the default strategy: nothing is said of it."""
+  changes = {"model.checkpoint": sft, "row_length": 32, "steps": 3, "checkpoint_every": 0}
+  train.run(worlds.run_config("dpo", **given, **changes), tmp_path / "one")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [start_run(tmp_path, "two", dict(kind="dpo", **given, **changes, **{
+      "parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2,
+      "parallel.process_id": i}), settings_name=f"two{i}", devices=4) for i in range(2)]
+  for process in processes:
+    finish(process)
+  one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+  assert [(line["step"], line["split"]) for line in one] == [(line["step"], line["split"]) for line in two]
+  for a, b in zip(one, two):
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
 def test_sigterm_saves_and_the_same_command_continues(given, sft, tmp_path):
   settings = dict(kind="dpo", **given, steps=40, checkpoint_every=40, eval_every=0, slow=0.05,
                   **{"model.checkpoint": sft})
