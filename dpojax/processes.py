@@ -154,6 +154,7 @@ class _Watch:
         for i in range(self._count)]
     self._seen = {i: (None, time.monotonic()) for i in range(self._count) if i != self._me}
     self._ended, self._told = {}, None
+    self._silent = set()  # those given up: nobody waits for them to hear of it
     self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), self._on_abort)
     for loop in (self._exchange, self._look):
@@ -200,6 +201,7 @@ class _Watch:
         self._stop(self._told)
       for i in self._seen if self._me == 0 else (0,):
         if i not in self._ended and (lost := self._lost(i, now)):
+          self._silent.add(i)
           self._stop(lost)
 
   def _lost(self, i: int, now: float) -> str:
@@ -249,8 +251,9 @@ class _Watch:
   def _all_ended(self) -> bool:
     self._read()
     here = self._processes[self._me].kernel
-    return all(i in self._ended or (self._processes[i].kernel == here and not _lives(self._processes[i].pid))
-               for i in self._seen)
+    dead = lambda process: process.kernel == here and not _lives(process.pid)
+    return all(
+        i in self._ended or i in self._silent or dead(self._processes[i]) for i in self._seen)
 
   def end(self, error: BaseException) -> None:
     # If it is for the loss of a process, the watch ends this one meanwhile.
