@@ -69,8 +69,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   cache = cache_dir(config)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
   truncation = tokenization.Truncation(
-      settings.max_length, settings.max_prompt_length,
-      end_kept(settings))
+      settings.max_length, settings.max_prompt_length, end_kept(settings))
   report = {}
 
   def tokenized(path, name, split):
