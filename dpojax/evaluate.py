@@ -111,7 +111,7 @@ def load_held_out(
     raise ConfigError(
         "the run held nothing out (eval_every is 0); give --pairs=FILE, in the form of its data")
   data = resolve.load_data(settings)
-  subset = data.held_out.subset if isinstance(data.held_out, loader.Mismatched) else data.held_out
+  subset = loader.without_borrowed(data.held_out)
   source = settings.data
   texts = builders.prepare(
       source.source, path=source.eval_path or source.path, config=source.config,

@@ -41,13 +41,11 @@ class Data(NamedTuple):
   @property
   def stop_ids(self) -> list[int]:
     """The ids that end whole training responses, the most frequent first."""
-    train = self.train.subset if isinstance(self.train, loader.Mismatched) else self.train
-    return train.data.report.get("stop_ids", [])
+    return loader.without_borrowed(self.train).data.report.get("stop_ids", [])
 
   def fingerprints(self) -> dict[str, str | None]:
     """Returns what tells the data of one process from those of another."""
-    subset = lambda data: data.subset if isinstance(data, loader.Mismatched) else data
-    held_out = self.held_out and subset(self.held_out).data.fingerprint
+    held_out = self.held_out and loader.without_borrowed(self.held_out).data.fingerprint
     return {"training data with digest": self.fingerprint, "held-out data with digest": held_out}
 
 
@@ -371,7 +369,7 @@ def check_ids(model: ModelConfig, config: ml_collections.ConfigDict, data: Data)
   Raises:
     ConfigError: naming the id, its token and the first comparison that has it.
   """
-  subsets = [getattr(each, "subset", each) for each in (data.train, data.held_out) if each is not None]
+  subsets = [loader.without_borrowed(each) for each in (data.train, data.held_out) if each is not None]
   for tokenized in {id(each.data): each.data for each in subsets}.values():
     beyond = np.flatnonzero(tokenized.ids >= model.vocab_size)
     if not len(beyond):

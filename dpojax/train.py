@@ -210,7 +210,7 @@ def dry_run(
   tokenizer, coloured = tokenization.load_tokenizer(config.tokenizer), sys.stdout.isatty()
   if coloured:
     say(report_lib.legend())
-  subset = getattr(data.train, "subset", data.train)
+  subset = loader.without_borrowed(data.train)
   for i in range(min(count, len(subset))):
     say(f"comparison {subset.example(i)}")
     say(report_lib.shown(tokenizer, subset.comparison(i), subset.scored(i), coloured=coloured))

@@ -53,7 +53,7 @@ class Watcher:
         num_samples=config.sample_count, max_new_tokens=config.sample_max_new_tokens,
         seed=config.seed)
     self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._mesh)
-    self._stop_ids = tuple(getattr(subset, "subset", subset).data.report.get("stop_ids", ()))
+    self._stop_ids = tuple(loader.without_borrowed(subset).data.report.get("stop_ids", ()))
     self._prompts, self._ids = self._read(subset)
     self._generator = None
     self._path = workdir / "samples.jsonl"

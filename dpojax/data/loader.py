@@ -128,6 +128,11 @@ def mismatched(subset: Subset, seed: int, max_length: int) -> Mismatched:
   return Mismatched(subset, partner, which, max_length)
 
 
+def without_borrowed(subset: Subset | Mismatched) -> Subset:
+  """Returns the comparisons with the responses of their own only."""
+  return subset.subset if isinstance(subset, Mismatched) else subset
+
+
 def all_of(data: Tokenized) -> Subset:
   """Returns every comparison, in order."""
   return Subset(data, np.arange(len(data)), np.zeros(len(data), bool))
