@@ -7,7 +7,7 @@ The argument names the data set, as in configs/sft.py. The reference is the chec
 starts from.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="jsonl"):

@@ -17,7 +17,7 @@ For a mesh of 4 devices of 80 GB (parallel.fsdp is 4; set it to your number of d
 paper's code took 4 A100s of 80 GB. Not run yet.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="dpo"):

@@ -12,7 +12,7 @@ out is in experiments/README.md. The weights start at random, so the learning ra
 paper's.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="dpo"):

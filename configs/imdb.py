@@ -19,7 +19,7 @@ tokens in the prefixes of the SFT, its learning rate and length, and the number 
 For one device of 80 GB, or several. Not run yet.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="dpo"):

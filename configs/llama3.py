@@ -13,7 +13,7 @@ for an adapter of rank 16 on all projections, clipping at 1. They are a start, m
 30 GiB in float32. `lora` holds the model once, in bfloat16, for one device of 80 GB. Not run yet.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="full"):

@@ -9,7 +9,7 @@ The paper's target KLs are 3, 6, 9 and 12; ppo.target_kl=0 leaves beta as it is.
 not published: those here are our own.
 """
 
-from dpojax import ppo_config
+from dpojax.ppo import config as ppo_config
 
 
 def get_config(arg="jsonl"):

@@ -4,7 +4,7 @@ python -m dpojax.train --config=configs/reward.py --workdir=runs/reward \
     --config.model.checkpoint=runs/sft --config.tokenizer=FOLDER --config.data.path=pairs.jsonl
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="jsonl"):

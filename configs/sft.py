@@ -8,7 +8,7 @@ format if data.path is set, else downloaded. The loss is the reference implement
 log-prob of a response, averaged over comparisons.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="jsonl"):

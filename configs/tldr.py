@@ -18,7 +18,7 @@ them to a folder and name it: --config.model.checkpoint=FOLDER.
 For a mesh of 8 devices of 80 GB. Not run yet.
 """
 
-from dpojax import config as config_lib
+from dpojax.training import config as config_lib
 
 
 def get_config(arg="dpo"):

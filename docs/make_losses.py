@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from docs.losses_facts import BETA_IN_WORDS, NAMES, PAPERS, READ, SETTINGS
-from dpojax import losses, preference
+from dpojax import losses
 from dpojax.losses import Pair
+from dpojax.training import preference
 
 PAGE = pathlib.Path(__file__).parent / "losses.md"
 BETAS = (0.05, 0.1, 0.5)

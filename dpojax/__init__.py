@@ -6,5 +6,5 @@ Axis legend, used in every docstring: `B` comparisons in a step, `K` responses o
 
 A comparison is one prompt with K responses, best first. A row holds several comparisons; each
 prompt stands in it once, and its responses are branches that see the prompt and themselves, never
-each other. `dpojax.data.packing.Rows` is that layout, `dpojax.models.attention` the rule.
+each other. `dpojax.data.packing.Rows` is that layout, `dpojax.kernels.attention` the rule.
 """

@@ -347,7 +347,7 @@ def tdpo1_loss(policy: Pair, reference: Pair, kl: Pair, *, beta: Knob) -> jax.Ar
 
   Args:
     policy, reference: summed log-probs.
-    kl: D of both responses, see `dpojax.log_probs.token_kl_from`.
+    kl: D of both responses, see `dpojax.kernels.distributions.token_kl_from`.
     beta: strength of the pull to the reference.
   """
   margin = _margin(policy, reference) + _wide(kl.chosen) - _wide(kl.rejected)
@@ -432,7 +432,7 @@ def epsilon_dpo_beta(
   Args:
     policy: summed log-probs under the policy.
     nearer, farther: the same with logits of (1 -+ epsilon) policy +- epsilon reference, see
-      `dpojax.log_probs.token_mixed_log_probs`.
+      `dpojax.kernels.distributions.token_mixed_log_probs`.
     beta: before it moves.
     epsilon: how far the logits, and beta, are moved; 0.01 in the authors' configs.
   """

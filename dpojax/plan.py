@@ -17,14 +17,14 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpojax import parallel, resolve, weights
-from dpojax import config as config_lib
-from dpojax import step as step_lib
-from dpojax.command import command
-from dpojax.config import ConfigError
 from dpojax.data import packing
 from dpojax.models.config import ModelConfig
-from dpojax.throughput import CHIPS
+from dpojax.runtime.command import command
+from dpojax.training import config as config_lib
+from dpojax.training import parallel, resolve, weights
+from dpojax.training import step as step_lib
+from dpojax.training.config import ConfigError
+from dpojax.training.throughput import CHIPS
 
 
 class Lengths(NamedTuple):

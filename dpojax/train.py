@@ -29,20 +29,23 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from dpojax import checkpoint, objectives, parallel, plan, processes, resolve, watching, weights
-from dpojax import config as config_lib
-from dpojax import step as step_lib
-from dpojax.checkpoint import CheckpointError, Checkpoints
-from dpojax.command import command, is_main, say
-from dpojax.config import ConfigError
+from dpojax import plan
 from dpojax.data import loader, packing, tokenization
 from dpojax.data import report as report_lib
-from dpojax.disk import DiskError, disk_errors
-from dpojax.errors import UserError
-from dpojax.metrics import MetricsWriter
-from dpojax.ownership import owned
-from dpojax.parts import Parts
-from dpojax.throughput import Profile, Throughput
+from dpojax.evaluate import watching
+from dpojax.runtime import memory, processes
+from dpojax.runtime.command import command, is_main, say
+from dpojax.runtime.disk import DiskError, disk_errors
+from dpojax.runtime.errors import UserError
+from dpojax.runtime.ownership import owned
+from dpojax.training import checkpoint, objectives, resolve, weights
+from dpojax.training import config as config_lib
+from dpojax.training import step as step_lib
+from dpojax.training.checkpoint import CheckpointError, Checkpoints
+from dpojax.training.config import ConfigError
+from dpojax.training.metrics import MetricsWriter
+from dpojax.training.parts import Parts
+from dpojax.training.throughput import Profile, Throughput
 
 
 class TrainingError(UserError, RuntimeError):
@@ -55,7 +58,7 @@ def run(
   """Trains as the config says, from the last checkpoint in `workdir` if there is one.
 
   Args:
-    config: all keys of `dpojax.config.defaults()`.
+    config: all keys of `dpojax.training.config.defaults()`.
     workdir: the run's folder, made if missing.
     data: comparisons that are at hand in ids; None prepares those of the config.
 
@@ -103,7 +106,7 @@ def _run(
   state = devices.place(step_lib.init_state(setup.params, tx))
   throughput = Throughput(plan.flops_per_comparison(config, setup, train_loader.lengths))
   setup = setup._replace(params=None, reference=None)  # the placed copies are the only ones now
-  parallel.fit_memory_to(state)
+  memory.fit_memory_to(state)
 
   if config.check_memory and not devices.compiles_ahead:
     say("the check of memory is left out: pmap over several processes compiles with its first step only")

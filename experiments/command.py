@@ -4,14 +4,14 @@ import contextlib
 import pathlib
 from typing import Iterator
 
-from dpojax import command as package
-from dpojax.disk import disk_errors
-from dpojax.parallel import keep_compiled
+from dpojax.runtime import command as package
+from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.memory import keep_compiled
 
 
 @contextlib.contextmanager
 def command(folder: pathlib.Path) -> Iterator[None]:
-  """`dpojax.command` that keeps compiled programs in the folder, which may be on a full disk."""
+  """`dpojax.runtime.command` that keeps compiled programs in the folder, which may be on a full disk."""
   with package.command():
     keep_compiled(folder / "compiled")
     with disk_errors(folder):

@@ -9,7 +9,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments import measure
+from experiments.measurements import measure
 
 SHADES = ("#0b3c5d", "#d9822b", "#3a8f5c", "#8e3b6f", "#555555", "#b03a2e", "#2e86c1", "#7d6608",
           "#117a65", "#a569bd")

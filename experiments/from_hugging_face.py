@@ -12,9 +12,10 @@ from), and the folders that `transformers` and PEFT read: `all_params_hf`, `adap
 import argparse
 import pathlib
 
-from dpojax import config as config_lib
-from dpojax import export, train
-from dpojax.metrics import read_metrics
+from dpojax import train
+from dpojax.export import writer
+from dpojax.training import config as config_lib
+from dpojax.training.metrics import read_metrics
 
 
 def settings(pairs: str, **changes):
@@ -39,15 +40,15 @@ def run(pairs: str, tokenizer: str, out: pathlib.Path) -> dict[str, list[dict]]:
         "objective": "sft", "loss": "token_mean", "steps": STEPS["sft"], "tokenizer": tokenizer,
         "data.unique_prompts": True, "model.width": 128, "model.layers": 2, "model.heads": 4,
         "optimizer.learning_rate": 2e-3, "checkpoint_every": STEPS["sft"]}), start)
-    export.export(start, base)
+    writer.export(start, base)
   forms = {"all_params": {"optimizer.learning_rate": 5e-5},
            "adapter": {"optimizer.learning_rate": 5e-4, "lora.rank": 8, "lora.alpha": 16.0}}
   for name, changes in forms.items():
     train.run(settings(pairs, **{
         "model.checkpoint": str(base), "steps": STEPS["dpo"], "eval_every": 40,
         "checkpoint_every": STEPS["dpo"]} | changes), out / name)
-    export.export(out / name, out / f"{name}_hf")
-  export.export_adapter(out / "adapter", out / "adapter_peft")
+    writer.export(out / name, out / f"{name}_hf")
+  writer.export_adapter(out / "adapter", out / "adapter_peft")
   return {name: read_metrics(out / name) for name in forms}
 
 

@@ -9,7 +9,7 @@ import sys
 
 import matplotlib
 
-from dpojax.metrics import read_metrics
+from dpojax.training.metrics import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,12 +24,14 @@ import tqdm
 import transformers
 
 from configs import dpo, sft
-from dpojax import checkpoint, train
+from dpojax import train
 from dpojax.data import tokenization
-from dpojax.disk import disk_errors
-from dpojax.command import command
-from experiments import figures, measure
+from dpojax.runtime.command import command
+from dpojax.runtime.disk import disk_errors
+from dpojax.training import checkpoint
+from experiments import figures
 from experiments import quickstart_world as world
+from experiments.measurements import measure
 
 LONGEST_PREFIX = 8
 

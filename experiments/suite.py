@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Sequence
 
-from dpojax.disk import disk_errors
+from dpojax.runtime.disk import disk_errors
 
 
 def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[str]]]:

@@ -24,16 +24,17 @@ import optax
 import tqdm
 from absl import app, flags, logging
 
-from dpojax import checkpoint, objectives, parallel, resolve, train, weights
-from dpojax import config as config_lib
-from dpojax import step as step_lib
-from dpojax.checkpoint import Checkpoints
-from dpojax.command import command, say
-from dpojax.config import ConfigError
+from dpojax import train
 from dpojax.data import loader, packing
-from dpojax.disk import disk_errors
-from dpojax.metrics import read_lines
-from dpojax.parts import Parts
+from dpojax.runtime.command import command, say
+from dpojax.runtime.disk import disk_errors
+from dpojax.training import checkpoint, objectives, parallel, resolve, weights
+from dpojax.training import config as config_lib
+from dpojax.training import step as step_lib
+from dpojax.training.checkpoint import Checkpoints
+from dpojax.training.config import ConfigError
+from dpojax.training.metrics import read_lines
+from dpojax.training.parts import Parts
 from experiments import figures
 
 AXES = ("beta", "optimizer.learning_rate", "loss_options.")

@@ -10,8 +10,9 @@ import signal
 import sys
 import time
 
-from dpojax import processes, train
-from dpojax.command import command
+from dpojax import train
+from dpojax.runtime import processes
+from dpojax.runtime.command import command
 from tests import worlds
 
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import optax
 
-from dpojax import parallel, preference, step
 from dpojax.data import packing
 from dpojax.models import transformer
-from dpojax.parts import Parts
+from dpojax.training import parallel, preference, step
+from dpojax.training.parts import Parts
 from tests import worlds
 
 CONFIG = worlds.llama(vocab_size=64, width=32, mlp_width=64)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax.models import blockwise
-from dpojax.models.attention import TokenIds, attention, visible
+from dpojax.kernels import blockwise
+from dpojax.kernels.attention import TokenIds, attention, visible
 from tests import worlds
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dpojax import best_of_n
+from dpojax.sample import best_of_n
 from tests import test_ppo as world
 
 

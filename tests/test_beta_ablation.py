@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import beta_ablation
+from experiments.paper import beta_ablation
 from tests import worlds
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax import preference, step
 from dpojax.data import loader
 from dpojax.data.tokenization import Tokenized
 from dpojax.models import config as model_config
 from dpojax.models import transformer
-from dpojax.parts import Parts
+from dpojax.training import preference, step
+from dpojax.training.parts import Parts
 
 LENGTH, VOCABULARY = 512, 10000
 FLOPS, BYTES = 2.246e9, 106.4e6

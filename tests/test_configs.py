@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpojax import config as config_lib
-from dpojax import resolve, step
 from dpojax.data.packing import Rows
 from dpojax.models import families, lora, transformer
+from dpojax.training import config as config_lib
+from dpojax.training import resolve, step
 from tests import conftest
 
 PUBLISHED = json.loads((conftest.ROOT / "tests" / "published_models.json").read_text())

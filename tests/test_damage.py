@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
-from dpojax.checkpoint import CheckpointError, Checkpoints
+from dpojax.training.checkpoint import CheckpointError, Checkpoints
 
 TRIED = settings(max_examples=int(os.environ.get("DPOJAX_EXAMPLES", 25)), deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])

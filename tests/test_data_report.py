@@ -10,10 +10,15 @@ import sys
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, ppo_config, resolve, sample, scorers, train, weights
-from dpojax.config import ConfigError
+from dpojax import train
 from dpojax.data import report, templates
 from dpojax.data.examples import DataError
+from dpojax.evaluate import scorers
+from dpojax.ppo import config as ppo_config
+from dpojax.sample.generator import make_mesh
+from dpojax.sample.prompts import encode, reading_of
+from dpojax.training import checkpoint, resolve, weights
+from dpojax.training.config import ConfigError
 from tests import chats, conftest, worlds
 
 WORDS = "the sea way left right fox dog help first lazy".split()
@@ -78,7 +83,7 @@ def test_a_resumed_run_has_the_day_it_was_started_on(folder, tmp_path, monkeypat
   assert checkpoint.load_policy(tmp_path).step == 4
   with pytest.raises(ConfigError, match="config.data.template_date='2024-07-26', not '2024-07-27'"):
     train.run(config_of(folder, steps=4, **{"data.template_date": "2024-07-27"}), tmp_path)
-  assert sample.reading_of(weights.load(str(tmp_path))) == templates.Reading(date="2024-07-26")
+  assert reading_of(weights.load(str(tmp_path))) == templates.Reading(date="2024-07-26")
 
 
 def test_a_run_whose_ids_have_changed_says_what_differs(folder, tmp_path):
@@ -108,19 +113,19 @@ def test_template_arguments_are_the_run_s_in_training_sampling_and_scores(folder
   config = config_of(mine, "reward", **{"data.template_arguments": {"mood": "the sea"}})
   train.run(config, tmp_path / "run")
   model = weights.load(str(tmp_path / "run"))
-  reading = sample.reading_of(model)
+  reading = reading_of(model)
   assert reading.arguments == {"mood": "the sea"}
   tokenizer = chats.tokenizer("byte_level", "{{ mood or 'none' }}" + chats.TEMPLATES["trim"])
   prompt = [{"role": "user", "content": "fox"}]
-  (ids,), _ = sample.encode([prompt], tokenizer, longest=50, keep="end", path="p", reading=reading)
+  (ids,), _ = encode([prompt], tokenizer, longest=50, keep="end", path="p", reading=reading)
   assert tokenizer.decode(ids).startswith("the sea<|start|>user")
   data = resolve.load_data(config)
   assert tokenizer.decode(data.train.comparison(0)[0]).startswith("the sea<|start|>user")
-  with_mood = scorers.RewardModel(model, sample.make_mesh(1, 1))([prompt], ["dog"])
+  with_mood = scorers.RewardModel(model, make_mesh(1, 1))([prompt], ["dog"])
   settings = model.settings.copy_and_resolve_references()
   with settings.unlocked():
     settings.data.template_arguments = {"mood": "the lazy dog"}
-  other = scorers.RewardModel(model._replace(settings=settings), sample.make_mesh(1, 1))([prompt], ["dog"])
+  other = scorers.RewardModel(model._replace(settings=settings), make_mesh(1, 1))([prompt], ["dog"])
   assert with_mood[0] != other[0]
 
 
@@ -143,7 +148,7 @@ def test_ids_beyond_the_embedding_are_refused_where_they_occur_and_not_before(fo
                      rf"model has embeddings of {longer - 10} ids"):
     train.run(config_of(mine, **{"model.vocab_size": longer - 10}), tmp_path / "other")
   with pytest.raises(DataError, match=r"p prompt 2 has id .*'<more3>'.*take its own tokenizer"):
-    sample.encode(["a", "<more3>"], tokenizer, longest=9, keep="end", path="p", vocab_size=longer - 10)
+    encode(["a", "<more3>"], tokenizer, longest=9, keep="end", path="p", vocab_size=longer - 10)
 
 
 def test_what_unique_prompts_leaves_out_is_said_and_all_held_out_is_refused(folder, tmp_path, capsys):

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import preference
-from dpojax.config import ConfigError
-from experiments import enumerable, frontier, loss_ablation, measure, methods, suite, training_curve
+from dpojax.training import preference
+from dpojax.training.config import ConfigError
+from experiments import suite
+from experiments.measurements import measure
+from experiments.paper import enumerable, frontier, loss_ablation, methods, training_curve
 from tests import conftest
-
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

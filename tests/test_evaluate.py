@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, evaluate, objectives, sample, scorers
-from dpojax.config import ConfigError
 from dpojax.data import packing, tokenization
 from dpojax.data.examples import DataError
+from dpojax.evaluate import __main__, compare, intervals, measure, report, scorers
 from dpojax.models import transformer
-from dpojax.sample import Draw
+from dpojax.sample.draws import Draw
+from dpojax.sample.generator import make_mesh
+from dpojax.training import checkpoint, objectives
+from dpojax.training.config import ConfigError
 from tests import conftest, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -50,7 +52,7 @@ def held_out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(runs, held_out):
-  return evaluate.evaluate_run(
+  return measure.evaluate_run(
       runs.dpo, pairs=held_out, scorer="tests.test_evaluate:kindness", num_prompts=8,
       draw=Draw(num_samples=32, max_new_tokens=6), batch_size=8)
 
@@ -69,7 +71,7 @@ def test_dpo_prefers_what_was_chosen_and_moves_from_its_reference(measured):
 
 
 def test_of_sft_the_perplexity_is_measured(runs, held_out):
-  found = evaluate.evaluate_run(runs.sft, pairs=held_out, num_prompts=0)
+  found = measure.evaluate_run(runs.sft, pairs=held_out, num_prompts=0)
   assert found["reference"] is None and set(found["held_out"]) == {"perplexity"}
   assert found["held_out"]["perplexity"]["policy"]["chosen"].value < len(worlds.GOOD) + 20
 
@@ -95,9 +97,9 @@ def test_perplexity_and_accuracy_are_of_the_training_primitive(measured, runs, h
 
 
 def test_a_reward_model_is_measured_and_scores_samples(runs, held_out):
-  found = evaluate.evaluate_run(runs.reward, pairs=held_out)
+  found = measure.evaluate_run(runs.reward, pairs=held_out)
   assert found["held_out"]["accuracy"].low > 0.8
-  score = scorers.make_scorer(runs.reward, sample.make_mesh(1, 1))
+  score = scorers.make_scorer(runs.reward, make_mesh(1, 1))
   with open(held_out) as lines:
     records = [json.loads(line) for line in lines]
   chosen, rejected = (score([r["prompt"] for r in records], [r[key] for r in records])
@@ -123,7 +125,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("judge", ["tests.test_evaluate:kindness", "tests.test_evaluate:kinder"])
 @pytest.mark.parametrize("against", [1, 2])
 def test_a_function_gives_the_win_rate_of_a_file(judge, against, files):
-  found = evaluate.compare_files(files[0], files[against], judge, seed=1)
+  found = compare.compare_files(files[0], files[against], judge, seed=1)
   assert found["win_rate"].value == 0.75 and (found["win"], found["tie"], found["loss"]) == (6, 0, 2)
   assert found["outcomes"] == ["loss", "win", "win", "win"] * 2
 
@@ -137,30 +139,30 @@ def test_answers_in_messages_are_judged_as_their_text(tmp_path, capsys):
       {"input": {"messages": asked}, "preferred_output": [answer], "non_preferred_output": [
           {"role": "assistant", "content": "other"}]}
       for answer in ({"role": "assistant", "content": "cold"}, call)])
-  found = evaluate.compare_files(ours, theirs, "tests.test_evaluate:calls")
+  found = compare.compare_files(ours, theirs, "tests.test_evaluate:calls")
   assert found["outcomes"] == ["tie", "loss"] and found["words"]["theirs"].value == 1
   worse = worlds.write_jsonl(tmp_path / "worse.jsonl", [
       {"prompt": asked, "chosen": " ", "rejected": "cold"}, {"prompt": asked, "chosen": [call], "rejected": "cold"}])
-  assert evaluate.compare_files(ours, worse, "tests.test_evaluate:calls")["outcomes"] == ["loss"]
+  assert compare.compare_files(ours, worse, "tests.test_evaluate:calls")["outcomes"] == ["loss"]
   assert f'{worse} line 1: "chosen" is empty' in capsys.readouterr().out
   tools = worlds.write_jsonl(tmp_path / "tools.jsonl", [
       {"prompt": asked, "chosen": [call], "rejected": "cold", "tools": [{"type": "function"}]}] * 2)
   with pytest.raises(DataError, match="prompt 0 of .*ours.jsonl is not that of .*tools.jsonl"):
-    evaluate.compare_files(ours, tools, "tests.test_evaluate:kinder")
+    compare.compare_files(ours, tools, "tests.test_evaluate:kinder")
 
 
 def test_a_reward_model_judges_files(runs, files):
-  found = evaluate.compare_files(files[0], files[1], runs.reward)
+  found = compare.compare_files(files[0], files[1], runs.reward)
   assert found["win"] >= 6 and found["words"]["ours"].value == 1
 
 
 def test_the_result_is_json_and_a_table(measured, tmp_path, capsys):
-  evaluate.write(measured, tmp_path / "result.json")
+  report.write(measured, tmp_path / "result.json")
   read = json.loads((tmp_path / "result.json").read_text())
   assert read["samples"]["policy"]["kl"]["value"] == measured["samples"]["policy"]["kl"].value
-  evaluate.write({"mean": evaluate.intervals.mean(np.ones(1))}, tmp_path / "one.json")
+  report.write({"mean": intervals.mean(np.ones(1))}, tmp_path / "one.json")
   assert json.loads((tmp_path / "one.json").read_text())["mean"]["high"] is None
-  names = [name for name, *_ in evaluate.show(measured)]
+  names = [name for name, *_ in report.show(measured)]
   assert "held_out/accuracy" in names and "samples/policy/kl" in names
 
 
@@ -173,36 +175,36 @@ def test_the_result_is_json_and_a_table(measured, tmp_path, capsys):
     ([{"role": "system", "content": "be kind"}, {"role": "user", "content": "why?"}],
      "system: be kind\n\nuser: why?")])
 def test_a_judge_reads_the_query(prompt, query):
-  assert evaluate.as_text(prompt, query=True) == query
+  assert compare.as_text(prompt, query=True) == query
 
 
 def test_what_cannot_be_compared_is_named(files, tmp_path):
   other = worlds.write_jsonl(tmp_path / "other.jsonl", [
       {"index": 0, "sample": 0, "prompt": "the cast is", "response": " warm"}])
   with pytest.raises(DataError, match="prompt 0 of .*ours.jsonl is not that of .*other.jsonl"):
-    evaluate.compare_files(files[0], other, "tests.test_evaluate:kindness")
+    compare.compare_files(files[0], other, "tests.test_evaluate:kindness")
   far = worlds.write_jsonl(tmp_path / "far.jsonl", [
       {"index": 99, "sample": 0, "prompt": "the cast is", "response": " warm"}])
   with pytest.raises(DataError, match="no prompt in common"):
-    evaluate.compare_files(files[0], far, "tests.test_evaluate:kindness")
+    compare.compare_files(files[0], far, "tests.test_evaluate:kindness")
   for judge, message in (("tests.test_evaluate:nothing", "cannot be imported"),
                          ("tests.test_evaluate:three", "takes 4 arguments; it must take"),
                          ("http://127.0.0.1:9/v1", "--judge_model is missing")):
     with pytest.raises(ConfigError, match=message):
-      evaluate.compare_files(files[0], files[1], judge)
+      compare.compare_files(files[0], files[1], judge)
   with pytest.raises(ConfigError, match="--question is 'poem'; it must be one of summary"):
-    evaluate.compare_files(files[0], files[1], "http://127.0.0.1:9/v1", judge_model="m", question="poem")
+    compare.compare_files(files[0], files[1], "http://127.0.0.1:9/v1", judge_model="m", question="poem")
   (tmp_path / "question.txt").write_text("Which? {a} {b}")
   with pytest.raises(ConfigError, match="has no {prompt}"):
-    evaluate.compare_files(files[0], files[1], "http://127.0.0.1:9/v1", judge_model="m",
+    compare.compare_files(files[0], files[1], "http://127.0.0.1:9/v1", judge_model="m",
                            question=str(tmp_path / "question.txt"))
 
 
 def test_what_a_run_has_not_is_named(runs):
   with pytest.raises(ConfigError, match="held nothing out .*give --pairs"):
-    evaluate.evaluate_run(runs.dpo)
+    measure.evaluate_run(runs.dpo)
   with pytest.raises(ConfigError, match="is no reward model"):
-    scorers.make_scorer(runs.sft, sample.make_mesh(1, 1))
+    scorers.make_scorer(runs.sft, make_mesh(1, 1))
 
 
 def test_the_command_compares_and_writes(files, tmp_path):
@@ -220,4 +222,4 @@ def test_what_a_command_lacks_is_one_line(files, tmp_path, monkeypatch):
                          ([], "give --workdir to measure a run, or --ours")):
     monkeypatch.setattr(sys, "argv", ["evaluate", f"--out={tmp_path}/result.json", *flags])
     with pytest.raises(SystemExit, match=f"^error: {message}"):
-      evaluate.main()
+      __main__.main()

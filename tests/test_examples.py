@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies
 from dpojax.data import examples
 from dpojax.data.examples import Example, RecordError
 
+
 @settings(deadline=None)
 @given(strategies.text(), strategies.text(), strategies.text())
 def test_a_dialogue_is_split_behind_its_last_assistant_turn(before, chosen, rejected):

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpojax import checkpoint, export, resolve, train, weights
+from dpojax import train
 from dpojax.data import tokenization
-from dpojax.errors import UserError
-from dpojax.metrics import read_metrics
+from dpojax.export import writer
 from dpojax.models import hf
+from dpojax.runtime.errors import UserError
+from dpojax.training import checkpoint, resolve, weights
+from dpojax.training.metrics import read_metrics
 from tests import conftest, worlds
 from tests.parity import models
 
@@ -71,7 +73,7 @@ def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype("bfloat16"), y),
                policy.params, hf.load(tmp_path / "out", dtype="bfloat16").params)
   with pytest.raises(hf.HuggingFaceError, match="is not empty"):
-    export.export(tmp_path / "run", tmp_path / "out")
+    writer.export(tmp_path / "run", tmp_path / "out")
 
   train.run(run_config(given, "sft", steps=1, **{"model.checkpoint": str(tmp_path / "run")}),
             tmp_path / "next")
@@ -100,7 +102,7 @@ def other_eos(given, tmp_path_factory):
 
 @pytest.mark.parametrize("run", ["sft", "lora"])
 def test_the_export_ends_where_training_and_the_base_ended(run, other_eos, tmp_path):
-  assert export.export(other_eos / run, tmp_path / "out").stop_ids == (0, 5, 6)
+  assert writer.export(other_eos / run, tmp_path / "out").stop_ids == (0, 5, 6)
   assert read_json(tmp_path / "out" / "generation_config.json") == {
       "eos_token_id": [0, 5, 6], "temperature": 0.6}
   config = read_json(tmp_path / "out" / "config.json")
@@ -112,13 +114,13 @@ def test_the_export_ends_where_training_and_the_base_ended(run, other_eos, tmp_p
 
 
 def test_an_adapters_folder_says_where_its_base_would_not_end(other_eos, tmp_path):
-  done = export.export_adapter(other_eos / "lora", tmp_path / "out")
+  done = writer.export_adapter(other_eos / "lora", tmp_path / "out")
   assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 5, 6]
   read_back, note = done.notes
   assert "which does not end at (0, 5, 6)" in note
   policy, written = re.search("log-prob of 14 tokens (.*), the policy's (.*)", read_back).groups()
   np.testing.assert_allclose(float(policy), float(written), rtol=0.01)
-  notes = export.export_adapter(other_eos / "lora", tmp_path / "elsewhere", base="org/name").notes
+  notes = writer.export_adapter(other_eos / "lora", tmp_path / "elsewhere", base="org/name").notes
   assert notes == ("not read back: the base 'org/name' is no folder here", note.replace("out", "elsewhere"))
 
 
@@ -131,7 +133,7 @@ def test_whatever_ended_a_response_ends_the_export(given, tmp_path):
   tokens = dataclasses.replace(tokens, report=tokens.report | {"stop_ids": [4, 0, 9]})
   data = data._replace(train=dataclasses.replace(data.train, data=tokens))
   train.run(settings, tmp_path / "run", data=data)
-  assert export.export(tmp_path / "run", tmp_path / "out").stop_ids == (4, 0, 9)
+  assert writer.export(tmp_path / "run", tmp_path / "out").stop_ids == (4, 0, 9)
   assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [4, 0, 9]
 
 
@@ -182,7 +184,7 @@ def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tm
     run = tmp_path / "run"
   monkeypatch.setattr(hf, "copy_tokenizer", spoiled)
   with pytest.raises(hf.HuggingFaceError, match=message):
-    export.export(run, tmp_path / "out")
+    writer.export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpojax import from_gguf
 from dpojax.data import gguf as gguf_tokenizer
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError
-from dpojax.models import hf
+from dpojax.models import from_gguf, hf
 from dpojax.models.families import HuggingFaceError
 from tests import conftest, gguf_files, made_data
 
@@ -213,7 +212,7 @@ def test_a_damaged_file_is_one_error(share, made, tmp_path):
 def test_the_command_says_what_the_weights_are(made, tmp_path):
   path = small_file(tmp_path / "a.gguf", made, kind="Q8_0")
   run = lambda *arguments: subprocess.run(
-      [sys.executable, "-m", "dpojax.from_gguf", *arguments], cwd=conftest.ROOT, capture_output=True,
+      [sys.executable, "-m", "dpojax.models.from_gguf", *arguments], cwd=conftest.ROOT, capture_output=True,
       text=True, timeout=120)
   done = run(path, f"--out={tmp_path / 'out'}")
   assert done.returncode == 0, done.stderr

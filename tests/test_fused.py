@@ -7,11 +7,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpojax import config as config_lib
-from dpojax import resolve
-from dpojax.models import forms, fused, transformer
-from dpojax.models.attention import TokenIds, attention
-from dpojax.models.blockwise import blockwise_attention
+from dpojax.kernels import backends, fused
+from dpojax.kernels.attention import TokenIds, attention
+from dpojax.kernels.blockwise import blockwise_attention
+from dpojax.models import transformer
+from dpojax.training import config as config_lib
+from dpojax.training import resolve
 from tests import worlds
 
 BLOCK, HEADS, KEY_HEADS = 32, 4, 2
@@ -198,12 +199,12 @@ def test_rematerialisation_by_name_runs_the_forward_kernel_once(remat, forwards,
     ("auto", "tpu", 2048, True, "fused"), ("auto", "tpu", 2048, False, "blockwise"),
     ("fused", "gpu", 64, True, "fused"), ("blockwise", "tpu", 2048, True, "blockwise")])
 def test_the_form_suits_the_machine_unless_it_is_asked_for(asked, platform, length, fits, form):
-  assert forms.attention_form(asked, platform=platform, length=length, fits=fits) == form
+  assert backends.attention_form(asked, platform=platform, length=length, fits=fits) == form
 
 
 def test_a_form_that_cannot_run_is_refused():
   with pytest.raises(ValueError, match="rows of 99999 tokens do not fit this tpu's vector memory"):
-    forms.attention_form("fused", platform="tpu", length=99999, fits=False)
+    backends.attention_form("fused", platform="tpu", length=99999, fits=False)
   config = config_lib.defaults()
   config.model.attention = "fused"
   with pytest.raises(

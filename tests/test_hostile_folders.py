@@ -18,9 +18,9 @@ import safetensors
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings, strategies
 
-from dpojax import checkpoint, weights
 from dpojax.models import hf, tensors
 from dpojax.models.families import INTEGERS, HuggingFaceError
+from dpojax.training import checkpoint, weights
 from tests.parity import models
 
 TRIED = settings(max_examples=int(os.environ.get("DPOJAX_EXAMPLES", 40)), deadline=None,

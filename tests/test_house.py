@@ -10,27 +10,32 @@ from tests import conftest
 
 PACKAGE = conftest.ROOT / "dpojax"
 
-ORDER = [
-    "losses", "ppo_losses", "log_probs", "errors", "disk", "digests", "ownership", "models.config",
-    "models.attention", "models.blockwise", "models.fused", "models.forms", "models.rotary",
-    "models.transformer", "models.lora", "models.families", "models.tensors", "models.peft", "models.hf",
-    "models.gguf", "models",
-    "data.examples", "data.hub", "data.files", "data.fields", "data.messages", "data.forms", "data.records",
-    "data.sandbox", "data.templates", "data.conversations", "data.ids", "data.shortening", "data.encoder",
-    "data.truncation", "data.tokenizing", "data.pool", "data.builders", "data.tokenization", "data.gguf",
-    "data.packing", "data.loader", "data.report", "data",
-    "parts", "sampling", "objectives", "preference", "reference", "step", "parallel", "stderr_filter",
-    "processes", "command", "rollouts", "ppo_step", "config", "checkpoint_files", "checkpoint", "weights",
-    "metrics", "throughput", "resolve", "plan", "readback", "export", "from_gguf", "sample", "scorers",
-    "watching", "train", "intervals", "judging", "evaluate", "best_of_n", "ppo_config", "ppo"]
-"""A module imports only modules before it; a package stands for all its modules."""
+ROOMS = ["losses", "runtime", "kernels", "log_probs", "data", "models", "training", "sample", "evaluate", "plan",
+         "train", "export", "ppo"]
+"""What stands at the top of the package, in the way of the data: a room imports only from rooms before it."""
+
+ORDER = {
+    "runtime": ["errors", "disk", "digests", "ownership", "stderr_filter", "processes", "memory", "command"],
+    "kernels": ["platform", "attention", "blockwise", "fused", "backends", "head", "head_on_cpu", "distributions"],
+    "data": ["examples", "hub", "files", "fields", "messages", "forms", "records", "sandbox", "templates",
+             "conversations", "ids", "shortening", "encoder", "truncation", "tokenizing", "pool", "builders",
+             "tokenization", "gguf", "packing", "loader", "report"],
+    "models": ["config", "rotary", "transformer", "lora", "families", "tensors", "peft", "hf", "gguf", "from_gguf"],
+    "training": ["parts", "objectives", "preference", "reference", "step", "parallel", "config",
+                 "checkpoint_files", "checkpoint", "weights", "metrics", "throughput", "resolve"],
+    "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "prompts", "files"],
+    "evaluate": ["intervals", "judging", "scorers", "measure", "compare", "report", "watching"],
+    "export": ["readback", "writer"],
+    "ppo": ["losses", "step", "config", "loop"]}
+"""Of each room its modules: one imports only modules before it; its command, `__main__`, comes last."""
 
 HOMES = {
     "flax": ("models",), "tensorflow_datasets": ("data.builders",),
     "transformers": ("data.tokenization", "data.templates"),
     "huggingface_hub": ("models.hf", "data.hub"), "gguf": ("models.gguf",),
-    "grain": ("data.loader",), "orbax": ("checkpoint",), "tensorboard": ("metrics",), "optax": ("step",),
-    "requests": ("judging", "data.builders"), "xxhash": ("digests",)}
+    "grain": ("data.loader",), "orbax": ("training.checkpoint",), "tensorboard": ("training.metrics",),
+    "optax": ("training.step",), "requests": ("evaluate.judging", "data.builders"),
+    "xxhash": ("runtime.digests",)}
 """The modules a library may be imported in."""
 
 
@@ -51,12 +56,14 @@ def imported(path):
 
 
 def rank(name):
-  """Place in ORDER of a module, by its longest prefix that stands there."""
-  parts = name.split(".")
-  for end in range(len(parts), 0, -1):
-    if ".".join(parts[:end]) in ORDER:
-      return ORDER.index(".".join(parts[:end]))
-  raise AssertionError(f"dpojax.{name} has no place in ORDER")
+  """Place of a module among all, or of what a module holds."""
+  room, *rest = name.split(".")
+  assert room in ROOMS, f"dpojax.{name} is in no room"
+  if room not in ORDER or not rest:
+    return ROOMS.index(room), -1
+  order = [*ORDER[room], "__main__"]
+  assert rest[0] in order, f"dpojax.{name} has no place in ORDER"
+  return ROOMS.index(room), order.index(rest[0])
 
 
 def test_imports_point_one_way():
@@ -64,6 +71,14 @@ def test_imports_point_one_way():
     for target in imported(path):
       if target.startswith("dpojax."):
         assert rank(target.removeprefix("dpojax.")) <= rank(name), f"{name} imports {target}"
+
+
+def test_every_room_says_what_lives_there_and_where_to_begin():
+  entries = {path.stem for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+  assert entries == {*ROOMS, "__init__"}
+  for room in ORDER:
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+    assert "egin with" in text, room
 
 
 @pytest.mark.parametrize("library", HOMES)
@@ -74,9 +89,11 @@ def test_a_library_is_imported_in_its_home_only(library):
 
 
 def test_losses_and_log_probs_import_jax_only():
-  for name in ("losses", "log_probs"):
-    libraries = {target.split(".")[0] for target in imported(PACKAGE / f"{name}.py")}
-    assert libraries - set(sys.stdlib_module_names) == {"jax"}
+  for name, path in modules():
+    if name in ("losses", "log_probs") or name.startswith("kernels"):
+      others = {target for target in imported(path) if not target.startswith("dpojax.kernels")}
+      libraries = {target.split(".")[0] for target in others} - set(sys.stdlib_module_names)
+      assert libraries <= ({"jax", "numpy"} if name.startswith("kernels") else {"jax"}), name
 
 
 def test_data_is_numpy_without_jax():
@@ -101,7 +118,7 @@ def test_an_import_loads_nothing_heavier_than_it_needs(module, absent):
 
 def test_no_device_function_outside_the_files_that_know_devices():
   for name, path in modules():
-    if name.startswith(("parallel", "step", "checkpoint", "train", "models")):
+    if name.startswith(("training", "train", "models", "kernels")):
       continue
     text = path.read_text()
     for word in ("jax.jit", "jax.pmap", "device_put", "NamedSharding"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpojax import intervals
+from dpojax.evaluate import intervals
 
 
 @pytest.mark.parametrize("truth, count", [(0.5, 40), (0.1, 60), (0.03, 100), (0.97, 30)])

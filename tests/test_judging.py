@@ -9,8 +9,8 @@ import urllib.parse
 import numpy as np
 import pytest
 
-from dpojax import judging
-from dpojax.judging import Answers, Endpoint, JudgeError, Pair
+from dpojax.evaluate import judging
+from dpojax.evaluate.judging import Answers, Endpoint, JudgeError, Pair
 
 
 def longer(request, headers):

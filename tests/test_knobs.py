@@ -5,10 +5,10 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax import parallel, preference, step
 from dpojax.data import loader, packing
 from dpojax.models import transformer
-from dpojax.parts import Parts
+from dpojax.training import parallel, preference, step
+from dpojax.training.parts import Parts
 from tests import sgd_step, test_loader, worlds
 
 CASES = {

@@ -9,7 +9,9 @@ import pytest
 from jax.test_util import check_grads
 
 from dpojax import log_probs
-from experiments import log_prob_memory
+from dpojax.kernels import distributions
+from dpojax.kernels import head as head_lib
+from experiments.measurements import log_prob_memory
 
 
 def naive(hidden, head, target, bias=None, soft_cap=None):
@@ -64,10 +66,10 @@ def test_a_bias_and_a_soft_cap_give_the_naive_gradients_in_float64(with_bias, so
 def test_a_head_brings_its_bias_and_cap_wherever_a_head_goes(rng):
   hidden, weights, target = world(rng)
   bias = jnp.asarray(rng.normal(size=17), jnp.float32)
-  head = log_probs.Head(weights, bias, 2.5)
+  head = head_lib.Head(weights, bias, 2.5)
   want = log_probs.token_log_probs(hidden, weights, target, bias=bias, soft_cap=2.5)
   np.testing.assert_array_equal(log_probs.token_log_probs(hidden, head, target), want)
-  logits = jax.nn.log_softmax(log_probs.logits_of(hidden, head))
+  logits = jax.nn.log_softmax(head_lib.logits_of(hidden, head))
   np.testing.assert_allclose(
       jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0], want, rtol=1e-5)
   grads = jax.jit(jax.grad(lambda head: log_probs.token_log_probs(hidden, head, target).sum()))(head)
@@ -204,8 +206,8 @@ def test_the_kl_from_the_reference_has_the_naive_values_and_gradients_in_float64
       return jax.value_and_grad(
           lambda *x: jnp.sum(weights * form(*x)), argnums=(0, 1, 2, 3, 4))(
               hidden, head, bias, theirs, their_head)
-    got, got_grads = total(lambda h, w, b, r, rw: log_probs.token_kl_from(
-        h, log_probs.Head(w, b, soft_cap), r, rw, where=where if masked else None,
+    got, got_grads = total(lambda h, w, b, r, rw: distributions.token_kl_from(
+        h, head_lib.Head(w, b, soft_cap), r, rw, where=where if masked else None,
         chunk_size=chunk_size))
     want, want_grads = total(lambda h, w, b, r, rw: jnp.where(
         where, naive_kl(h, w, *jax.lax.stop_gradient((r, rw)), b, soft_cap), 0))
@@ -218,17 +220,17 @@ def test_the_kl_from_the_reference_has_the_naive_values_and_gradients_in_float64
 def test_the_kl_from_itself_is_0_without_a_gradient_and_never_negative(rng):
   hidden, head, _ = world(rng)
   value, grads = jax.value_and_grad(lambda h, w: jnp.sum(
-      log_probs.token_kl_from(h, w, hidden, head)), argnums=(0, 1))(hidden, head)
+      distributions.token_kl_from(h, w, hidden, head)), argnums=(0, 1))(hidden, head)
   assert value == 0 and not any(np.any(grad) for grad in grads)
   other = jnp.asarray(rng.normal(size=hidden.shape), jnp.float32)
-  assert np.all(log_probs.token_kl_from(other, head, hidden, head) > 0)
+  assert np.all(distributions.token_kl_from(other, head, hidden, head) > 0)
 
 
 def test_gradients_of_the_kl_are_those_of_finite_differences(rng):
   with jax.enable_x64(True):
     hidden, head, _ = world(rng, (), length=5, dtype=np.float64)
     theirs, their_head, _ = world(rng, (), length=5, dtype=np.float64)
-    check_grads(lambda h, w: log_probs.token_kl_from(h, w, theirs, their_head, chunk_size=2),
+    check_grads(lambda h, w: distributions.token_kl_from(h, w, theirs, their_head, chunk_size=2),
                 (hidden, head), order=1, modes=["rev"])
 
 
@@ -237,19 +239,19 @@ def test_gradients_of_the_kl_are_those_of_finite_differences(rng):
 def test_mixed_log_probs_are_of_the_mixed_logits(share, chunk_size, rng):
   hidden, head, target = world(rng)
   theirs, their_head, _ = world(rng)
-  got = log_probs.token_mixed_log_probs(
+  got = distributions.token_mixed_log_probs(
       hidden, head, theirs, their_head, target, share=share, chunk_size=chunk_size)
   both = jnp.concatenate([(1 - share) * hidden, share * theirs], axis=-1)
   want = naive(both, jnp.concatenate([head, their_head], axis=-1), target)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-  assert not np.any(jax.grad(lambda h: log_probs.token_mixed_log_probs(
+  assert not np.any(jax.grad(lambda h: distributions.token_mixed_log_probs(
       h, head, theirs, their_head, target, share=share).sum())(hidden))
 
 
 def test_the_kl_from_another_vocabulary_is_refused(rng):
   hidden, head, _ = world(rng)
   with pytest.raises(ValueError, match=r"\(3, 11, 5\) and .*\(17, 5\) .*\(3, 11, 5\) and \(16, 5\)"):
-    log_probs.token_kl_from(hidden, head, hidden, head[:-1])
+    distributions.token_kl_from(hidden, head, hidden, head[:-1])
 
 
 def test_peak_memory_of_the_kl_does_not_grow_with_the_scored_tokens_times_the_vocabulary():

@@ -18,11 +18,13 @@ import optax
 import pytest
 import safetensors.numpy
 
-from dpojax import checkpoint, export, objectives, parallel, preference, resolve, step, train, weights
-from dpojax import config as config_lib
+from dpojax import train
 from dpojax.data import tokenization
-from dpojax.metrics import read_metrics
+from dpojax.export import writer
 from dpojax.models import hf, lora, peft, transformer
+from dpojax.training import checkpoint, objectives, parallel, preference, resolve, step, weights
+from dpojax.training import config as config_lib
+from dpojax.training.metrics import read_metrics
 from tests import conftest, worlds
 from tests.parity import models
 
@@ -149,7 +151,7 @@ def sft(given, tmp_path_factory):
   """A Hugging Face folder: what a short SFT of all params has come to."""
   root = tmp_path_factory.mktemp("sft")
   train.run(worlds.run_config("sft", **given, steps=20, eval_every=0, checkpoint_every=20), root / "run")
-  export.export(root / "run", root / "out")
+  writer.export(root / "run", root / "out")
   return str(root / "out")
 
 
@@ -318,7 +320,7 @@ def test_a_trained_adapter_is_exported_alone_and_merged(trained, given, sft, tmp
       cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("the adapter of step 8")
-  assert export.export(trained, tmp_path / "whole").step == 8
+  assert writer.export(trained, tmp_path / "whole").step == 8
   settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   assert settings["base_model_name_or_path"] == sft
   policy = checkpoint.load_policy(trained).params
@@ -335,14 +337,14 @@ def test_an_adapter_that_peft_could_not_load_is_not_written(second, sft, tmp_pat
   def refused(error, message):
     return pytest.raises(error, match=re.compile(message, re.DOTALL))
   with refused(hf.HuggingFaceError, "which is no Hugging Face model that PEFT could load.*--base"):
-    export.export_adapter(second, tmp_path / "out")
-  export.export_adapter(second, tmp_path / "out", base="org/name")
+    writer.export_adapter(second, tmp_path / "out")
+  writer.export_adapter(second, tmp_path / "out", base="org/name")
   assert '"base_model_name_or_path": "org/name"' in (tmp_path / "out/adapter_config.json").read_text()
   with refused(hf.HuggingFaceError, "is not empty"):
-    export.export_adapter(second, tmp_path / "out", base="org/name")
+    writer.export_adapter(second, tmp_path / "out", base="org/name")
   sft = pathlib.Path(sft).parent / "run"
   with refused(checkpoint.CheckpointError, "holds no adapter: it was run with lora.rank=0"):
-    export.export_adapter(sft, tmp_path / "none", base="org/name")
+    writer.export_adapter(sft, tmp_path / "none", base="org/name")
   config = worlds.llama(reward_head=True)
   with refused(hf.HuggingFaceError, "the adapter has a reward head"):
     peft.save(tmp_path / "reward", config, adapter_of(config), LORA, base="org/name")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpojax import parallel
 from dpojax.data import packing
-from dpojax.log_probs import logits_of, token_log_probs
+from dpojax.kernels.head import logits_of
+from dpojax.log_probs import token_log_probs
 from dpojax.models import hf, transformer
+from dpojax.training import parallel
 from tests import conftest, worlds
 from tests.parity import models
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax import objectives
 from dpojax.models import transformer
+from dpojax.training import objectives
 from tests import worlds
 
 CONFIG = worlds.llama()

@@ -9,14 +9,16 @@ import sys
 
 import pytest
 
-from dpojax import ownership, sample, train
-from dpojax.judging import Answers
-from dpojax.ownership import InUseError, owned
+from dpojax import train
+from dpojax.evaluate.judging import Answers
+from dpojax.runtime import ownership
+from dpojax.runtime.ownership import InUseError, owned
+from dpojax.sample import files
 from tests import conftest, worlds
 
 HOLD = """
 import sys, time
-from dpojax.ownership import owned
+from dpojax.runtime.ownership import owned
 with owned(sys.argv[1], "it", wait=len(sys.argv) > 2):
   print("mine", flush=True)
   time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 60)
@@ -78,7 +80,7 @@ def test_who_waits_says_for_whom_and_comes_next(killed, hold, tmp_path):
 def test_of_many_at_once_one_at_a_time_owns_an_entry_whose_lock_is_deleted_each_time(tmp_path):
   code = """
 import os, sys, time
-from dpojax.ownership import owned
+from dpojax.runtime.ownership import owned
 for _ in range(20):
   with owned(sys.argv[1] + "/entry", "it", wait=True):
     os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))
@@ -95,7 +97,7 @@ for _ in range(20):
 def test_a_forked_child_that_lives_on_holds_nothing(tmp_path):
   code = """
 import os, sys, time
-from dpojax.ownership import owned
+from dpojax.runtime.ownership import owned
 with owned(sys.argv[1], "it"):
   if os.fork() == 0:
     os.close(1)
@@ -141,6 +143,6 @@ def test_a_workdir_a_samples_file_and_kept_answers_have_one_owner(hold, words, t
     train.run(config, tmp_path / "work")
   assert not (tmp_path / "work" / "config.json").exists()
   with pytest.raises(InUseError, match=f"the samples file .*pid {owners[1].pid}"):
-    sample.run("nowhere", path, str(tmp_path / "samples.jsonl"))
+    files.run("nowhere", path, str(tmp_path / "samples.jsonl"))
   with pytest.raises(InUseError, match=f"the file of answers .*pid {owners[2].pid}"):
     Answers(tmp_path / "answers.jsonl")

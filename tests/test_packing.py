@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax import objectives
 from dpojax.data import packing
 from dpojax.models import transformer
+from dpojax.training import objectives
 from tests import worlds
 
 

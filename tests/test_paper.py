@@ -8,13 +8,12 @@ import pytest
 import tokenizers
 import transformers
 
-from dpojax import judging
-from dpojax.checkpoint import Checkpoints
-from dpojax.config import ConfigError
 from dpojax.data.examples import DataError, Example
-from dpojax.metrics import read_lines
-from experiments import methods
-from experiments.paper import hh, imdb, siebert, stages, tldr
+from dpojax.evaluate import judging
+from dpojax.training.checkpoint import Checkpoints
+from dpojax.training.config import ConfigError
+from dpojax.training.metrics import read_lines
+from experiments.paper import hh, imdb, methods, siebert, stages, tldr
 from tests import test_evaluate, worlds
 
 URL = "--judge=http://127.0.0.1:9/v1"

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax import parallel, step
+from dpojax.training import parallel, step
 from tests import conftest, sgd_step
 
 LIFTS = [("pmap", 0, 1, 1), ("mesh", 8, 1, 1), ("mesh", 1, 8, 1), ("mesh", 2, 2, 2)]
@@ -124,10 +124,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_named():
 RESIDENT = """
 import sys
 import numpy as np
-from dpojax import parallel
+from dpojax.runtime import memory
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-parallel.keep_freed_memory()
-parallel.fit_memory_to({"w": np.broadcast_to(np.float32(0), int(sys.argv[1]))})
+memory.keep_freed_memory()
+memory.fit_memory_to({"w": np.broadcast_to(np.float32(0), int(sys.argv[1]))})
 before = resident()
 held = np.ones(2**25)
 held = None

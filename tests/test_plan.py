@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import parallel, plan, resolve, step, train
-from dpojax import config as config_lib
+from dpojax import plan, train
 from dpojax.models import config as model_config
+from dpojax.training import config as config_lib
+from dpojax.training import parallel, resolve, step
 from tests import conftest, worlds
 
 LENGTHS = np.random.default_rng(0).integers(2, 12, (200, 3))

@@ -10,13 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import (
-    checkpoint, parallel, ppo, ppo_losses, ppo_step, rollouts, scorers, weights)
-from dpojax.config import ConfigError
 from dpojax.data import tokenization
-from dpojax.metrics import read_metrics
+from dpojax.evaluate import scorers
 from dpojax.models import transformer
-from dpojax.objectives import response_log_probs
+from dpojax.ppo import loop as ppo
+from dpojax.ppo import losses as ppo_losses
+from dpojax.ppo import step as ppo_step
+from dpojax.sample import rollouts
+from dpojax.training import checkpoint, parallel, weights
+from dpojax.training.config import ConfigError
+from dpojax.training.metrics import read_metrics
+from dpojax.training.objectives import response_log_probs
 from tests import worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")

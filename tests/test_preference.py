@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax import losses, objectives, preference, step
+from dpojax import losses
 from dpojax.data import loader, packing
 from dpojax.losses import Pair
 from dpojax.models import transformer
+from dpojax.training import objectives, preference, step
 from tests import worlds
 
 CONFIG = worlds.llama(layers=1)

@@ -6,9 +6,9 @@ import sys
 import jax
 import pytest
 
-from dpojax import processes, stderr_filter
-from dpojax.command import command
-from dpojax.errors import UserError
+from dpojax.runtime import processes, stderr_filter
+from dpojax.runtime.command import command
+from dpojax.runtime.errors import UserError
 
 
 def passed_on(text):

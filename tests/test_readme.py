@@ -2,8 +2,8 @@
 
 import re
 
-from dpojax import config as config_lib
-from dpojax import ppo_config
+from dpojax.ppo import config as ppo_config
+from dpojax.training import config as config_lib
 from tests import conftest
 
 README = (conftest.ROOT / "README.md").read_text()

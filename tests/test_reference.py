@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from dpojax import reference, train
+from dpojax import train
 from dpojax.data import loader
 from dpojax.data.tokenization import Tokenized
-from dpojax.disk import DiskError
-from dpojax.metrics import read_metrics
+from dpojax.runtime.disk import DiskError
+from dpojax.training import reference
+from dpojax.training.metrics import read_metrics
 from tests import worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")

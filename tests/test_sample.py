@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from dpojax import sample, weights
-from dpojax.checkpoint import CheckpointError
-from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError, Example
-from dpojax.sample import Draw
+from dpojax.sample import files
+from dpojax.sample.draws import Draw
+from dpojax.sample.prompts import encode, read_prompts
+from dpojax.training import weights
+from dpojax.training.checkpoint import CheckpointError
+from dpojax.training.config import ConfigError
 from tests import conftest, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -35,7 +37,7 @@ def prompts(tmp_path_factory):
 def drawn(runs, prompts, tmp_path_factory):
   """The file of samples of the DPO run."""
   out = tmp_path_factory.mktemp("drawn") / "samples.jsonl"
-  means = sample.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
+  means = files.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
   return out, means
 
 
@@ -72,36 +74,36 @@ def test_an_interrupted_file_goes_on_to_the_same_file(share, drawn, runs, prompt
   out = tmp_path / "samples.jsonl"
   out.write_bytes(whole[:int(share * len(whole))])
   out.with_suffix(".config.json").write_bytes(drawn[0].with_suffix(".config.json").read_bytes())
-  means = sample.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
+  means = files.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
   assert out.read_bytes() == whole and means == drawn[1]
 
 
 def test_a_finished_file_is_left_as_it_is(drawn, runs, prompts, capsys):
   before = drawn[0].read_bytes()
-  sample.run(runs.dpo, prompts, str(drawn[0]), DRAW, batch_size=8)
+  files.run(runs.dpo, prompts, str(drawn[0]), DRAW, batch_size=8)
   assert drawn[0].read_bytes() == before
   assert "0 samples drawn (34 were there)" in capsys.readouterr().out
 
 
 def test_samples_of_a_run_that_has_no_reference_have_no_log_prob_under_it(runs, prompts, tmp_path):
-  means = sample.run(runs.sft, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2, temperature=0.0),
+  means = files.run(runs.sft, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2, temperature=0.0),
                      limit=2)
   assert "kl" not in means
   assert {r["reference_log_prob"] for r in records_of(tmp_path / "out.jsonl")} == {None}
 
 
 def test_a_policy_is_at_no_distance_from_itself(runs, prompts, tmp_path):
-  means = sample.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2),
+  means = files.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2),
                      reference=runs.dpo, limit=2)
   assert means["kl"] == 0
 
 
 def test_prompts_with_the_name_of_a_special_token_are_counted_aloud(data_folder, capsys):
   tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "gpt2"))
-  sample.encode(["plain", f"a{tokenizer.eos_token}b"], tokenizer, longest=50, keep="end", path="p.jsonl")
+  encode(["plain", f"a{tokenizer.eos_token}b"], tokenizer, longest=50, keep="end", path="p.jsonl")
   assert ("1 of 2 prompts of p.jsonl have a special token's name in their text, which is read as "
           "data.special_tokens='text' says") in capsys.readouterr().out
-  sample.encode(["plain"], tokenizer, longest=50, keep="end", path="p.jsonl")
+  encode(["plain"], tokenizer, longest=50, keep="end", path="p.jsonl")
   assert not capsys.readouterr().out
 
 
@@ -145,14 +147,14 @@ def test_a_file_goes_on_whatever_ends_of_lines_stand_in_its_prompts(runs, tmp_pa
   prompts = worlds.write_jsonl(tmp_path / "prompts.jsonl", [
       {"prompt": f"the film{end}is"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n")])
   out = tmp_path / "samples.jsonl"
-  sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
+  files.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   whole = out.read_bytes()
   assert [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]] == [
-      each.prompt for each in sample.read_prompts(prompts).values()]
-  sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
+      each.prompt for each in read_prompts(prompts).values()]
+  files.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   assert out.read_bytes() == whole
   out.write_bytes(whole[:len(whole) // 2])
-  sample.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
+  files.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   assert out.read_bytes() == whole
 
 
@@ -168,19 +170,19 @@ MESSAGES = [{"role": "user", "content": "Q"}]
     ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}', "\n\nAssistant:")])
 def test_prompts_are_read_from_what_can_be_trained_on(name, content, prompt, tmp_path):
   (tmp_path / name).write_bytes(content)
-  assert sample.read_prompts(tmp_path / name) == {0: Example(prompt, ())}
+  assert read_prompts(tmp_path / name) == {0: Example(prompt, ())}
 
 
 def test_other_settings_do_not_go_into_the_same_file(drawn, runs, prompts):
   with pytest.raises(ConfigError, match="holds samples of temperature 1.0, not 0.5; give another --out"):
-    sample.run(runs.dpo, prompts, str(drawn[0]), Draw(
+    files.run(runs.dpo, prompts, str(drawn[0]), Draw(
         num_samples=2, max_new_tokens=6, seed=3, temperature=0.5), batch_size=8)
 
 
 def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
   (tmp_path / "notes.jsonl").write_text("mine\n")
   with pytest.raises(ConfigError, match="was not written by this command"):
-    sample.run(runs.dpo, prompts, str(tmp_path / "notes.jsonl"), DRAW)
+    files.run(runs.dpo, prompts, str(tmp_path / "notes.jsonl"), DRAW)
   assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
 
 
@@ -193,9 +195,9 @@ def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
 def test_bad_prompts_are_named_by_their_line(text, message, tmp_path):
   (tmp_path / "prompts.jsonl").write_text(text)
   with pytest.raises(DataError, match=message):
-    sample.read_prompts(tmp_path / "prompts.jsonl")
+    read_prompts(tmp_path / "prompts.jsonl")
   with pytest.raises(DataError, match="^--prompts .*missing.jsonl: no such file"):
-    sample.read_prompts(tmp_path / "missing.jsonl")
+    read_prompts(tmp_path / "missing.jsonl")
 
 
 def test_records_without_a_prompt_are_left_out_aloud_and_numbers_stay(runs, tmp_path, capsys):
@@ -203,14 +205,14 @@ def test_records_without_a_prompt_are_left_out_aloud_and_numbers_stay(runs, tmp_
   prompts, out = worlds.write_jsonl(tmp_path / "prompts.jsonl", lines), tmp_path / "out.jsonl"
   draw = Draw(max_new_tokens=2)
   with pytest.raises(DataError, match='line 2: "prompt" is a number.*; correct the record or drop it'):
-    sample.run(runs.sft, prompts, str(out), draw)
-  sample.run(runs.sft, prompts, str(out), draw, on_error="skip")
+    files.run(runs.sft, prompts, str(out), draw)
+  files.run(runs.sft, prompts, str(out), draw, on_error="skip")
   assert f'1 records left out: wrong_type 1; first: {prompts} line 2: "prompt" is a number' in (said := capsys.readouterr().out)
   assert f"1 records left out: eos_in_text 1; first: {prompts} prompt 2: the tokenizer makes EOS" in said
   assert [(line["index"], line["prompt"]) for line in records_of(out)] == [(0, "the film is"), (3, "the plot is")]
   whole = out.read_bytes()
   out.write_bytes(whole[:whole.index(b"\n") + 1])
-  sample.run(runs.sft, prompts, str(out), draw, on_error="skip")
+  files.run(runs.sft, prompts, str(out), draw, on_error="skip")
   assert out.read_bytes() == whole
 
 
@@ -221,9 +223,9 @@ def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):
     with pytest.raises(ConfigError, match=message):
       Draw(**values)
   with pytest.raises(CheckpointError, match="holds no checkpoint of step 7"):
-    sample.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), DRAW, step=7)
+    files.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), DRAW, step=7)
   with pytest.raises(ConfigError, match="data x --fsdp x --tensor is 2 x 3 x 1 = 6 but there are 8"):
-    sample.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), DRAW, fsdp=3)
+    files.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), DRAW, fsdp=3)
 
 
 def test_an_error_of_the_command_is_one_line(tmp_path):

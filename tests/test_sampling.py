@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from dpojax import objectives, parallel, sampling
 from dpojax.data import packing
-from dpojax.log_probs import logits_of
+from dpojax.kernels.head import logits_of
 from dpojax.models import transformer
+from dpojax.sample import sampler as sampling
+from dpojax.training import objectives, parallel
 from tests import worlds
 
 LENGTHS = np.array([3, 1, 6, 5], np.int32)

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from dpojax import ppo
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError
-from dpojax.metrics import read_metrics
-from experiments import best_of_n, choices, frontier, methods, sentiment, sweep, win_rate
+from dpojax.ppo import loop as ppo
+from dpojax.training.metrics import read_metrics
+from experiments import sweep
+from experiments.paper import best_of_n, choices, frontier, methods, sentiment, win_rate
 from tests import worlds
-
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

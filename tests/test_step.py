@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax import objectives, step
-from dpojax.objectives import Mean, Objective
-from dpojax.parts import Parts
+from dpojax.training import objectives, step
+from dpojax.training.objectives import Mean, Objective
+from dpojax.training.parts import Parts
 
 
 def quadratic(scale=1.0):

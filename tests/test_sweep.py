@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dpojax import train
-from dpojax.config import ConfigError
-from dpojax.metrics import read_metrics
+from dpojax.training.config import ConfigError
+from dpojax.training.metrics import read_metrics
 from experiments import sweep
 from tests import worlds
 

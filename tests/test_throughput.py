@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpojax import config as config_lib
-from dpojax import throughput
-from dpojax.config import ConfigError
+from dpojax.training import config as config_lib
+from dpojax.training import throughput
+from dpojax.training.config import ConfigError
 
 
 @pytest.mark.parametrize("kind, chip", [

@@ -16,11 +16,13 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, digests, disk, metrics, preference, throughput, train
-from dpojax import config as config_lib
-from dpojax.errors import UserError
-from dpojax.metrics import read_metrics
+from dpojax import train
 from dpojax.models import hf, transformer
+from dpojax.runtime import digests, disk
+from dpojax.runtime.errors import UserError
+from dpojax.training import checkpoint, metrics, preference, throughput
+from dpojax.training import config as config_lib
+from dpojax.training.metrics import read_metrics
 from tests import conftest, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax.models import attention, rotary, transformer
+from dpojax.kernels import attention
 from dpojax.models import config as model_config
+from dpojax.models import rotary, transformer
 from tests import worlds
 
 

@@ -6,9 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import checkpoint, config as config_lib, sample, step, throughput, train, watching
-from dpojax.checkpoint import Checkpoints
-from dpojax.metrics import read_metrics
+from dpojax import train
+from dpojax.evaluate import watching
+from dpojax.sample import files
+from dpojax.sample.draws import Draw
+from dpojax.training import checkpoint, step, throughput
+from dpojax.training import config as config_lib
+from dpojax.training.checkpoint import Checkpoints
+from dpojax.training.metrics import read_metrics
 from tests import worlds
 
 
@@ -67,8 +72,8 @@ def test_a_run_tells_what_its_policy_answers_and_what_it_pays(given, sft, tmp_pa
     assert mean["kl_error"] == pytest.approx(kl.std(ddof=1) / 6**0.5, abs=1e-7)
     assert mean["tokens"] == pytest.approx(np.mean([r["tokens"] for r in records]))
 
-  sample.run(str(tmp_path), prompts, str(tmp_path / "again.jsonl"),
-             sample.Draw(num_samples=8, max_new_tokens=8, seed=0), limit=6)
+  files.run(str(tmp_path), prompts, str(tmp_path / "again.jsonl"),
+             Draw(num_samples=8, max_new_tokens=8, seed=0), limit=6)
   again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
   for want, got in zip(again, lines[-48:], strict=True):
     assert got["response"] == want["response"] and got["finished"] == want["finished"]

@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple, Sequence
 
-from dpojax.errors import UserError
+from dpojax.runtime.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 """What stands before each turn of an HH dialogue."""

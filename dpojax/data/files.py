@@ -257,8 +257,8 @@ def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _in_microseconds(field: Any) -> Any:
   """Returns a field of Parquet's whose times are such as Python has: without nanoseconds and zones."""
-  from pyarrow import types
   import pyarrow
+  from pyarrow import types
 
   kind = field.type
   if types.is_timestamp(kind):

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from dpojax.data.examples import DataError
-from dpojax.disk import disk_errors
+from dpojax.runtime.disk import disk_errors
 
 CONTROL, USER_DEFINED = 3, 4
 """Token types of llama.cpp: special tokens, and others that are never cut into pieces."""

@@ -202,7 +202,7 @@ class Loader:
       batch_size: comparisons a step.
       row_length: tokens a row holds.
       shards: devices that the rows are cut over.
-      rows_at_once: see `dpojax.parts.Parts`; rows stand as it says, in one shape for all steps.
+      rows_at_once: see `dpojax.training.parts.Parts`; rows stand as it says, in one shape for all steps.
       span: rows of a step -> (first row, number of rows) that this process fills.
 
     Raises:

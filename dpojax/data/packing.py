@@ -10,7 +10,7 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from dpojax.errors import UserError
+from dpojax.runtime.errors import UserError
 
 BUCKETS = 3
 """Row counts a plan uses, rare overflows aside: the shapes a run compiles."""

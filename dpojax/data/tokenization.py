@@ -19,7 +19,6 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 import tqdm
 
-from dpojax import digests
 from dpojax.data import pool
 from dpojax.data.builders import Comparisons
 from dpojax.data.encoder import Encoder
@@ -28,7 +27,8 @@ from dpojax.data.shortening import Room
 from dpojax.data.templates import Reading, reads_the_clock
 from dpojax.data.tokenizing import Part, Settings, Tokenizing
 from dpojax.data.truncation import Truncation, cut, cut_prompt
-from dpojax.ownership import owned
+from dpojax.runtime import digests
+from dpojax.runtime.ownership import owned
 
 _VERSION = 2
 _CHUNK = 1024

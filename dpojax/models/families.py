@@ -9,8 +9,8 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
-from dpojax.errors import UserError
 from dpojax.models.config import LARGEST, ROPE_SCALINGS, ModelConfig, RopeScaling
+from dpojax.runtime.errors import UserError
 
 
 class HuggingFaceError(UserError, ValueError):

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.disk import disk_errors
 from dpojax.models import families, peft, tensors, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import Family, HuggingFaceError, Tensor
 from dpojax.models.tensors import DTYPES, read_json
+from dpojax.runtime.disk import disk_errors
 
 SHARD_BYTES = 5 * 10**9
 """Largest file a folder is written in, but for a tensor that is larger."""

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from dpojax.disk import disk_errors
 from dpojax.models import families, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import Family, HuggingFaceError
 from dpojax.models.lora import TARGETS, WHOLE, Lora
 from dpojax.models.tensors import open_tensors, read_json, shown
+from dpojax.runtime.disk import disk_errors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

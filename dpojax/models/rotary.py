@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.log_probs import arrays_are_cut
+from dpojax.kernels.platform import arrays_are_cut, platform
 from dpojax.models.config import RopeScaling
 
 
@@ -60,7 +60,7 @@ def turns(positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.
   """
   angles = jnp.einsum("rl,h->rlh", positions.astype(jnp.float32), frequencies)
   of = lambda angles: Turns(magnitude * jnp.cos(angles), magnitude * jnp.sin(angles))
-  if jax.default_backend() != "cpu" or angles.size % 2 or arrays_are_cut():
+  if platform() != "cpu" or angles.size % 2 or arrays_are_cut():
     return of(angles)
   # On CPUs they would be worked out again in whatever reads them, for every head and layer, which is a
   # tenth of a model's time. What a loop gives is kept, and a loop of one round would be none.

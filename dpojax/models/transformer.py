@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.log_probs import Head
+from dpojax.kernels.attention import KEPT, Keys, TokenIds, cached_attention
+from dpojax.kernels.backends import attend
+from dpojax.kernels.head import Head
 from dpojax.models import rotary
-from dpojax.models.attention import KEPT, Keys, TokenIds, cached_attention
 from dpojax.models.config import ModelConfig
-from dpojax.models.forms import attend
-
 
 SEEN = "seen"
 """The collection in which layers leave keys and values [R, L, M, H], for those who ask."""

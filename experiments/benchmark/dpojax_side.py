@@ -11,7 +11,8 @@ import flax
 import jax
 import jaxlib
 
-from dpojax import checkpoint, parallel, resolve, step
+from dpojax.runtime import memory
+from dpojax.training import checkpoint, resolve, step
 from experiments.benchmark import inputs, measure
 
 
@@ -30,7 +31,7 @@ def run(settings: dict) -> dict:
   stored = time.perf_counter() - start
   state = devices.place(step.init_state(setup.params, tx))
   setup = setup._replace(params=None, reference=None)
-  parallel.fit_memory_to(state)
+  memory.fit_memory_to(state)
 
   seconds, waits, losses, compiled = [], [], [], {}
   source = iter(batches.training(0, config.steps))
@@ -56,7 +57,7 @@ def run(settings: dict) -> dict:
 
 
 if __name__ == "__main__":
-  parallel.keep_freed_memory()  # as every command of dpojax does
+  memory.keep_freed_memory()  # as every command of dpojax does
   with open(sys.argv[1]) as given:
     result = run(json.load(given))
   with open(sys.argv[2], "w") as out:

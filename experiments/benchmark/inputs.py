@@ -8,11 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from dpojax import config as config_lib
-from dpojax import resolve
 from dpojax.data import builders, loader, packing
 from dpojax.models import config as model_config
 from dpojax.models import hf, transformer
+from dpojax.training import config as config_lib
+from dpojax.training import resolve
 
 
 def run_config(settings: dict) -> ml_collections.ConfigDict:

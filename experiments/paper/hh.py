@@ -23,12 +23,14 @@ from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from dpojax import resolve, sample
 from dpojax.data import builders
 from dpojax.data.examples import ASSISTANT, HUMAN, DataError, Example
-from experiments import methods, sweep
-from experiments.methods import Line
-from experiments.paper import stages
+from dpojax.sample.draws import Draw
+from dpojax.sample.prompts import read_prompts
+from dpojax.training import resolve
+from experiments import sweep
+from experiments.paper import methods, stages
+from experiments.paper.methods import Line
 from experiments.paper.stages import Given, Policy
 
 KINDS = ("sft", "dpo", "reward")
@@ -70,7 +72,7 @@ def with_shots(given: Given, plan: Plan, path: str, prompts: str) -> str:
       raise DataError(f"the training data have {len(every)} dialogues of one turn, not --shots={plan.shots}")
     chosen = np.random.default_rng(0).permutation(len(every))[:plan.shots]
     shots = "".join(every[i].prompt + every[i].responses[0] for i in chosen)
-    sweep.write_lines(out, [{"prompt": shots + each.prompt} for each in sample.read_prompts(prompts).values()])
+    sweep.write_lines(out, [{"prompt": shots + each.prompt} for each in read_prompts(prompts).values()])
     return [{"shots": shots}]
 
   stages.stage(given, "shots", f"{plan.shots} training dialogues before each prompt",
@@ -83,7 +85,7 @@ def first_turn(given: Given, name: str, samples: str, prompts: str) -> str:
   out = given.workdir / name / "samples.jsonl"
 
   def make():
-    plain = sample.read_prompts(prompts)
+    plain = read_prompts(prompts)
     records = stages.read_samples(samples)
     sweep.write_lines(out, [record | {
         "prompt": plain[record["index"]].prompt, "response": record["response"].partition(HUMAN.rstrip())[0]}
@@ -109,7 +111,7 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line]
   reward_model = stages.trained(given, "reward_model", "hh_pythia:reward", start | given.of("reward"))
 
   def samples_of(policy: Policy, temperature: float, prompts: str = prompts, count: int = 1) -> str:
-    draw = sample.Draw(
+    draw = Draw(
         num_samples=count, max_new_tokens=plan.max_new_tokens, temperature=temperature)
     return stages.sampled(
         given, f"samples/{stages.place_of('dialogues', policy, temperature)}", policy, prompts, draw,

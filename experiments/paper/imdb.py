@@ -28,12 +28,18 @@ from typing import Any, Iterable, NamedTuple, Sequence
 import jax
 import numpy as np
 
-from dpojax import ppo, resolve, sample, scorers, weights
 from dpojax.data import builders, tokenization
 from dpojax.data.examples import DataError
-from experiments import frontier, measure, methods, sweep
-from experiments.methods import Line
-from experiments.paper import stages
+from dpojax.evaluate import scorers
+from dpojax.ppo import loop as ppo
+from dpojax.sample.draws import Draw
+from dpojax.sample.generator import make_mesh
+from dpojax.sample.prompts import read_prompts
+from dpojax.training import resolve, weights
+from experiments import sweep
+from experiments.measurements import measure
+from experiments.paper import frontier, methods, stages
+from experiments.paper.methods import Line
 from experiments.paper.stages import Given
 
 SHORTEST, LONGEST = 2, 8
@@ -144,7 +150,7 @@ def labelled(given: Given, plan: Plan, samples: str) -> pathlib.Path:
 
   def make():
     records = stages.read_samples(samples)
-    score = scorers.make_scorer(plan.reward, sample.make_mesh(1, 1))
+    score = scorers.make_scorer(plan.reward, make_mesh(1, 1))
     rewards = score([each["prompt"] for each in records], [each["response"] for each in records])
     pairs = label(records, rewards)
     sweep.write_lines(out, pairs)
@@ -163,7 +169,7 @@ def world_of(plan: Plan, given: Given, sft: str, pairs: str, prefixes: str, test
       "checkpoint_keep": 1} | given.of("dpo"))
   model = weights.load(sft)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
-  score = scorers.make_scorer(plan.reward, sample.make_mesh(1, 1))
+  score = scorers.make_scorer(plan.reward, make_mesh(1, 1))
   text = lambda ids: tokenizer.decode(
       list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -174,7 +180,7 @@ def world_of(plan: Plan, given: Given, sft: str, pairs: str, prefixes: str, test
   bench = measure.Bench(
       model.config, reward, stop_id=tokenizer.eos_token_id, num_samples=plan.samples,
       max_new_tokens=plan.max_new_tokens, prompts_at_once=min(plan.prompts_at_once, plan.test_prefixes))
-  starts, held_out = (measure.prompt_ids(tokenizer, list(sample.read_prompts(path).values()), LONGEST)
+  starts, held_out = (measure.prompt_ids(tokenizer, list(read_prompts(path).values()), LONGEST)
                       for path in (prefixes, test))
   reference = jax.device_put(model.params)
   return methods.World(
@@ -192,7 +198,7 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> list[Line]:
   test = prefixes_file(given, "test_prefixes", "test", files.test_reviews, plan.test_prefixes)
   samples = stages.sampled(
       given, "samples", stages.Policy("SFT", sft), str(prefixes),
-      sample.Draw(num_samples=plan.samples, max_new_tokens=plan.max_new_tokens),
+      Draw(num_samples=plan.samples, max_new_tokens=plan.max_new_tokens),
       batch_size=plan.prompts_at_once, fsdp=1)
   pairs = labelled(given, plan, samples)
   runs = methods_of(plan, given)

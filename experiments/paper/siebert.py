@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import transformers
 
-from dpojax.config import ConfigError
+from dpojax.training.config import ConfigError
 
 Classify = Callable[[list[str]], list[list[dict[str, Any]]]]
 """Texts -> of each every label with its score."""

@@ -22,16 +22,24 @@ from typing import Any, Callable, Iterable, NamedTuple, Sequence
 import ml_collections
 import numpy as np
 
-from dpojax import evaluate, judging, ppo, resolve, sample, scorers, train
-from dpojax import config as config_lib
-from dpojax.command import command
-from dpojax.config import ConfigError
+from dpojax import train
 from dpojax.data import examples
 from dpojax.data import records as records_lib
 from dpojax.data.examples import DataError, Example
-from dpojax.metrics import read_metrics
-from experiments import methods, sweep, win_rate
-from experiments.methods import Line
+from dpojax.evaluate import compare, judging, scorers
+from dpojax.evaluate import report as report_lib
+from dpojax.ppo import loop as ppo
+from dpojax.runtime.command import command
+from dpojax.sample import files
+from dpojax.sample.draws import Draw
+from dpojax.sample.generator import make_mesh
+from dpojax.training import config as config_lib
+from dpojax.training import resolve
+from dpojax.training.config import ConfigError
+from dpojax.training.metrics import read_metrics
+from experiments import sweep
+from experiments.paper import methods, win_rate
+from experiments.paper.methods import Line
 
 OPENAI = "https://api.openai.com/v1"
 WORTH = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -125,7 +133,7 @@ def trained(given: Given, name: str, config_name: str, changes: dict[str, Any]) 
 
 
 def sampled(
-    given: Given, name: str, policy: Policy, prompts: str, draw: sample.Draw, *, batch_size: int,
+    given: Given, name: str, policy: Policy, prompts: str, draw: Draw, *, batch_size: int,
     fsdp: int, max_prompt_length: int = 0) -> str:
   """Samples from a policy to the prompts of a file; returns the file of samples."""
   out = str(given.workdir / name / "samples.jsonl")
@@ -136,7 +144,7 @@ def sampled(
           f"--reference=none {' '.join([*step, *flags])}")
   settings = {"model": policy.model, "step": policy.step, "prompts": prompts,
               "max_prompt_length": max_prompt_length} | drawn
-  stage(given, name, what, settings, lambda: [sample.run(
+  stage(given, name, what, settings, lambda: [files.run(
       policy.model, prompts, out, draw, step=policy.step, reference="none", batch_size=batch_size,
       max_prompt_length=max_prompt_length, fsdp=fsdp)])
   return out
@@ -157,7 +165,7 @@ def best_of(
   def make():
     records = read_samples(samples)
     step = methods.best_evaluation(read_metrics(reward_model))["step"]
-    score = scorers.make_scorer(reward_model, sample.make_mesh(fsdp, 1), step)
+    score = scorers.make_scorer(reward_model, make_mesh(fsdp, 1), step)
     scores = score(list(map(records_lib.parse_prompt, records)), [each["response"] for each in records])
     for n, path in files.items():
       best = {}
@@ -185,8 +193,8 @@ def judged(given: Given, name: str, about: Line, ours: str, theirs: str, questio
   name = f"judged/{who}/{question}/{name}"
 
   def make():
-    result = evaluate.compare_files(ours, theirs, question=question, answers=answers, **judge)
-    evaluate.write(result, given.workdir / name / "result.json")
+    result = compare.compare_files(ours, theirs, question=question, answers=answers, **judge)
+    report_lib.write(result, given.workdir / name / "result.json")
     won = np.array([WORTH[outcome] for outcome in result["outcomes"] if outcome in WORTH])
     if not len(won):
       raise judging.JudgeError(f"the judge of {ours} gave no verdict; see {answers}")

@@ -21,13 +21,12 @@ seeds are equal; a news article stands whole before "TL;DR:", or its first token
 import argparse
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from dpojax import sample
-from dpojax.config import ConfigError
 from dpojax.data import tokenization
 from dpojax.data.examples import Example
-from experiments import methods
-from experiments.methods import Line
-from experiments.paper import stages
+from dpojax.sample.draws import Draw
+from dpojax.training.config import ConfigError
+from experiments.paper import methods, stages
+from experiments.paper.methods import Line
 from experiments.paper.stages import Given, Policy
 
 KINDS = ("dpo", "preferred_ft", "reward")
@@ -85,7 +84,7 @@ def win_rates(
   for temperature in temperatures:
     for policy in policies:
       place = stages.place_of(name, policy, temperature)
-      draw = sample.Draw(max_new_tokens=plan.max_new_tokens, temperature=temperature)
+      draw = Draw(max_new_tokens=plan.max_new_tokens, temperature=temperature)
       ours = stages.sampled(given, f"samples/{place}", policy, prompts, draw, fsdp=fsdp,
                             batch_size=plan.prompts_at_once, max_prompt_length=max_prompt_length)
       yield from stages.judged(given, place, {"method": policy.name, "temperature": temperature},
@@ -98,7 +97,7 @@ def best_of_rates(
   policy = Policy(f"Best of {plan.best_of}", plan.sft)
   for temperature in plan.temperatures:
     place = stages.place_of("posts", policy, temperature)
-    draw = sample.Draw(num_samples=plan.best_of, max_new_tokens=plan.max_new_tokens, temperature=temperature)
+    draw = Draw(num_samples=plan.best_of, max_new_tokens=plan.max_new_tokens, temperature=temperature)
     samples = stages.sampled(given, f"samples/{place}", policy, prompts, draw, fsdp=fsdp,
                              batch_size=max(1, plan.prompts_at_once // plan.best_of))
     files = stages.best_of(given, f"best/{place}", samples, reward_model, (plan.best_of,), fsdp=fsdp)

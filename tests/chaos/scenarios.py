@@ -15,10 +15,16 @@ import time
 import jax
 import numpy as np
 
-from dpojax import checkpoint, ppo, processes, reference, sample, throughput, train
-from dpojax.command import command, is_main
+from dpojax import train
 from dpojax.data import builders, tokenization
-from dpojax.metrics import read_metrics
+from dpojax.ppo import loop as ppo
+from dpojax.runtime import processes
+from dpojax.runtime.command import command, is_main
+from dpojax.sample import files
+from dpojax.sample.draws import Draw
+from dpojax.sample.generator import Generator
+from dpojax.training import checkpoint, reference, throughput
+from dpojax.training.metrics import read_metrics
 from tests import worlds
 
 CLOCK = (*throughput.METRICS, "samples_per_second", "time")
@@ -81,9 +87,9 @@ def run_ppo(world, folder):
 
 def run_sample(world, folder):
   with command():
-    sample.run(
+    files.run(
         str(world / "sft"), str(world / "pairs.jsonl"), str(folder / "samples.jsonl"),
-        sample.Draw(num_samples=2, max_new_tokens=6), batch_size=4, limit=100)
+        Draw(num_samples=2, max_new_tokens=6), batch_size=4, limit=100)
     _tell(folder, {"samples": _sha((folder / "samples.jsonl").read_bytes())})
 
 
@@ -172,7 +178,7 @@ def watch_phases(path, slow):
   told(reference, "_compute", "storing a reference")
   told(ppo.Trainer, "step", "PPO step")
   told(ppo.Trainer, "measure", "evaluating")
-  told(sample.Generator, "__call__", "sampling")
+  told(Generator, "__call__", "sampling")
   for name in ("save", "wait"):
     told(checkpoint.Checkpoints, name, "saving")
   told(checkpoint.Checkpoints, "restore", "restoring")

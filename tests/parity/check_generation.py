@@ -18,8 +18,11 @@ import peft
 import torch
 import transformers
 
-from dpojax import checkpoint, export, sampling, train
+from dpojax import train
+from dpojax.export import writer
 from dpojax.models import transformer
+from dpojax.sample import sampler
+from dpojax.training import checkpoint
 from tests import worlds
 from tests.parity import models
 from tests.parity.check_peft import load, logits_here, logits_there
@@ -35,7 +38,7 @@ def greedy_here(config, params, prompts):
   for row, prompt in zip(padded, prompts):
     row[:len(prompt)] = prompt
   config, params = transformer.unrolled(config, params)
-  sample = jax.jit(sampling.make_sampler(config, max_new_tokens=NEW_TOKENS))
+  sample = jax.jit(sampler.make_sampler(config, max_new_tokens=NEW_TOKENS))
   return np.asarray(sample(params, padded, lengths, jax.random.key(0), 0.0).tokens)[:, 0]
 
 
@@ -67,7 +70,7 @@ def check_family(case, scratch):
     train.run(worlds.run_config("dpo", str(scratch / "tokenizer"), path, scratch / "cache", **{
         "model.checkpoint": str(scratch / "base"), "eval_every": 0, "log_every": 4} | changes),
         scratch / name)
-    export.export(scratch / name, scratch / f"{name}_hf")
+    writer.export(scratch / name, scratch / f"{name}_hf")
     policy = checkpoint.load_policy(scratch / name)
     here = greedy_here(policy.config, policy.params, prompts)
     there = greedy_there(scratch / f"{name}_hf", prompts)
@@ -91,13 +94,13 @@ def check_stops(scratch):
   for name, adapter in {"all": {}, "adapter": {"lora.rank": 4}}.items():
     train.run(worlds.run_config(*given, **changes | adapter), scratch / name)
     folders = {"exported": scratch / f"{name}_hf"}
-    print(*export.export(scratch / name, folders["exported"]), sep="\n")
+    print(*writer.export(scratch / name, folders["exported"]), sep="\n")
     model = load(folders["exported"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["exported"])
     configs = {f"{name}, exported": model.generation_config}
     if name == "adapter":
       folders["peft"] = scratch / "adapter_peft"
-      print(*export.export_adapter(scratch / name, folders["peft"]), sep="\n")
+      print(*writer.export_adapter(scratch / name, folders["peft"]), sep="\n")
       configs["adapter, PEFT's folder"] = transformers.GenerationConfig.from_pretrained(folders["peft"])
     configs["as the base's"] = transformers.GenerationConfig.from_pretrained(scratch / "base")
     prompts = tokenizer(["the film is", "the score is"], return_tensors="pt")

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import transformers
 
-from dpojax import from_gguf
 from dpojax.data import tokenization
-from dpojax.models import hf
+from dpojax.models import from_gguf, hf
 from tests import gguf_files, made_data, test_from_gguf
 from tests.parity.check_peft import logits_here
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from dpojax.data import packing
-from dpojax.log_probs import logits_of
+from dpojax.kernels.head import logits_of
 from dpojax.models import hf, lora, peft
 from tests.parity import models
 from tests.parity.make_model_vectors import model_of

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dpojax.log_probs import logits_of
+from dpojax.kernels.head import logits_of
 from dpojax.models import hf, rotary, transformer
 from dpojax.models.families import read_config
 from tests.parity import models

@@ -17,13 +17,13 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
-from dpojax import digests
 from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 from dpojax.data.files import Path, digest, local_files
-from dpojax.disk import DiskError
-from dpojax.ownership import owned
+from dpojax.runtime import digests
+from dpojax.runtime.disk import DiskError
+from dpojax.runtime.ownership import owned
 
 BUILDERS = {builder.name: builder for builder in (
     hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}

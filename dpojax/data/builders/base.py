@@ -9,10 +9,10 @@ from typing import Any, Iterable, Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dpojax import digests
 from dpojax.data.examples import DataError, Example, LeftOut, RecordError
 from dpojax.data.files import digest, read_records
 from dpojax.data.records import Reading
+from dpojax.runtime import digests
 
 
 @dataclasses.dataclass

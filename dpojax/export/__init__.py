@@ -1,0 +1,4 @@
+"""A run's policy as a Hugging Face folder: `python -m dpojax.export`.
+
+Begin with `writer`; `readback` holds what was written to the policy. Models' own files are `dpojax.models.hf`.
+"""

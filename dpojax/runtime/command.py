@@ -1,0 +1,40 @@
+"""What every command line does around its work."""
+
+import contextlib
+import sys
+from typing import Iterator
+
+import jax
+
+from dpojax.runtime import processes
+from dpojax.runtime.errors import UserError
+from dpojax.runtime.memory import keep_freed_memory
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+  """Makes the process keep the memory it frees, and turns what a user can mend into one line and exit 1.
+
+  Of several processes all end when one does. To be entered before any use of jax.
+  """
+  keep_freed_memory()
+  try:
+    yield
+    processes.leave()
+  except UserError as error:
+    processes.end(error)
+    sys.exit(f"error: {error}")
+  except (Exception, KeyboardInterrupt) as error:  # of several processes the others would wait for this one
+    processes.end(error)
+    raise
+
+
+def say(text: str) -> None:
+  """Prints a line from the first process."""
+  if is_main():
+    print(text, flush=True)
+
+
+def is_main() -> bool:
+  """Returns whether this is the first of the run's processes, which speaks and writes."""
+  return jax.process_index() == 0

@@ -1,0 +1,136 @@
+"""The files of a checkpoint: digests are taken as they are written, and checked before they are read.
+
+A process digests the arrays it has written itself, and checks those again that it is likely to read.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any, Callable, Iterable
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dpojax.runtime import digests
+from dpojax.runtime.digests import DamageError
+
+MARK = {"digests": "xxh3_128"}
+"""What a checkpoint says of itself if its files have digests: losing these is damage too."""
+
+_CHANGING = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files of a step that Orbax writes last, and restores nothing from."""
+
+
+class Arrays(ocp.PyTreeCheckpointHandler):
+  """Writes and reads a tree of arrays, and writes the digests of this process's files beside them."""
+
+  async def async_save(self, directory: Any, *args, **kwargs) -> list:
+    """Starts writing; the digests are there when the futures are done."""
+    futures = await super().async_save(directory, *args, **kwargs)
+    return [_Then(futures, lambda: _write_own(pathlib.Path(getattr(directory, "path", directory))))]
+
+
+@ocp.args.register_with_handler(Arrays, for_save=True)
+@dataclasses.dataclass
+class Save(ocp.args.PyTreeSave):
+  """A tree to be written by `Arrays`."""
+
+
+@ocp.args.register_with_handler(Arrays, for_restore=True)
+@dataclasses.dataclass
+class Restore(ocp.args.PyTreeRestore):
+  """What `Arrays` is to read a tree into."""
+
+
+def tree_of(folder: pathlib.Path) -> Any:
+  """Returns the metadata of the arrays of an item, as a tree."""
+  return Arrays().metadata(epath.Path(folder)).tree
+
+
+class _Then:
+  """Futures, and what is done after them by the thread that waits for them."""
+
+  def __init__(self, futures: list, then: Callable[[], None]):
+    self._futures, self._then = futures, then
+
+  def result(self, timeout: float | None = None) -> None:
+    for future in self._futures:
+      future.result(timeout=timeout)
+    self._then()
+
+  def cancel(self) -> None:
+    for future in self._futures:
+      future.cancel()
+
+
+def _write_own(folder: pathlib.Path) -> None:
+  """Writes the digests of what this process has written of an item."""
+  process = jax.process_index()
+  names = {name for name in digests.files_under(folder) if _writer(name) == process}
+  (folder / f"digests_{process}.json").write_text(json.dumps(digests.of_files(folder, names)))
+
+
+def seal(folder: pathlib.Path, step: int) -> None:
+  """Writes the digests of all files of a step that is written but not yet in its place."""
+  unfinished = next(path for path in folder.iterdir() if path.name.split(".")[0] == str(step))
+  known = {}
+  for path in unfinished.glob("*/digests_*.json"):
+    known |= {f"{path.parent.name}/{name}": value for name, value in json.loads(path.read_text()).items()}
+    path.unlink()
+  digests.write(unfinished, known=known, leave_out=_CHANGING)
+
+
+def check(folder: pathlib.Path, items: Iterable[str], *, together: bool) -> bool:
+  """Checks the files of some items of a step; returns False where it was written without digests.
+
+  Args:
+    folder: of the step.
+    items: names of the items.
+    together: whether all processes check at once, each its part; then all of them raise, or none.
+
+  Raises:
+    DamageError: a file is missing, or is not as it was written.
+  """
+  problem, found = "", None
+  share = (jax.process_index(), jax.process_count()) if together else (0, 1)
+  try:
+    found = digests.read(folder)
+    if found is None and _is_marked(folder / "about" / "metadata"):
+      raise DamageError(f"{folder / digests.FILE} is missing")
+    digests.check(folder, {name: value for name, value in (found or {}).items()
+                           if name.split("/")[0] in items and (_writer(name) or 0) % share[1] == share[0]})
+  except DamageError as error:
+    problem = str(error)
+  if together:
+    problem = _first_of_all(problem)
+  if problem:
+    raise DamageError(problem)
+  return found is not None
+
+
+def _writer(name: str) -> int | None:
+  """The process that has written a file of arrays; None of a file the first one adds in the end."""
+  found = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+  return int(found[1]) if found else None
+
+
+def _is_marked(about: pathlib.Path) -> bool:
+  try:
+    return "digests" in json.loads(about.read_bytes())
+  except (OSError, ValueError, TypeError, RecursionError) as error:
+    raise DamageError(f"{about} is damaged or missing ({error})") from error
+
+
+def _first_of_all(problem: str) -> str:
+  """Returns the first problem that any process has."""
+  if jax.process_count() == 1:
+    return problem
+  text = np.zeros(2048, np.uint8)
+  raw = np.frombuffer(problem.encode()[:len(text)], np.uint8)
+  text[:len(raw)] = raw
+  told = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text))
+  return next(filter(None, told), "")

@@ -1,0 +1,360 @@
+"""Devices: how the pure step is lifted over them. The only file that knows them.
+
+Two lifts with one interface. `Replicas` is `pmap`: every device holds all parameters. `Mesh` is
+`jit` over a mesh of axes data, fsdp and tensor: parameters are cut over fsdp and tensor, rows over
+data and fsdp. Both give the gradients of one device. With several processes each reads and places
+the rows of its own devices only.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import pathlib
+from typing import Any, Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dpojax.data.packing import Rows
+
+STRATEGIES = ("pmap", "mesh")
+AXIS = "replica"
+
+PARTITION = {
+    "embed/embedding": ("tensor", "fsdp"),
+    "positions/embedding": (None, "fsdp"),
+    "head": ("tensor", "fsdp"),
+    "head_bias": ("tensor",),
+    "query/kernel": ("fsdp", "tensor", None),
+    "key/kernel": ("fsdp", "tensor", None),
+    "value/kernel": ("fsdp", "tensor", None),
+    "attention_out/kernel": ("tensor", None, "fsdp"),
+    "gate/kernel": ("fsdp", "tensor"),
+    "up/kernel": ("fsdp", "tensor"),
+    "down/kernel": ("tensor", "fsdp"),
+    **{f"{name}/a": ("fsdp", None) for name in ("query", "key", "value", "gate", "up")},
+    **{f"{name}/b": (None, "tensor", None) for name in ("query", "key", "value")},
+    "attention_out/a": ("tensor", None, None),
+    "attention_out/b": (None, "fsdp"),
+    "gate/b": (None, "tensor"),
+    "up/b": (None, "tensor"),
+    "down/a": ("tensor", None),
+    "down/b": (None, "fsdp"),
+}
+"""Axes the trailing dimensions of a parameter are cut over, by the end of its path.
+
+The `a` and `b` of an adapter are cut as the inputs and outputs of the kernel they belong to.
+"""
+
+
+class Replicas:
+  """Every local device holds everything; gradients are summed by `pmap` over all devices."""
+
+  axis_name = AXIS
+  global_shards = 1  # a device sees its own rows only
+
+  def __init__(self):
+    self.devices = jax.local_devices()
+    self.row_multiple = jax.device_count()
+    self.compiles_ahead = jax.process_count() == 1  # else pmap converts arguments outside of its program
+    mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+    self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+  def place(self, tree: Any, *, donated: bool = True) -> Any:
+    """Returns the tree with a leading axis of devices."""
+    del donated
+    count = len(self.devices)
+    return jax.tree.map(
+        lambda x: jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding), tree)
+
+  def place_part(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> np.ndarray:
+    """Returns a parameter that is being read: whole, to be copied to the devices by `place`."""
+    return read((slice(None),) * len(leaf.shape))
+
+  def placed(self, tree: Any) -> Any:
+    """Returns the shapes that `place` would give, of a tree of arrays or shapes."""
+    return jax.tree.map(lambda x: self._shape(len(self.devices), *x.shape, dtype=x.dtype), tree)
+
+  def placed_rows(self, rows: Rows) -> Rows:
+    """Returns the shapes that `place_rows` would give, of all rows of a step."""
+    count = jax.device_count()
+    return jax.tree.map(
+        lambda x: self._shape(
+            len(self.devices), x.shape[0] // count, *x.shape[1:], dtype=x.dtype), rows)
+
+  def _shape(self, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+
+  def collect(self, tree: Any) -> Any:
+    """Returns a placed tree as NumPy arrays, from the first local device."""
+    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+
+  def restore_target(self, placed: Any) -> Any:
+    """Returns what to restore a collected tree into."""
+    return self.collect(placed)
+
+  def span(self, rows: int) -> tuple[int, int]:
+    """Returns the first row and the number of rows this process fills, of `rows`."""
+    count = rows // jax.process_count()
+    return jax.process_index() * count, count
+
+  def place_rows(self, rows: Rows, total: int) -> Rows:
+    """Places this process's rows, [R, ...] -> [devices, R / devices, ...]."""
+    del total
+    count = len(self.devices)
+    return jax.tree.map(
+        lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), self._sharding), rows)
+
+  def collect_rows(self, tree: Any) -> Any:
+    """Returns values of each row, [devices, R / devices, ...], as NumPy arrays [R, ...] of all rows."""
+    def whole(x):
+      local = np.concatenate([np.asarray(shard.data)[0] for shard in x.addressable_shards])
+      if jax.process_count() == 1:
+        return local
+      return np.concatenate(multihost_utils.process_allgather(local))
+    return jax.tree.map(whole, tree)
+
+  def lift(self, step: Callable, *, donate_state: bool) -> "Lifted":
+    """Returns the step over placed arguments; it donates its first argument if asked."""
+    return Lifted(jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ()))
+
+
+class Mesh:
+  """Rows cut over data and fsdp, parameters over fsdp and tensor, as `PARTITION` says."""
+
+  axis_name = None
+  compiles_ahead = True
+
+  def __init__(self, *, data: int = 0, fsdp: int = 1, tensor: int = 1,
+               devices: Sequence[jax.Device] | None = None):
+    """Makes the mesh of all devices, or of those given; data = 0 takes what fsdp and tensor leave.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    count = len(devices) if devices else jax.device_count()
+    data = data or max(1, count // (fsdp * tensor))
+    if data * fsdp * tensor != count:
+      raise ValueError(
+          f"parallel.data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor} "
+          f"but there are {count} devices; change the axes to multiply to {count}")
+    self.mesh = jax.make_mesh(
+        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3,
+        devices=devices)
+    self.row_multiple = self.global_shards = data * fsdp
+    self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+  def shardings(self, tree: Any) -> Any:
+    """Returns the sharding of each leaf, from the end of its path and its shape."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: self._sharding(
+        jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree)
+
+  def _sharding(self, name: str, leaf: Any) -> NamedSharding:
+    axes = next((axes for end, axes in PARTITION.items()
+                 if name == end or name.endswith("/" + end)), ())
+    if len(axes) > len(leaf.shape):
+      axes = ()
+    axes = (None,) * (len(leaf.shape) - len(axes)) + axes
+    fits = (axis if axis and size % self.mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape))
+    return NamedSharding(self.mesh, PartitionSpec(*fits))
+
+  def place_part(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> jax.Array:
+    """Returns a parameter as a global array, of which each local device's part is read in turn.
+
+    Args:
+      path: of the parameter in its tree, separated by /.
+      leaf: its shape and dtype.
+      read: index -> that part of it, as a new NumPy array. The host holds one part at a time.
+    """
+    sharding, parts = self._sharding(path, leaf), []
+    places = sharding.addressable_devices_indices_map(leaf.shape).items()
+    for _, same in itertools.groupby(sorted(places, key=_span), _span):
+      same = list(same)
+      part = read(same[0][1])
+      parts += [jax.device_put(part, device) for device, _ in same]
+      jax.block_until_ready(parts)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+  def place(self, tree: Any, *, donated: bool = True) -> Any:
+    """Returns the tree as global arrays, each device with its part.
+
+    Args:
+      tree: arrays of any kind.
+      donated: whether a step will be given the arrays for good. Those that are in place already are
+        then copied; else they are what is returned.
+    """
+    def place(leaf, sharding):
+      if isinstance(leaf, jax.Array) and (
+          leaf.sharding == sharding or not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding, may_alias=not donated)
+      array = np.asarray(leaf)
+      return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree, self.shardings(tree))
+
+  def placed(self, tree: Any) -> Any:
+    """Returns the shapes, with shardings, that `place` would give, of a tree of arrays or shapes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree, self.shardings(tree))
+
+  def placed_rows(self, rows: Rows) -> Rows:
+    """Returns the shapes, with shardings, that `place_rows` would give, of all rows of a step."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows)
+
+  def collect(self, tree: Any) -> Any:
+    """Returns the tree itself: global arrays are saved as they are."""
+    return tree
+
+  def restore_target(self, placed: Any) -> Any:
+    """Returns shapes with shardings, to restore into without a copy on one device."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+
+  def span(self, rows: int) -> tuple[int, int]:
+    """Returns the first row and the number of rows this process fills, of `rows`."""
+    indices = self._rows.addressable_devices_indices_map((rows,)).values()
+    bounds = [index[0].indices(rows)[:2] for index in indices]
+    first = min(start for start, _ in bounds)
+    return first, max(stop for _, stop in bounds) - first
+
+  def place_rows(self, rows: Rows, total: int) -> Rows:
+    """Places this process's rows as parts of global arrays of `total` rows."""
+    first, _ = self.span(total)
+    def place(x):
+      def local(index):
+        start, stop, _ = index[0].indices(total)
+        return x[start - first:stop - first]
+      return jax.make_array_from_callback((total, *x.shape[1:]), self._rows, local)
+    return jax.tree.map(place, rows)
+
+  def collect_rows(self, tree: Any) -> Any:
+    """Returns values of each row, [R, ...], as NumPy arrays of all rows."""
+    if jax.process_count() == 1:
+      return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+  def lift(self, step: Callable, *, donate_state: bool) -> "Lifted":
+    """Returns the step under `jit`; a donated first argument keeps its shardings in the output.
+
+    While it is traced the mesh is set, for code that depends on how rows are cut.
+    """
+    if not donate_state:
+      return Lifted(jax.jit(step), self._context)
+
+    def pinned(state, *args):
+      state, metrics = step(state, *args)
+      return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
+
+    return Lifted(jax.jit(pinned, donate_argnums=(0,)), self._context)
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(self.mesh)
+
+
+class Members(Mesh):
+  """Runs side by side, each whole on one device: arrays [M, ...] of M runs are cut over the devices.
+
+  What it lifts is a step mapped over runs by `jax.vmap`, in which no mesh is set: a run sees its own
+  rows only.
+  """
+
+  def __init__(self, count: int):
+    """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
+    devices = jax.devices()
+    each = -(-count // len(devices))
+    super().__init__(devices=devices[:-(-count // each)])
+
+  def shardings(self, tree: Any) -> Any:
+    """Returns the sharding of each leaf: by its leading axis."""
+    return jax.tree.map(lambda _: self._rows, tree)
+
+  def share(self, tree: Any) -> Any:
+    """Returns what all runs read, whole on each of the devices."""
+    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+class Lifted:
+  """A step over placed arguments, which may be compiled before there are any."""
+
+  def __init__(self, jitted: Any, context: Callable = contextlib.nullcontext):
+    self._jitted, self._context, self._compiled = jitted, context, {}
+
+  def __call__(self, *args):
+    with self._context():
+      return self._compiled.get(_shapes(args[-1]), self._jitted)(*args)
+
+  def compile(self, *args: Any) -> jax.stages.Compiled:
+    """Compiles for arguments, or their shapes as placed; calls with such a last one use it."""
+    with self._context():
+      compiled = self._jitted.lower(*args).compile()
+    self._compiled[_shapes(args[-1])] = compiled
+    return compiled
+
+
+def _shapes(tree: Any) -> tuple:
+  return tuple(np.shape(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _span(place: tuple[Any, tuple[slice, ...]]) -> list[int]:
+  """Where the part of a (device, index) starts: devices that start alike hold the same."""
+  return [part.start or 0 for part in place[1]]
+
+
+def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 1):
+  """Returns `Replicas` ('pmap') or `Mesh` ('mesh').
+
+  Raises:
+    ValueError: the strategy is unknown, or the axes do not fit it or the devices.
+  """
+  if strategy == "mesh":
+    return Mesh(data=data, fsdp=fsdp, tensor=tensor)
+  if strategy != "pmap":
+    raise ValueError(f"parallel.strategy is {strategy!r}; it must be one of {STRATEGIES}")
+  if (fsdp, tensor) != (1, 1) or data not in (0, jax.device_count()):
+    raise ValueError(
+        f"parallel.strategy is 'pmap' with data, fsdp, tensor = {data}, {fsdp}, {tensor}; pmap "
+        "holds everything on every device: set parallel.strategy='mesh' or leave them 0, 1, 1")
+  return Replicas()
+
+
+def simulate(devices: int) -> None:
+  """Lets jax see that many CPU devices, to compile for as many; before any other use of jax."""
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", devices)
+
+
+def memory_limit() -> int:
+  """Returns the bytes a local device can hold; on CPUs its share of what the process may use."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+  for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    with contextlib.suppress(OSError, ValueError):
+      limits.append(int(pathlib.Path(path).read_text()))
+  return min(limits) // jax.local_device_count()
+
+
+def bytes_on_one(tree: Any) -> int:
+  """Returns the bytes one device holds of a tree of shapes with shardings, as `placed` gives them."""
+  return sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+  """Returns the bytes of a placed tree on the first local device."""
+  device = jax.local_devices()[0]
+  return sum(
+      math.prod(shard.data.shape) * shard.data.dtype.itemsize
+      for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
+      if shard.device == device)

@@ -1,0 +1,501 @@
+"""Losses of `dpojax.losses` over packed rows: the table a config names, and their weighted sum.
+
+A function of `dpojax.losses` knows log-probs; a `Loss` says how they are read from rows: summed or
+mean, against a reference or not, as pairs, as rankings, each response alone, or all pairs of the
+step at once. A response that is not there, of length 0, counts nothing.
+"""
+
+import inspect
+from functools import partial
+from typing import Any, Callable, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dpojax import losses
+from dpojax.data.packing import Rows
+from dpojax.kernels.distributions import token_kl_from, token_log_collisions, token_mixed_log_probs
+from dpojax.log_probs import predicting_states, sum_by_slots, token_log_probs
+from dpojax.losses import Pair
+from dpojax.training.objectives import (
+  Apply,
+  Mean,
+  Objective,
+  mean_of_comparisons,
+  mean_where,
+  pair_of,
+  reward_metrics,
+)
+
+
+class Responses(NamedTuple):
+  """What losses read of the rows of a step.
+
+  Attributes:
+    policy: [R, P, K] float32 log-probs under the policy, summed.
+    reference: [R, P, K] the same under the reference; 0 where there is none.
+    lengths: [R, P, K] float32 tokens scored; 0 is a response that is not there.
+    shared: the log-probs of both as LD-DPO or SamPO reads them, or None.
+    weights: [R, P] WPO's weight of each pair; 1 unless asked for.
+    kl: KTO's reference point, a scalar without gradient, or None.
+    token_kl: [R, P, K] TDPO's KL(reference || policy) summed over a response's places, or None.
+    mixed: epsilon-DPO's log-probs [R, P, K] of the policy moved to the reference and away, or None.
+    axis_name: the mapped axis that the step's rows are spread over, or None.
+  """
+
+  policy: jax.Array
+  reference: jax.Array
+  lengths: jax.Array
+  shared: tuple[jax.Array, jax.Array] | None
+  weights: jax.Array
+  kl: jax.Array | None
+  token_kl: jax.Array | None
+  mixed: tuple[jax.Array, jax.Array] | None
+  axis_name: str | None
+
+  @property
+  def there(self) -> jax.Array:
+    """[R, P, K] bool."""
+    return self.lengths > 0
+
+  @property
+  def pairs(self) -> jax.Array:
+    """[R, P] bool: chosen and rejected are both there."""
+    return self.there[..., 0] & self.there[..., 1]
+
+
+class Reading(NamedTuple):
+  """How a loss is given log-probs: divided by their lengths, or LD-DPO's or SamPO's; else sums."""
+
+  mean: bool = False
+  shared: bool = False
+
+  def __call__(self, responses: Responses) -> tuple[jax.Array, jax.Array]:
+    """Returns log-probs [R, P, K] under the policy and the reference."""
+    values = responses.policy, responses.reference
+    if self.shared:
+      values = responses.shared
+    if self.mean:
+      values = tuple(losses.length_normalize(v, responses.lengths) for v in values)
+    return values
+
+
+# Forms: (function, responses, reading, knobs) -> [R, P] values that add up to the step's sum. A knob
+# is a number, or [R, P], one of each comparison.
+
+
+def pairwise(
+    function: Callable, responses: Responses, reading: Reading, knobs: dict, *more: Pair) -> jax.Array:
+  """(policy, reference, *more, **knobs) -> loss of each pair, elementwise."""
+  policy, reference = map(pair_of, reading(responses))
+  values = function(policy, reference, *more, **knobs) * responses.weights
+  return jnp.where(responses.pairs, values, 0)
+
+
+def with_lengths(
+    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`pairwise` with the responses' lengths."""
+  return pairwise(function, responses, reading, knobs, pair_of(responses.lengths))
+
+
+def with_token_kl(
+    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`pairwise` with the KL of each response's tokens."""
+  return pairwise(function, responses, reading, knobs, pair_of(responses.token_kl))
+
+
+def with_mixed(
+    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`pairwise` with the log-probs of the policy moved to the reference and away from it."""
+  return pairwise(function, responses, reading, knobs, *map(pair_of, responses.mixed))
+
+
+def reference_free(
+    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """(policy, **knobs) -> loss of each pair, elementwise."""
+  policy = pair_of(reading(responses)[0])
+  return jnp.where(responses.pairs, function(policy, **knobs) * responses.weights, 0)
+
+
+def ranking(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """(policy, reference, *, where, **knobs) -> loss of each ranking of [..., K], best first."""
+  return function(*reading(responses), where=responses.there, **_of_each_response(knobs))
+
+
+def sorted_pairs(
+    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """(policy, reference, *, where, **knobs) -> losses over the sorted last axis: all pairs of the step.
+
+  Raises:
+    ValueError: a knob is of each comparison, and a rank has two.
+  """
+  for name, value in knobs.items():
+    if jnp.ndim(value):
+      raise ValueError(f"{name} is given for each comparison, but a loss of ranks mixes comparisons; "
+                       "give one number")
+  policy, reference = map(pair_of, reading(responses))
+  everything = partial(_whole_step, axis_name=responses.axis_name)
+  values = function(
+      *jax.tree.map(everything, (policy, reference)), where=everything(responses.pairs), **knobs)
+  # Every device holds all pairs of the step: each answers for its share of their sum.
+  devices = values.size // responses.pairs.size
+  return jnp.sum(values.reshape(devices, *responses.pairs.shape), axis=0) / devices
+
+
+def single(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """(log_ratios, desirable, **knobs) -> loss of each response; the mean over those that are there."""
+  policy, reference = reading(responses)
+  first = jnp.arange(policy.shape[-1]) == 0
+  desirable = jnp.broadcast_to(first, policy.shape)
+  values = function(policy - reference, desirable, **_of_each_response(knobs))[..., :2]
+  there = responses.there[..., :2]
+  return jnp.sum(values, axis=-1, where=there) / jnp.maximum(jnp.sum(there, axis=-1), 1)
+
+
+def kto(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`single` with the step's reference point."""
+  return single(function, responses, reading, {"kl": responses.kl} | knobs)
+
+
+def bco(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`single` with the step's mean reward as delta, unless delta is given."""
+  policy, reference = reading(responses)
+  mean = step_mean(policy - reference, responses.there, axis_name=responses.axis_name)
+  return single(function, responses, reading, {"delta": knobs["beta"] * mean} | knobs)
+
+
+def best(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """(log_probs) -> loss of the chosen response."""
+  values = function(reading(responses)[0][..., 0], **knobs)
+  return jnp.where(responses.there[..., 0], values, 0)
+
+
+def _of_each_response(knobs: dict) -> dict:
+  """[R, P] knobs as [R, P, 1]."""
+  return {name: value[..., None] if jnp.ndim(value) else value for name, value in knobs.items()}
+
+
+class Loss(NamedTuple):
+  """An entry of the table.
+
+  Attributes:
+    function: of `dpojax.losses`, or alike.
+    form: how it is fed.
+    reads_reference: whether it compares with a reference.
+    mean: whether its definition reads mean log-probs.
+    options: of 'length_normalize', 'ld_alpha', 'sampo', 'wpo' and 'dr_dpo', those it can be
+      combined with.
+    whole_step: whether responses of different comparisons meet in it, so that a step cannot be
+      computed in parts.
+  """
+
+  function: Callable
+  form: Callable = pairwise
+  reads_reference: bool = True
+  mean: bool = False
+  options: tuple[str, ...] = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
+  whole_step: bool = False
+
+  def knobs(self) -> dict[str, inspect.Parameter]:
+    """Returns the keywords it takes besides beta, with their defaults."""
+    given = ("beta", "where", "divergence", "kl")
+    return {name: parameter for name, parameter in self.signature().items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in given}
+
+  @property
+  def single(self) -> bool:
+    """Whether it reads each response alone, so that a comparison may have only one."""
+    return self.form in (kto, bco, best)
+
+  @property
+  def reads_every_token(self) -> bool:
+    """Whether it reads the reference's whole next-token distributions, and not log-probs alone."""
+    return self.form in (with_token_kl, with_mixed)
+
+  def takes_beta(self) -> bool:
+    return "beta" in self.signature()
+
+  def signature(self):
+    return inspect.signature(self.function).parameters
+
+
+LOSSES = {name: Loss(function) for name, function in losses.PAIRWISE_LOSSES.items()} | {
+    "dpo_plackett_luce": Loss(
+        losses.dpo_plackett_luce_loss, ranking, options=("length_normalize",)),
+    "aot": Loss(
+        losses.aot_loss, sorted_pairs, options=("length_normalize", "ld_alpha"), whole_step=True),
+    "aot_unpaired": Loss(
+        losses.aot_unpaired_loss, sorted_pairs, options=("length_normalize", "ld_alpha"),
+        whole_step=True),
+    "kto": Loss(losses.kto_loss, kto, options=(), whole_step=True),
+    "bco": Loss(losses.bco_loss, bco, options=("length_normalize",), whole_step=True),
+    "h_dpo": Loss(losses.h_dpo_loss),
+    "r_dpo": Loss(losses.r_dpo_loss, with_lengths, options=("wpo", "dr_dpo")),
+    "tdpo1": Loss(losses.tdpo1_loss, with_token_kl, options=("wpo", "dr_dpo")),
+    "tdpo2": Loss(losses.tdpo2_loss, with_token_kl, options=("wpo", "dr_dpo")),
+    "epsilon_dpo": Loss(losses.epsilon_dpo_loss, with_mixed, options=("wpo", "dr_dpo")),
+    "simpo": Loss(
+        losses.simpo_loss, reference_free, reads_reference=False, mean=True,
+        options=("wpo", "dr_dpo")),
+    "alphapo": Loss(
+        losses.alphapo_loss, reference_free, reads_reference=False, mean=True,
+        options=("wpo", "dr_dpo")),
+    "cpo": Loss(losses.cpo_loss, reference_free, reads_reference=False),
+    "orpo": Loss(
+        losses.orpo_loss, reference_free, reads_reference=False, mean=True,
+        options=("wpo", "dr_dpo")),
+    "unlikelihood": Loss(losses.unlikelihood_loss, reference_free, reads_reference=False),
+    "nll": Loss(losses.nll_loss, best, reads_reference=False, options=()),
+    "nll_mean": Loss(losses.nll_loss, best, reads_reference=False, mean=True, options=()),
+}
+"""Names `config.loss` takes. 'nll' is of summed log-probs, 'nll_mean' of each response's mean."""
+
+
+class Term(NamedTuple):
+  """A loss of a sum: its name in the metrics, the loss, its weight and its knobs."""
+
+  name: str
+  loss: Loss
+  weight: float | jax.Array = 1.0
+  knobs: dict[str, Any] = {}
+
+
+def make_terms(
+    names: Sequence[str], weights: Sequence[float] = (), knobs: dict[str, Any] | None = None
+) -> list[Term]:
+  """Returns the losses of the table with these names; each gets the knobs that it takes."""
+  weights = weights or [1.0] * len(names)
+  return [
+      Term(name, LOSSES[name], weight,
+           {knob: value for knob, value in (knobs or {}).items() if knob in LOSSES[name].knobs()})
+      for name, weight in zip(names, weights, strict=True)]
+
+
+def preference_objective(
+    apply: Apply, terms: Sequence[Term], *, beta: float | jax.Array, num_responses: int = 2,
+    beta_factor: Callable[[jax.Array | int], jax.Array] | None = None,
+    length_normalize: bool = False, ld_alpha: float | None = None, sampo: bool = False,
+    wpo: bool = False, dr_dpo: float | None = None, with_reference: bool = True, seed: int = 0,
+    chunk_size: int | None = None, axis_name: str | None = None,
+) -> Objective:
+  """The weighted sum of losses between the responses of each comparison, chosen first.
+
+  Rows may carry knobs of their own, beta among them, which take the place of those given here.
+
+  Metrics: `rewards/*` are beta (log pi - log pi_ref) of the log-probs the first loss reads, without
+  a reference beta log pi, with beta 1 for a loss that has none; `beta` is there where it moves.
+
+  Args:
+    apply: the model; it is applied to the policy's params, and to the reference's unless the rows
+      carry stored log-probs.
+    terms: the losses; see `make_terms`.
+    beta: strength of the pull to the reference.
+    num_responses: responses of a comparison that are compared. KTO's rows hold one more, a response
+      to another prompt: see `dpojax.data.loader.Mismatched`.
+    beta_factor: what every beta is multiplied by, by step; None is 1.
+    length_normalize: the losses that can read mean log-probs instead of sums.
+    ld_alpha: LD-DPO's alpha, for the losses that can.
+    sampo: the losses that can read as many tokens, drawn anew at each step, as the shorter response
+      has.
+    wpo: weigh pairs by how likely the policy is to sample them, in the losses that can.
+    dr_dpo: Dr. DPO's tau: weigh pairs by how small their loss is, in the losses that can.
+    with_reference: false sets every reference log-prob to 0, a uniform reference.
+    seed: of the tokens that SamPO draws.
+    chunk_size: see `dpojax.log_probs.token_log_probs`.
+    axis_name: the mapped axis that rows are spread over, under `pmap`.
+  """
+  forms = {term.loss.form for term in terms}
+  rows_hold = num_responses + (kto in forms)
+  needs_reference = with_reference and any(term.loss.reads_reference for term in terms)
+  asked = dict(length_normalize=length_normalize, ld_alpha=ld_alpha is not None, sampo=sampo)
+  reading_of = lambda loss: Reading(
+      mean=loss.mean or (asked["length_normalize"] and "length_normalize" in loss.options),
+      shared=any(asked[name] and name in loss.options for name in ("ld_alpha", "sampo")))
+
+  def score(outputs, rows, step):
+    tokens = token_log_probs(
+        predicting_states(outputs.hidden, rows.source), outputs.head, rows.target,
+        where=_scored(rows, rows_hold), chunk_size=chunk_size)
+    sums = _by_response(tokens, rows, rows_hold)
+    shared = None
+    if ld_alpha is not None or sampo:
+      mask = _pair_masks(rows, rows_hold)
+      token_pair = jax.tree.map(lambda m: jnp.broadcast_to(tokens[:, None], m.shape), mask)
+      if sampo:
+        noise = _noise(rows, rows_hold, seed, step)
+        noise = jax.tree.map(lambda m: jnp.broadcast_to(noise[:, None], m.shape), mask)
+        shared = losses.sampo_log_probs(token_pair, mask, noise)
+      else:
+        shared = losses.ld_dpo_log_probs(token_pair, mask, alpha=ld_alpha)
+      shared = jnp.stack(shared, axis=-1)
+    return tokens, sums, shared
+
+  def read(params, reference, rows, step) -> Responses:
+    outputs, frozen_outputs = apply(params, rows), None
+    tokens, policy, shared = score(outputs, rows, step)
+    frozen, frozen_shared = jax.tree.map(jnp.zeros_like, (policy, shared))
+    if needs_reference and rows.reference is not None:
+      frozen = rows.reference
+    elif needs_reference:
+      frozen_outputs = jax.lax.stop_gradient(apply(reference, rows))
+      _, frozen, frozen_shared = jax.lax.stop_gradient(score(frozen_outputs, rows, step))
+    lengths = _by_response(jnp.ones_like(tokens), rows, rows_hold)
+    kl = None
+    if kto in forms:
+      mismatched = policy[..., -1] - frozen[..., -1]
+      kl = jnp.maximum(step_mean(mismatched, lengths[..., -1] > 0, axis_name=axis_name), 0)
+    weights = jnp.ones(policy.shape[:-1])
+    if wpo:
+      weights = _wpo_weights(outputs, rows, tokens, lengths, chunk_size)
+    cut = lambda x: x[..., :num_responses]
+    return Responses(
+        cut(policy), cut(frozen), cut(lengths), None if shared is None else (shared, frozen_shared),
+        weights, kl, *_of_every_token(terms, outputs, frozen_outputs, rows, rows_hold, chunk_size),
+        axis_name)
+
+  def evaluate(params, reference, rows, step=0):
+    responses = read(params, reference, rows, step)
+    count = jnp.sum(rows.example >= 0, dtype=jnp.float32)
+    of_rows = rows.knobs or {}
+    factor = 1.0 if beta_factor is None else beta_factor(step)
+    moved = factor * of_rows.get("beta", beta)
+    loss, parts = Mean(0.0, count), {}
+    for term in terms:
+      knobs = term.knobs | {name: of_rows[name] for name in term.loss.knobs() if name in of_rows}
+      knobs |= {"beta": moved} if term.loss.takes_beta() else {}
+      values = term.loss.form(term.loss.function, responses, reading_of(term.loss), knobs)
+      if dr_dpo is not None and "dr_dpo" in term.loss.options:
+        values *= _dr_dpo_weights(values, responses, dr_dpo)
+      parts[f"loss/{term.name}"] = Mean(jnp.sum(values), count)
+      loss = loss._replace(total=loss.total + term.weight * jnp.sum(values))
+    metrics = {"loss": loss} | (parts if len(terms) > 1 else {})
+    first = terms[0].loss
+    metrics |= _metrics(
+        responses, reading_of(first), moved if first.takes_beta() else 1.0, needs_reference)
+    if responses.kl is not None:
+      metrics["kl"] = Mean(responses.kl * count, count)
+    if beta_factor is not None or "beta" in of_rows:
+      metrics["beta"] = mean_of_comparisons(jnp.broadcast_to(moved, rows.example.shape), rows)
+    return loss, metrics
+
+  return Objective(evaluate, num_responses=rows_hold, needs_reference=needs_reference,
+                   moves=beta_factor is not None or sampo)
+
+
+def _metrics(responses: Responses, reading: Reading, beta, needs_reference: bool) -> dict[str, Mean]:
+  policy, reference = reading(responses)
+  rewards = pair_of(_of_each_response({"beta": beta})["beta"] * (policy - reference))
+  there = pair_of(responses.there)
+  sums = pair_of(responses.policy)
+  metrics = reward_metrics(rewards, there) | {
+      "logps/chosen": mean_where(sums.chosen, there.chosen),
+      "logps/rejected": mean_where(sums.rejected, there.rejected),
+  }
+  if needs_reference:
+    ratios = responses.policy - responses.reference
+    both = pair_of(ratios)
+    metrics |= {
+        "log_ratios/chosen": mean_where(both.chosen, there.chosen),
+        "log_ratios/rejected": mean_where(both.rejected, there.rejected),
+        "log_ratios/abs": mean_where(jnp.abs(ratios), responses.there),
+    }
+  return metrics
+
+
+def step_mean(values: jax.Array, where: jax.Array, *, axis_name: str | None) -> jax.Array:
+  """Returns the mean over the whole step, without gradient."""
+  mean = jax.lax.stop_gradient(mean_where(values, where))
+  if axis_name is not None:
+    mean = jax.lax.psum(mean, axis_name)
+  return mean.total / jnp.maximum(mean.count, 1)
+
+
+def _whole_step(values: jax.Array, *, axis_name: str | None) -> jax.Array:
+  """[R, P] -> [R * P] of all devices that a mapped axis spreads rows over."""
+  values = values.reshape(-1)
+  if axis_name is None:
+    return values
+  return jax.lax.all_gather(values, axis_name, tiled=True)
+
+
+def _scored(rows: Rows, num_responses: int) -> jax.Array:
+  """Returns which of the scored places [R, S] hold a token."""
+  return rows.slot < rows.example.shape[-1] * num_responses
+
+
+def _of_every_token(
+    terms: Sequence[Term], outputs, reference_outputs, rows: Rows, num_responses: int, chunk_size
+) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+  """Returns `token_kl` and `mixed` of `Responses`, either only where a loss reads it."""
+  token_kl = mixed = None
+  readers = {term.loss.form: term for term in terms if term.loss.reads_every_token}
+  if readers and reference_outputs is None:
+    raise ValueError(
+        f"{', '.join(term.name for term in readers.values())} reads the reference's next-token "
+        "distributions, which are not stored; give the reference's params")
+  models = [part for each in (outputs, reference_outputs) if readers
+            for part in (predicting_states(each.hidden, rows.source), each.head)]
+  if with_token_kl in readers:
+    tokens = token_kl_from(*models, where=_scored(rows, num_responses), chunk_size=chunk_size)
+    token_kl = _by_response(tokens, rows, num_responses)
+  if with_mixed in readers:
+    term = readers[with_mixed]
+    epsilon = term.knobs.get("epsilon", term.loss.knobs()["epsilon"].default)
+    mixed = tuple(_by_response(
+        token_mixed_log_probs(*models, rows.target, share=share, chunk_size=chunk_size), rows,
+        num_responses) for share in (epsilon, -epsilon))
+  return token_kl, mixed
+
+
+def _dr_dpo_weights(values: jax.Array, responses: Responses, tau: float) -> jax.Array:
+  """Returns Dr. DPO's weights [R, P] of this device's values, among those of the whole step."""
+  everything = partial(_whole_step, axis_name=responses.axis_name)
+  weights = losses.dr_dpo_weights(
+      everything(jax.lax.stop_gradient(values)), tau=tau, where=everything(responses.pairs))
+  if responses.axis_name is not None:
+    first = jax.lax.axis_index(responses.axis_name) * values.size
+    weights = jax.lax.dynamic_slice_in_dim(weights, first, values.size)
+  return weights.reshape(values.shape)
+
+
+def _noise(rows: Rows, num_responses: int, seed: int, step: jax.Array | int) -> jax.Array:
+  """Returns a uniform draw for each scored place [R, S], whatever row its response stands in.
+
+  It depends on the seed, the step, the comparison's example, the response and the place in it.
+  """
+  last = rows.example.shape[-1] * num_responses
+  places = jnp.arange(rows.slot.shape[-1])
+  first = jax.vmap(lambda slot: jax.ops.segment_min(places, slot, num_segments=last + 1)[slot])(
+      jnp.asarray(rows.slot))
+  example = jnp.take_along_axis(
+      jnp.asarray(rows.example), jnp.minimum(rows.slot, last - 1) // num_responses, axis=-1)
+  number = (places[None] - first) * num_responses + rows.slot % num_responses
+  key = jax.random.fold_in(jax.random.key(seed), step)
+
+  def draw(example, number):
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, example), number))
+
+  return jax.vmap(jax.vmap(draw))(example, number)
+
+
+def _by_response(values: jax.Array, rows: Rows, num_responses: int) -> jax.Array:
+  """[R, S] values of scored tokens -> their sums over each response, [R, P, K]."""
+  comparisons = rows.example.shape[-1]
+  sums = sum_by_slots(values, rows.slot, num_slots=comparisons * num_responses)
+  return sums.reshape(-1, comparisons, num_responses)
+
+
+def _pair_masks(rows: Rows, num_responses: int) -> Pair:
+  """Returns where the scored tokens of chosen and rejected stand, bool [R, P, S] each."""
+  comparisons = rows.example.shape[-1]
+  first = num_responses * jnp.arange(comparisons)[None, :, None]
+  slot = jnp.asarray(rows.slot)[:, None, :]
+  return Pair(slot == first, slot == first + 1)
+
+
+def _wpo_weights(outputs, rows: Rows, tokens, lengths, chunk_size) -> jax.Array:
+  outputs = jax.lax.stop_gradient(outputs)
+  collisions = token_log_collisions(
+      predicting_states(outputs.hidden, rows.source), outputs.head, chunk_size=chunk_size)
+  alignment = _by_response(tokens - collisions, rows, lengths.shape[-1])
+  return losses.wpo_weights(pair_of(losses.length_normalize(alignment, lengths)))

@@ -1,0 +1,115 @@
+"""Tokens a second of dpojax.sample.sampler beside transformers.generate: same model, same machine, in turns.
+
+python -m experiments.measurements.sampling_speed [--batches 1 16] [--repeats 5] [--cores 1]
+
+A Llama-style model of 16M random parameters is written by transformers and read by both. Every
+sample has all its tokens (no stop id), and each side is asked in turn, so that what else the machine
+does hits both. Needs torch: `pip install -e '.[parity]'`.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from typing import Callable
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from dpojax.models import hf, transformer
+from dpojax.runtime import memory
+from dpojax.sample import sampler
+
+PROMPT, NEW = 64, 128
+
+DRAWS = {
+    "temperature 1": dict(temperature=1.0),
+    "greedy": dict(temperature=0.0),
+    "top-p 0.9": dict(temperature=1.0, top_p=0.9),
+    "top-k 50": dict(temperature=1.0, top_k=50),
+}
+
+
+def make_model(folder: str) -> transformers.PreTrainedModel:
+  """Returns a random model, written to a folder too."""
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=32000, hidden_size=256, num_hidden_layers=10, num_attention_heads=4,
+      num_key_value_heads=4, intermediate_size=704, max_position_embeddings=1024,
+      tie_word_embeddings=True)).eval()
+  model.save_pretrained(folder)
+  return model
+
+
+def dpojax_side(folder: str, num_samples: int = 1) -> Callable:
+  """Returns `generate(prompts, **draw)`, jitted."""
+  config, params = transformer.unrolled(*hf.load(folder))
+  params = jax.device_put(params)
+  sample = jax.jit(sampler.make_sampler(config, max_new_tokens=NEW, num_samples=num_samples))
+
+  def generate(prompts, temperature=1.0, top_p=1.0, top_k=0):
+    lengths = np.full(len(prompts), prompts.shape[1], np.int32)
+    return np.asarray(sample(
+        params, prompts, lengths, jax.random.key(0), temperature, top_p, top_k).tokens)
+
+  return generate
+
+
+def transformers_side(model: transformers.PreTrainedModel, num_samples: int = 1) -> Callable:
+  """Returns `generate(prompts, **draw)` of the library."""
+  @torch.inference_mode()
+  def generate(prompts, temperature=1.0, top_p=1.0, top_k=0):
+    ids = torch.from_numpy(prompts.astype(np.int64))
+    draw = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+        pad_token_id=0, num_return_sequences=num_samples,
+        **(draw if temperature else dict(do_sample=False)))
+    return out[:, prompts.shape[1]:].numpy()
+
+  return generate
+
+
+def seconds(generate: Callable, prompts: np.ndarray, draw: dict) -> float:
+  start = time.perf_counter()
+  generate(prompts, **draw)
+  return time.perf_counter() - start
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
+  options = parser.parse_args()
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:options.cores])  # before jax counts them
+  memory.keep_freed_memory()  # as every command of dpojax does; torch's buffers are kept too
+  torch.set_num_threads(options.cores)
+  transformers.utils.logging.disable_progress_bar()
+  rng = np.random.default_rng(0)
+  print(f"16M parameters, prompts of {PROMPT} tokens, {NEW} new ones; median of {options.repeats} "
+        f"runs each, in turns, {options.cores} CPU core(s)\njax {jax.__version__}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}\n")
+  print("| samples | draw | transformers, tokens/s | dpojax, tokens/s | ratio |\n|---|---|---|---|---|")
+  with tempfile.TemporaryDirectory() as folder:
+    model = make_model(folder)
+    cases = [(batch, 1, name) for batch in options.batches for name in DRAWS]
+    cases += [(1, 16, "temperature 1")]
+    sides = {k: [transformers_side(model, k), dpojax_side(folder, k)] for k in (1, 16)}
+    for batch, num_samples, name in cases:
+      prompts, draw = rng.integers(32000, size=(batch, PROMPT)).astype(np.int32), DRAWS[name]
+      theirs, ours = (side(prompts, **draw) for side in sides[num_samples])  # compiles
+      if draw["temperature"] == 0:
+        same = np.mean(theirs[:, :16] == ours[:, 0, :16])
+        assert same > 0.9, f"only {same:.0%} of the first greedy tokens are the same"
+      times = [[seconds(side, prompts, draw) for side in sides[num_samples]] for _ in range(options.repeats)]
+      theirs, ours = (batch * num_samples * NEW / statistics.median(each) for each in zip(*times))
+      what = f"{batch}" if num_samples == 1 else f"{num_samples} of one prompt"
+      print(f"| {what} | {name} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
