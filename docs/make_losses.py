@@ -11,7 +11,8 @@ import pathlib
 import re
 import sys
 import types
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,10 @@ class Entry(NamedTuple):
   def citations(self) -> list[tuple[str, str]]:
     """(paper, equation) in order of mention, each paper once."""
     found = re.findall(
-        r"([A-Z][\w']+(?: et al\.)? \d{4}[a-z]?)"
-        r"(?:,? \(?((?:Eq\. [\d.]*\d(?: and \d+)?|Sec\. \d+|App\. [A-Z]\.\d+)))?", _joined(self.doc))
+      r"([A-Z][\w']+(?: et al\.)? \d{4}[a-z]?)"
+      r"(?:,? \(?((?:Eq\. [\d.]*\d(?: and \d+)?|Sec\. \d+|App\. [A-Z]\.\d+)))?",
+      _joined(self.doc),
+    )
     places = {}
     for paper, place in found:
       places[paper] = places.get(paper) or place
@@ -81,8 +84,8 @@ def entries() -> list[Entry]:
 
 def cite(entry: Entry) -> str:
   return "; ".join(
-      f"[{paper}]({PAPERS[paper]})" + (f", {place}" if place else "")
-      for paper, place in entry.citations)
+    f"[{paper}]({PAPERS[paper]})" + (f", {place}" if place else "") for paper, place in entry.citations
+  )
 
 
 def config_names(name: str) -> str:
@@ -99,8 +102,11 @@ def overview() -> str:
   """One row a function: what it returns, where it is from, what a config calls it."""
   blocks = []
   for group in dict.fromkeys(entry.group for entry in entries()):
-    rows = [(f"[`{e.name}`](#{e.name})", e.formula, cite(e), config_names(e.name))
-            for e in entries() if e.group == group]
+    rows = [
+      (f"[`{e.name}`](#{e.name})", e.formula, cite(e), config_names(e.name))
+      for e in entries()
+      if e.group == group
+    ]
     head = ("function", "returns", "source", "`config.loss`")
     blocks.append(f"**{group}**\n\n{table(head, rows)}")
   return "\n\n".join(blocks)
@@ -108,8 +114,7 @@ def overview() -> str:
 
 def functions() -> str:
   """A section for each function: its signature and its docstring."""
-  return "\n\n".join(
-      f"### `{e.name}`\n\n`{e.signature}`\n\n{markdown(e.doc)}" for e in entries())
+  return "\n\n".join(f"### `{e.name}`\n\n`{e.signature}`\n\n{markdown(e.doc)}" for e in entries())
 
 
 def markdown(doc: str) -> str:
@@ -159,10 +164,11 @@ def of_ratios(name: str) -> Callable:
   """Returns the loss as a function of h_w, h_l and beta."""
   key, _, options = name.partition(", ")
   knobs = {options.split()[0]: float(options.split()[1])} if options else {}
+
   def loss(chosen, rejected, beta):
     zero = jnp.zeros_like(chosen)
-    return losses.PAIRWISE_LOSSES[key](
-        Pair(chosen, rejected), Pair(zero, zero), beta=beta, **knobs)
+    return losses.PAIRWISE_LOSSES[key](Pair(chosen, rejected), Pair(zero, zero), beta=beta, **knobs)
+
   return loss
 
 
@@ -176,8 +182,7 @@ def measured(loss: Callable, chosen: float, rejected: float, sweep) -> tuple[str
 
 def at(chosen: float, rejected: float) -> str:
   """Every pairwise loss at one place, for each beta."""
-  rows = [(code(name), *measured(of_ratios(name), chosen, rejected, BETAS))
-          for name in BETA_IN_WORDS]
+  rows = [(code(name), *measured(of_ratios(name), chosen, rejected, BETAS)) for name in BETA_IN_WORDS]
   return table(("loss", "value", "push on chosen", "push on rejected"), rows)
 
 
@@ -200,9 +205,11 @@ def resting_points(slope: Callable) -> list[float]:
 
 def resting() -> str:
   """Where each loss comes to rest for each beta, and what beta does in words."""
+
   def show(points):
     words = {np.inf: "rises", -np.inf: "falls"}
     return " and ".join(words.get(x) or number(x) for x in points) or "flat"
+
   of_chosen = lambda loss: lambda h, beta: loss(h, jnp.zeros_like(h), beta)
   of_rejected = lambda loss: lambda h, beta: loss(jnp.zeros_like(h), h, beta)
   rows = []
@@ -210,8 +217,7 @@ def resting() -> str:
     cells = []
     for one in (of_chosen, of_rejected):
       slope = jax.jit(jax.vmap(jax.grad(one(of_ratios(name))), in_axes=(0, None)))
-      points = [resting_points(functools.partial(lambda s, b, h: s(h, b), slope, beta))
-                for beta in BETAS]
+      points = [resting_points(functools.partial(lambda s, b, h: s(h, b), slope, beta)) for beta in BETAS]
       cells.append(numbers(points, show))
     rows.append((code(name), *cells, words))
   return table(("loss", "chosen rests at", "rejected rests at", "a larger beta"), rows)
@@ -221,66 +227,137 @@ def other_knobs() -> str:
   """Losses of other inputs or other knobs, swept one knob at a time."""
   f_dpo = functools.partial(losses.f_dpo_loss, divergence=losses.alpha_divergence)
   ratios, means, sums = ("ratios", -2.0, -6.0), ("means", -1.0, -1.5), ("sums", -40.0, -50.0)
+
   def knob(loss, name):
     return lambda w, l, x: loss(Pair(w, l), Pair(0.0 * w, 0.0 * l), beta=0.1, **{name: x})
+
   def both(loss, **fixed):
     desirable = jnp.array([True, False])
     return lambda w, l, x: loss(jnp.stack([w, l]), desirable, beta=x, **fixed).sum()
+
   sweeps = [
-      ("`dpo_loss`, beta 0.1", ratios, "label_smoothing", (0.0, 0.1, 0.3),
-       knob(losses.dpo_loss, "label_smoothing")),
-      ("`robust_dpo_loss`, beta 0.1", ratios, "label_smoothing", (0.0, 0.1, 0.3),
-       knob(losses.robust_dpo_loss, "label_smoothing")),
-      ("`exo_pair_loss`, beta 0.1", ratios, "label_smoothing", (0.001, 0.1, 0.3),
-       knob(losses.exo_pair_loss, "label_smoothing")),
-      ("`bco_pair_loss`, beta 0.1", ratios, "delta", (-0.5, 0.0, 0.5),
-       knob(losses.bco_pair_loss, "delta")),
-      ("`discopop_loss`, beta 0.1", ratios, "tau", (0.05, 0.5, 1.0),
-       knob(losses.discopop_loss, "tau")),
-      ("`f_dpo_loss`, `alpha_divergence`, beta 0.1", ratios, "alpha", (0.1, 0.5, 0.9),
-       knob(f_dpo, "alpha")),
-      ("`kto_loss`, kl 1", ratios, "beta", BETAS, both(losses.kto_loss, kl=1.0)),
-      ("`bco_loss`", ratios, "beta", BETAS, both(losses.bco_loss)),
-      ("`simpo_loss`, gamma = beta / 2", means, "beta", (2.0, 2.5, 10.0),
-       lambda w, l, x: losses.simpo_loss(Pair(w, l), beta=x, gamma=x / 2)),
-      ("`simpo_loss`, beta 2.5", means, "gamma", (0.5, 1.0, 1.5),
-       lambda w, l, x: losses.simpo_loss(Pair(w, l), beta=2.5, gamma=x)),
-      ("`orpo_loss`", means, "weight", BETAS,
-       lambda w, l, x: losses.orpo_loss(Pair(w, l), weight=x)),
-      ("`cpo_loss`", sums, "beta", BETAS, lambda w, l, x: losses.cpo_loss(Pair(w, l), beta=x)),
-      ("`unlikelihood_loss`", sums, "alpha", BETAS,
-       lambda w, l, x: losses.unlikelihood_loss(Pair(w, l), alpha=x)),
-      ("`dpop_loss`, beta 0.1", ratios, "weight", (0.0, 5.0, 50.0), knob(losses.dpop_loss, "weight")),
-      ("`cal_dpo_loss`, beta 0.1", ratios, "weight", (0.0, 0.5, 1.0),
-       knob(losses.cal_dpo_loss, "weight")),
-      ("`bdpo_loss`, beta 0.1", ratios, "mix", (0.1, 0.5, 0.9), knob(losses.bdpo_loss, "mix")),
-      ("`mappo_loss`, beta 0.1", ratios, "gap", (0.0, 0.5, 1.0), knob(losses.mappo_loss, "gap")),
-      ("`r_dpo_loss`, beta 0.1, 20 and 10 tokens", ratios, "alpha", (0.0, 0.01, 0.05),
-       lambda w, l, x: losses.r_dpo_loss(
-           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(20.0, 10.0), beta=0.1, alpha=x)),
-      ("`h_dpo_loss`, beta 0.1, a reference of zeros", sums, "alpha", (0.8, 1.0, 1.2),
-       lambda w, l, x: losses.h_dpo_loss(Pair(w, l), Pair(0.0 * w, 0.0 * l), beta=0.1, alpha=x)),
-      ("`tdpo1_loss`, D 1 and 3", ratios, "beta", BETAS,
-       lambda w, l, x: losses.tdpo1_loss(
-           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(1.0, 3.0), beta=x)),
-      ("`tdpo2_loss`, beta 0.1, D 1 and 3", ratios, "alpha", (0.0, 0.5, 1.0),
-       lambda w, l, x: losses.tdpo2_loss(
-           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(1.0, 3.0), beta=0.1, alpha=x)),
-      ("`beta_dpo_loss`, beta 0.1, center 2", ratios, "alpha", (0.0, 0.3, 0.6),
-       lambda w, l, x: losses.beta_dpo_loss(
-           Pair(w[None], l[None]), Pair(0.0 * w[None], 0.0 * l[None]), beta=0.1, center=2.0,
-           alpha=x)[0]),
-      ("`epsilon_dpo_loss`, beta 0.1, s = 1", ratios, "epsilon", (0.0, 0.01, 0.1),
-       lambda w, l, x: losses.epsilon_dpo_loss(
-           Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(w - 1, l), Pair(w + 1, l), beta=0.1, epsilon=x)),
-      ("`alphapo_loss`, beta 2.5, gamma 0.5", means, "alpha", (0.01, 0.25, 1.0),
-       lambda w, l, x: losses.alphapo_loss(Pair(w, l), beta=2.5, gamma=0.5, alpha=x)),
-      ("`xpo_loss` of the rejected response, beta 0.1", ratios, "alpha", (0.0, 1e-3, 1e-2),
-       lambda w, l, x: losses.xpo_loss(
-           Pair(w, l), Pair(0.0 * w, 0.0 * l), l, beta=0.1, alpha=x)),
+    (
+      "`dpo_loss`, beta 0.1",
+      ratios,
+      "label_smoothing",
+      (0.0, 0.1, 0.3),
+      knob(losses.dpo_loss, "label_smoothing"),
+    ),
+    (
+      "`robust_dpo_loss`, beta 0.1",
+      ratios,
+      "label_smoothing",
+      (0.0, 0.1, 0.3),
+      knob(losses.robust_dpo_loss, "label_smoothing"),
+    ),
+    (
+      "`exo_pair_loss`, beta 0.1",
+      ratios,
+      "label_smoothing",
+      (0.001, 0.1, 0.3),
+      knob(losses.exo_pair_loss, "label_smoothing"),
+    ),
+    ("`bco_pair_loss`, beta 0.1", ratios, "delta", (-0.5, 0.0, 0.5), knob(losses.bco_pair_loss, "delta")),
+    ("`discopop_loss`, beta 0.1", ratios, "tau", (0.05, 0.5, 1.0), knob(losses.discopop_loss, "tau")),
+    ("`f_dpo_loss`, `alpha_divergence`, beta 0.1", ratios, "alpha", (0.1, 0.5, 0.9), knob(f_dpo, "alpha")),
+    ("`kto_loss`, kl 1", ratios, "beta", BETAS, both(losses.kto_loss, kl=1.0)),
+    ("`bco_loss`", ratios, "beta", BETAS, both(losses.bco_loss)),
+    (
+      "`simpo_loss`, gamma = beta / 2",
+      means,
+      "beta",
+      (2.0, 2.5, 10.0),
+      lambda w, l, x: losses.simpo_loss(Pair(w, l), beta=x, gamma=x / 2),
+    ),
+    (
+      "`simpo_loss`, beta 2.5",
+      means,
+      "gamma",
+      (0.5, 1.0, 1.5),
+      lambda w, l, x: losses.simpo_loss(Pair(w, l), beta=2.5, gamma=x),
+    ),
+    ("`orpo_loss`", means, "weight", BETAS, lambda w, l, x: losses.orpo_loss(Pair(w, l), weight=x)),
+    ("`cpo_loss`", sums, "beta", BETAS, lambda w, l, x: losses.cpo_loss(Pair(w, l), beta=x)),
+    (
+      "`unlikelihood_loss`",
+      sums,
+      "alpha",
+      BETAS,
+      lambda w, l, x: losses.unlikelihood_loss(Pair(w, l), alpha=x),
+    ),
+    ("`dpop_loss`, beta 0.1", ratios, "weight", (0.0, 5.0, 50.0), knob(losses.dpop_loss, "weight")),
+    ("`cal_dpo_loss`, beta 0.1", ratios, "weight", (0.0, 0.5, 1.0), knob(losses.cal_dpo_loss, "weight")),
+    ("`bdpo_loss`, beta 0.1", ratios, "mix", (0.1, 0.5, 0.9), knob(losses.bdpo_loss, "mix")),
+    ("`mappo_loss`, beta 0.1", ratios, "gap", (0.0, 0.5, 1.0), knob(losses.mappo_loss, "gap")),
+    (
+      "`r_dpo_loss`, beta 0.1, 20 and 10 tokens",
+      ratios,
+      "alpha",
+      (0.0, 0.01, 0.05),
+      lambda w, l, x: losses.r_dpo_loss(
+        Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(20.0, 10.0), beta=0.1, alpha=x
+      ),
+    ),
+    (
+      "`h_dpo_loss`, beta 0.1, a reference of zeros",
+      sums,
+      "alpha",
+      (0.8, 1.0, 1.2),
+      lambda w, l, x: losses.h_dpo_loss(Pair(w, l), Pair(0.0 * w, 0.0 * l), beta=0.1, alpha=x),
+    ),
+    (
+      "`tdpo1_loss`, D 1 and 3",
+      ratios,
+      "beta",
+      BETAS,
+      lambda w, l, x: losses.tdpo1_loss(Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(1.0, 3.0), beta=x),
+    ),
+    (
+      "`tdpo2_loss`, beta 0.1, D 1 and 3",
+      ratios,
+      "alpha",
+      (0.0, 0.5, 1.0),
+      lambda w, l, x: losses.tdpo2_loss(
+        Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(1.0, 3.0), beta=0.1, alpha=x
+      ),
+    ),
+    (
+      "`beta_dpo_loss`, beta 0.1, center 2",
+      ratios,
+      "alpha",
+      (0.0, 0.3, 0.6),
+      lambda w, l, x: losses.beta_dpo_loss(
+        Pair(w[None], l[None]), Pair(0.0 * w[None], 0.0 * l[None]), beta=0.1, center=2.0, alpha=x
+      )[0],
+    ),
+    (
+      "`epsilon_dpo_loss`, beta 0.1, s = 1",
+      ratios,
+      "epsilon",
+      (0.0, 0.01, 0.1),
+      lambda w, l, x: losses.epsilon_dpo_loss(
+        Pair(w, l), Pair(0.0 * w, 0.0 * l), Pair(w - 1, l), Pair(w + 1, l), beta=0.1, epsilon=x
+      ),
+    ),
+    (
+      "`alphapo_loss`, beta 2.5, gamma 0.5",
+      means,
+      "alpha",
+      (0.01, 0.25, 1.0),
+      lambda w, l, x: losses.alphapo_loss(Pair(w, l), beta=2.5, gamma=0.5, alpha=x),
+    ),
+    (
+      "`xpo_loss` of the rejected response, beta 0.1",
+      ratios,
+      "alpha",
+      (0.0, 1e-3, 1e-2),
+      lambda w, l, x: losses.xpo_loss(Pair(w, l), Pair(0.0 * w, 0.0 * l), l, beta=0.1, alpha=x),
+    ),
   ]
-  rows = [(name, inputs, f"{sweep} {numbers(values)}", *measured(loss, *place, values))
-          for name, (inputs, *place), sweep, values, loss in sweeps]
+  rows = [
+    (name, inputs, f"{sweep} {numbers(values)}", *measured(loss, *place, values))
+    for name, (inputs, *place), sweep, values, loss in sweeps
+  ]
   return table(("loss", "of", "knob", "value", "push on chosen", "push on rejected"), rows)
 
 
@@ -320,10 +397,17 @@ def settings() -> str:
 
 
 BLOCKS = {
-    "overview": overview, "functions": functions, "at the start": lambda: at(0, 0),
-    "later": lambda: at(-2, -6), "resting": resting, "other knobs": other_knobs,
-    "kl estimators": kl_estimators, "names": names, "settings": settings,
-    "read": read}
+  "overview": overview,
+  "functions": functions,
+  "at the start": lambda: at(0, 0),
+  "later": lambda: at(-2, -6),
+  "resting": resting,
+  "other knobs": other_knobs,
+  "kl estimators": kl_estimators,
+  "names": names,
+  "settings": settings,
+  "read": read,
+}
 
 
 def fill(page: str) -> str:

@@ -1,10 +1,10 @@
 """Log-probs of scored tokens from hidden states, without the [rows, length, vocabulary] logits.
 
-`token_log_probs` is the one primitive: every loss, metric, reference pass and evaluation uses it. It walks over
-the scored tokens in chunks, keeps one float32 log-normaliser a token for the backward pass, and recomputes a
-chunk's logits there. Chunks of padding alone are not computed. That loop stands below as it is meant;
-`dpojax.kernels.head_on_cpu` is the same for a CPU's cache, `dpojax.kernels.distributions` what needs the whole
-next-token distribution.
+`token_log_probs` is the one primitive: every loss, metric, reference pass and evaluation uses it. It
+walks over the scored tokens in chunks, keeps one float32 log-normaliser a token for the backward pass,
+and recomputes a chunk's logits there. Chunks of padding alone are not computed. That loop stands below as
+it is meant; `dpojax.kernels.head_on_cpu` is the same for a CPU's cache, `dpojax.kernels.distributions`
+what needs the whole next-token distribution.
 """
 
 from functools import partial
@@ -35,9 +35,14 @@ class SequenceLogProbs(NamedTuple):
 
 
 def token_log_probs(
-    hidden: jax.Array, head: jax.Array | Head, target: jax.Array, *,
-    where: jax.Array | None = None, bias: jax.Array | None = None,
-    soft_cap: jax.Array | float | None = None, chunk_size: int | None = None,
+  hidden: jax.Array,
+  head: jax.Array | Head,
+  target: jax.Array,
+  *,
+  where: jax.Array | None = None,
+  bias: jax.Array | None = None,
+  soft_cap: jax.Array | float | None = None,
+  chunk_size: int | None = None,
 ) -> jax.Array:
   """Returns log softmax(hidden head^T)[target] for each token, in float32.
 
@@ -66,14 +71,15 @@ def token_log_probs(
   weights, bias, _ = head
   if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != weights.shape[-1]:
     raise ValueError(
-        f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
-        f"{target.shape} do not belong together")
+      f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
+      f"{target.shape} do not belong together"
+    )
   if bias is not None and bias.shape != weights.shape[:1]:
-    raise ValueError(
-        f"head [V, D] {weights.shape} and bias [V] {bias.shape} do not belong together")
+    raise ValueError(f"head [V, D] {weights.shape} and bias [V] {bias.shape} do not belong together")
   if where is not None and where.shape != target.shape:
     raise ValueError(
-        f"where [..., S] {where.shape} and target [..., S] {target.shape} do not belong together")
+      f"where [..., S] {where.shape} and target [..., S] {target.shape} do not belong together"
+    )
   hidden, head, target, where = jax.tree.map(jnp.asarray, (hidden, head, target, where))
   on_cpu = platform() == "cpu" and not arrays_are_cut()
   size = chunk_size or (head_on_cpu.chunk_tokens if on_cpu else default_size)(weights.shape[0])
@@ -125,8 +131,14 @@ _chunked_log_probs.defvjp(_forward, _backward)
 
 
 def log_probs(
-    hidden: jax.Array, head: jax.Array | Head, source: jax.Array, target: jax.Array,
-    slot: jax.Array, *, num_slots: int, chunk_size: int | None = None,
+  hidden: jax.Array,
+  head: jax.Array | Head,
+  source: jax.Array,
+  target: jax.Array,
+  slot: jax.Array,
+  *,
+  num_slots: int,
+  chunk_size: int | None = None,
 ) -> SequenceLogProbs:
   """Returns the summed log-prob of every response of every row.
 
@@ -146,8 +158,8 @@ def log_probs(
     `sums` and `lengths`, [R, num_slots] float32; 0 where a row holds no such response.
   """
   values = token_log_probs(
-      predicting_states(hidden, source), head, target, where=slot < num_slots,
-      chunk_size=chunk_size)
+    predicting_states(hidden, source), head, target, where=slot < num_slots, chunk_size=chunk_size
+  )
   sums = sum_by_slots(values, slot, num_slots=num_slots)
   lengths = sum_by_slots(jnp.ones_like(values), slot, num_slots=num_slots)
   return SequenceLogProbs(sums, lengths)
@@ -187,8 +199,9 @@ def sequence_log_prob(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> 
   """
   if logits.shape[:-1] != tokens.shape or tokens.shape != mask.shape:
     raise ValueError(
-        f"logits [T, V] {logits.shape}, tokens [T] {tokens.shape} and mask [T] {mask.shape} "
-        "do not belong together")
+      f"logits [T, V] {logits.shape}, tokens [T] {tokens.shape} and mask [T] {mask.shape} "
+      "do not belong together"
+    )
   logits = logits[:-1].astype(jnp.promote_types(logits.dtype, jnp.float32))
   chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
   values = chosen - jax.nn.logsumexp(logits, axis=-1)

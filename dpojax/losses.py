@@ -10,8 +10,9 @@ Below, h_w and h_l are log pi - log pi_ref of the chosen and the rejected respon
 h = h_w - h_l.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array | None = None) ->
 
 
 def dpo_plackett_luce_loss(
-    policy: jax.Array, reference: jax.Array, *, beta: Knob, where: jax.Array | None = None
+  policy: jax.Array, reference: jax.Array, *, beta: Knob, where: jax.Array | None = None
 ) -> jax.Array:
   """Returns the Plackett-Luce loss of implicit rewards (Rafailov et al. 2023, App. A.3), [...].
 
@@ -73,9 +74,7 @@ def dpo_plackett_luce_loss(
   return plackett_luce_loss(implicit_reward(policy, reference, beta=beta), where=where)
 
 
-def dpo_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0
-) -> jax.Array:
+def dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0) -> jax.Array:
   """Returns the DPO loss of each pair, -log sigmoid(beta h) (Rafailov et al. 2023, Eq. 7), [...].
 
   With label_smoothing e it is conservative DPO (Mitchell 2023, Eq. 3):
@@ -89,8 +88,9 @@ def dpo_loss(
   """
   chosen = implicit_reward(policy.chosen, reference.chosen, beta=beta)
   rejected = implicit_reward(policy.rejected, reference.rejected, beta=beta)
-  return ((1 - label_smoothing) * bradley_terry_loss(chosen, rejected)
-          + label_smoothing * bradley_terry_loss(rejected, chosen))
+  return (1 - label_smoothing) * bradley_terry_loss(chosen, rejected) + label_smoothing * bradley_terry_loss(
+    rejected, chosen
+  )
 
 
 # Other losses of a pair against a reference.
@@ -112,17 +112,16 @@ def hinge_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
   return jax.nn.relu(1 - beta * _margin(policy, reference))
 
 
-def robust_dpo_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob
-) -> jax.Array:
+def robust_dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob) -> jax.Array:
   """Returns [-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2 e), [...].
 
   Chowdhury et al. 2024: unbiased for the clean DPO loss when labels are flipped with probability
   e = label_smoothing, in [0, 0.5).
   """
   logits = beta * _margin(policy, reference)
-  return (-(1 - label_smoothing) * jax.nn.log_sigmoid(logits)
-          + label_smoothing * jax.nn.log_sigmoid(-logits)) / (1 - 2 * label_smoothing)
+  return (
+    -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) + label_smoothing * jax.nn.log_sigmoid(-logits)
+  ) / (1 - 2 * label_smoothing)
 
 
 def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob) -> jax.Array:
@@ -137,8 +136,9 @@ def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing:
   if isinstance(label_smoothing, (int, float)) and label_smoothing <= 0:
     raise ValueError(f"label_smoothing is {label_smoothing}; exo_pair_loss needs one above 0")
   logits = beta * _margin(policy, reference)
-  return (jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
-          + jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing)))
+  return jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing)) + jax.nn.sigmoid(
+    -logits
+  ) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
 
 
 def nca_pair_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
@@ -148,8 +148,7 @@ def nca_pair_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
   response's terms are least at beta h_w = log 2, above the reference.
   """
   chosen, rejected = _rewards(policy, reference, beta)
-  return -(jax.nn.log_sigmoid(chosen)
-           + (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)) / 2)
+  return -(jax.nn.log_sigmoid(chosen) + (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)) / 2)
 
 
 def bco_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, delta: Knob = 0.0) -> jax.Array:
@@ -200,8 +199,7 @@ def discopop_loss(policy: Pair, reference: Pair, *, beta: Knob, tau: Knob = 0.05
 
 
 def aot_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0,
-    where: jax.Array | None = None,
+  policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0, where: jax.Array | None = None
 ) -> jax.Array:
   """Returns the DPO loss of sorted margins (Melnyk et al. 2024, paired), [..., B].
 
@@ -215,8 +213,7 @@ def aot_loss(
 
 
 def aot_unpaired_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0,
-    where: jax.Array | None = None,
+  policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob = 0.0, where: jax.Array | None = None
 ) -> jax.Array:
   """Returns the DPO loss of sorted log-ratios (Melnyk et al. 2024, unpaired), [..., B].
 
@@ -249,8 +246,7 @@ def cal_dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, weight: Knob = 1.
   `sppo_hard_loss`. weight is 1 in the listing of the paper and 1/2 in the authors' repository.
   """
   chosen, rejected = _log_ratios(policy, reference)
-  return (bradley_terry_loss(chosen, rejected)
-          + weight * sppo_hard_loss(policy, reference, beta=beta))
+  return bradley_terry_loss(chosen, rejected) + weight * sppo_hard_loss(policy, reference, beta=beta)
 
 
 def bdpo_loss(policy: Pair, reference: Pair, *, beta: Knob, mix: Knob = 0.5) -> jax.Array:
@@ -314,9 +310,7 @@ def gpo_savage_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
 # Length, entropy, and the KL of tokens within the margin.
 
 
-def r_dpo_loss(
-    policy: Pair, reference: Pair, lengths: Pair, *, beta: Knob, alpha: Knob
-) -> jax.Array:
+def r_dpo_loss(policy: Pair, reference: Pair, lengths: Pair, *, beta: Knob, alpha: Knob) -> jax.Array:
   """Returns -log sigmoid(beta h + alpha (|y_w| - |y_l|)) (Park et al. 2024), [...].
 
   DPO of the reward less alpha a token: a pair whose chosen response is the longer is pushed less. It
@@ -335,7 +329,8 @@ def h_dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, alpha: Knob) -> jax
   gives DPO. With another alpha it does not start at log 2.
   """
   margin = alpha * (_wide(policy.chosen) - _wide(policy.rejected)) - (
-      _wide(reference.chosen) - _wide(reference.rejected))
+    _wide(reference.chosen) - _wide(reference.rejected)
+  )
   return -jax.nn.log_sigmoid(beta * margin)
 
 
@@ -354,9 +349,7 @@ def tdpo1_loss(policy: Pair, reference: Pair, kl: Pair, *, beta: Knob) -> jax.Ar
   return -jax.nn.log_sigmoid(beta * margin)
 
 
-def tdpo2_loss(
-    policy: Pair, reference: Pair, kl: Pair, *, beta: Knob, alpha: Knob = 0.5
-) -> jax.Array:
+def tdpo2_loss(policy: Pair, reference: Pair, kl: Pair, *, beta: Knob, alpha: Knob = 0.5) -> jax.Array:
   """Returns -log sigmoid(beta [h + alpha (D_w - D_l)]), D_w without gradient, [...].
 
   TDPO2 (Zeng et al. 2024): only the rejected response is held by its D, see `tdpo1_loss`. alpha = 0
@@ -370,8 +363,7 @@ def tdpo2_loss(
 
 
 def beta_dpo_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, alpha: Knob, center: Knob,
-    where: jax.Array | None = None,
+  policy: Pair, reference: Pair, *, beta: Knob, alpha: Knob, center: Knob, where: jax.Array | None = None
 ) -> jax.Array:
   """Returns the DPO loss with max(0.001, beta [1 + alpha (mean h - center)]) for beta, [..., B].
 
@@ -395,8 +387,13 @@ def beta_dpo_loss(
 
 
 def beta_dpo_filter(
-    margins: jax.Array, noise: jax.Array, *, center: Knob, spread: Knob, share: Knob,
-    where: jax.Array | None = None,
+  margins: jax.Array,
+  noise: jax.Array,
+  *,
+  center: Knob,
+  spread: Knob,
+  share: Knob,
+  where: jax.Array | None = None,
 ) -> jax.Array:
   """Returns 1 for the pairs that beta-DPO trains on and 0 for the others, [..., B].
 
@@ -421,9 +418,7 @@ def beta_dpo_filter(
   return jax.lax.stop_gradient((place < jnp.broadcast_to(kept, place.shape)) * jnp.ones_like(margins))
 
 
-def epsilon_dpo_beta(
-    policy: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob
-) -> jax.Array:
+def epsilon_dpo_beta(policy: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob) -> jax.Array:
   """Returns beta / (1 + epsilon s) of each pair, s in {-1, 0, 1}, [...].
 
   Epsilon-DPO (Lee et al. 2025): s is 1 where log pi(y_w) - log pi(y_l) rises strictly from `nearer`
@@ -442,7 +437,7 @@ def epsilon_dpo_beta(
 
 
 def epsilon_dpo_loss(
-    policy: Pair, reference: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob = 0.01
+  policy: Pair, reference: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob = 0.01
 ) -> jax.Array:
   """Returns the DPO loss of each pair with its own beta (Lee et al. 2025), [...].
 
@@ -480,7 +475,7 @@ def alpha_divergence(log_ratio: jax.Array, *, alpha: Knob = 0.5) -> jax.Array:
 
 
 def f_dpo_loss(
-    policy: Pair, reference: Pair, *, beta: Knob, divergence: Callable, alpha: Knob = 0.5
+  policy: Pair, reference: Pair, *, beta: Knob, divergence: Callable, alpha: Knob = 0.5
 ) -> jax.Array:
   """Returns -log sigmoid(beta [f'(u_w) - f'(u_l)]), u = pi / pi_ref (Wang et al. 2023), [...].
 
@@ -512,8 +507,7 @@ def alphapo_loss(policy: Pair, *, beta: Knob, gamma: Knob, alpha: Knob) -> jax.A
   AlphaPO (Gupta et al. 2025) of MEAN log-probs m: `simpo_loss` of `alpha_divergence`, to which it goes
   as alpha goes to 0. Exponents are capped at 60.
   """
-  return simpo_loss(
-      Pair(*(alpha_divergence(m, alpha=alpha) for m in policy)), beta=beta, gamma=gamma)
+  return simpo_loss(Pair(*(alpha_divergence(m, alpha=alpha) for m in policy)), beta=beta, gamma=gamma)
 
 
 def cpo_loss(policy: Pair, *, beta: Knob, label_smoothing: Knob = 0.0) -> jax.Array:
@@ -553,8 +547,13 @@ def nll_loss(log_probs: jax.Array) -> jax.Array:
 
 
 def kto_loss(
-    log_ratios: jax.Array, desirable: jax.Array, kl: jax.Array, *, beta: Knob,
-    desirable_weight: Knob = 1.0, undesirable_weight: Knob = 1.0,
+  log_ratios: jax.Array,
+  desirable: jax.Array,
+  kl: jax.Array,
+  *,
+  beta: Knob,
+  desirable_weight: Knob = 1.0,
+  undesirable_weight: Knob = 1.0,
 ) -> jax.Array:
   """Returns w (1 - sigmoid(+-beta (h - kl))), + where desirable (Ethayarajh et al. 2024), [...].
 
@@ -571,13 +570,12 @@ def kto_loss(
   """
   point = jax.lax.stop_gradient(jnp.maximum(_wide(kl), 0))
   advantage = beta * (_wide(log_ratios) - point)
-  return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-advantage),
-                   undesirable_weight * jax.nn.sigmoid(advantage))
+  return jnp.where(
+    desirable, desirable_weight * jax.nn.sigmoid(-advantage), undesirable_weight * jax.nn.sigmoid(advantage)
+  )
 
 
-def bco_loss(
-    log_ratios: jax.Array, desirable: jax.Array, *, beta: Knob, delta: Knob = 0.0
-) -> jax.Array:
+def bco_loss(log_ratios: jax.Array, desirable: jax.Array, *, beta: Knob, delta: Knob = 0.0) -> jax.Array:
   """Returns -log sigmoid(+-(beta h - delta)) (Jung et al. 2024), + where desirable, [...]."""
   logits = beta * _wide(log_ratios) - delta
   return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
@@ -586,9 +584,7 @@ def bco_loss(
 # On pairs of the policy's own.
 
 
-def xpo_loss(
-    policy: Pair, reference: Pair, sampled: jax.Array, *, beta: Knob, alpha: Knob
-) -> jax.Array:
+def xpo_loss(policy: Pair, reference: Pair, sampled: jax.Array, *, beta: Knob, alpha: Knob) -> jax.Array:
   """Returns -log sigmoid(beta h) + alpha log pi(y) of a y that the reference sampled, [...].
 
   XPO (Xie et al. 2024): the policy is to explore what the reference does not say by itself. `sampled`
@@ -607,8 +603,7 @@ def length_normalize(log_probs: Any, lengths: Any) -> Any:
   `ipo_loss` of these is TRL's, `dpo_loss` of these is length-normalised DPO (Lambert et al. 2024,
   Eq. 6). An absent response, of length 0, stays 0.
   """
-  return jax.tree.map(
-      lambda sums, n: _wide(sums) / jnp.maximum(_wide(n), 1), log_probs, lengths)
+  return jax.tree.map(lambda sums, n: _wide(sums) / jnp.maximum(_wide(n), 1), log_probs, lengths)
 
 
 def ld_dpo_log_probs(token_log_probs: Pair, mask: Pair, *, alpha: Knob) -> Pair:
@@ -623,9 +618,11 @@ def ld_dpo_log_probs(token_log_probs: Pair, mask: Pair, *, alpha: Knob) -> Pair:
   """
   places = jax.tree.map(lambda m: jnp.cumsum(m.astype(jnp.int32), axis=-1), mask)
   shared = jnp.minimum(places.chosen[..., -1:], places.rejected[..., -1:])
+
   def weighted(values, mask, place):
     weights = jnp.where(place <= shared, 1.0, alpha)
     return jnp.sum(_wide(values) * weights, axis=-1, where=mask)
+
   return Pair(*map(weighted, token_log_probs, mask, places))
 
 
@@ -642,11 +639,13 @@ def sampo_log_probs(token_log_probs: Pair, mask: Pair, noise: Pair) -> Pair:
     noise: [..., T] uniform draws, of each response; its tokens with the least are kept.
   """
   shorter = jnp.minimum(*(jnp.sum(m, axis=-1, keepdims=True) for m in mask))
+
   def drawn(values, mask, noise):
     order = jnp.argsort(jnp.where(mask, _wide(noise), jnp.inf), axis=-1)
     place = jnp.argsort(order, axis=-1)
     kept = mask & (place < jnp.broadcast_to(shorter, place.shape))
     return jnp.sum(_wide(values), axis=-1, where=kept)
+
   return Pair(*map(drawn, token_log_probs, mask, noise))
 
 
@@ -660,13 +659,10 @@ def wpo_weights(alignment: Pair) -> jax.Array:
     alignment: of each response the mean over tokens of log pi(y_t) - log sum_v pi(v)^2; the latter
       is logsumexp(2 logits) - 2 logsumexp(logits).
   """
-  return jax.lax.stop_gradient(
-      jnp.exp(jnp.minimum(_wide(alignment.chosen) + _wide(alignment.rejected), 0.0)))
+  return jax.lax.stop_gradient(jnp.exp(jnp.minimum(_wide(alignment.chosen) + _wide(alignment.rejected), 0.0)))
 
 
-def dr_dpo_weights(
-    values: jax.Array, *, tau: Knob, where: jax.Array | None = None
-) -> jax.Array:
+def dr_dpo_weights(values: jax.Array, *, tau: Knob, where: jax.Array | None = None) -> jax.Array:
   """Returns B softmax(-values / tau) over the last axis without gradient (Wu et al. 2024c), [..., B].
 
   Dr. DPO's -tau log mean exp(-values / tau) of a batch has the gradient of the mean of values times
@@ -687,15 +683,15 @@ def mix_reference(policy_params: Any, reference_params: Any, *, alpha: Knob) -> 
   alpha = 1 is the paper's hard update; leaves keep the reference's dtype.
   """
   return jax.tree.map(
-      lambda p, r: (alpha * _wide(p) + (1 - alpha) * _wide(r)).astype(r.dtype),
-      policy_params, reference_params)
+    lambda p, r: (alpha * _wide(p) + (1 - alpha) * _wide(r)).astype(r.dtype), policy_params, reference_params
+  )
 
 
 # The other side of the theorem: the reward that RLHF maximises, and the KL it pays.
 
 
 def kl_penalized_reward(
-    rewards: jax.Array, log_probs: jax.Array, reference_log_probs: jax.Array, *, beta: Knob
+  rewards: jax.Array, log_probs: jax.Array, reference_log_probs: jax.Array, *, beta: Knob
 ) -> jax.Array:
   """Returns r - beta (log pi - log pi_ref) (Rafailov et al. 2023, Eq. 3), [...]."""
   return _wide(rewards) - implicit_reward(log_probs, reference_log_probs, beta=beta)
@@ -737,27 +733,27 @@ def token_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
 
 
 PAIRWISE_LOSSES = {
-    "dpo": dpo_loss,
-    "ipo": ipo_loss,
-    "hinge": hinge_loss,
-    "robust_dpo": robust_dpo_loss,
-    "exo_pair": exo_pair_loss,
-    "nca_pair": nca_pair_loss,
-    "bco_pair": bco_pair_loss,
-    "sppo_hard": sppo_hard_loss,
-    "apo_zero": apo_zero_loss,
-    "apo_down": apo_down_loss,
-    "discopop": discopop_loss,
-    "dpop": dpop_loss,
-    "cal_dpo": cal_dpo_loss,
-    "bdpo": bdpo_loss,
-    "mappo": mappo_loss,
-    "gpo_exponential": gpo_exponential_loss,
-    "gpo_truncated_quadratic": gpo_truncated_quadratic_loss,
-    "gpo_savage": gpo_savage_loss,
-    "f_dpo_forward_kl": partial(f_dpo_loss, divergence=forward_kl),
-    "f_dpo_js_divergence": partial(f_dpo_loss, divergence=js_divergence),
-    "f_dpo_alpha_divergence": partial(f_dpo_loss, divergence=alpha_divergence),
+  "dpo": dpo_loss,
+  "ipo": ipo_loss,
+  "hinge": hinge_loss,
+  "robust_dpo": robust_dpo_loss,
+  "exo_pair": exo_pair_loss,
+  "nca_pair": nca_pair_loss,
+  "bco_pair": bco_pair_loss,
+  "sppo_hard": sppo_hard_loss,
+  "apo_zero": apo_zero_loss,
+  "apo_down": apo_down_loss,
+  "discopop": discopop_loss,
+  "dpop": dpop_loss,
+  "cal_dpo": cal_dpo_loss,
+  "bdpo": bdpo_loss,
+  "mappo": mappo_loss,
+  "gpo_exponential": gpo_exponential_loss,
+  "gpo_truncated_quadratic": gpo_truncated_quadratic_loss,
+  "gpo_savage": gpo_savage_loss,
+  "f_dpo_forward_kl": partial(f_dpo_loss, divergence=forward_kl),
+  "f_dpo_js_divergence": partial(f_dpo_loss, divergence=js_divergence),
+  "f_dpo_alpha_divergence": partial(f_dpo_loss, divergence=alpha_divergence),
 }
 """What `config.loss` names: (policy, reference, *, beta, ...) -> loss of each pair, elementwise."""
 

@@ -89,25 +89,43 @@ def plan(config: ml_collections.ConfigDict, lengths: np.ndarray | None = None) -
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   size = parallel.bytes_on_one
   return Needs(
-      count(setup.params), count(setup.reference), size(state.params), size(state.opt_state),
-      size(reference), size(rows), memory.temp_size_in_bytes, peak_bytes(compiled),
-      config.batch_size * flops_per_comparison(config, setup, batches.lengths),
-      (compiled.cost_analysis() or {}).get("flops", float("nan")), int(max(batches.plan().rows)))
+    count(setup.params),
+    count(setup.reference),
+    size(state.params),
+    size(state.opt_state),
+    size(reference),
+    size(rows),
+    memory.temp_size_in_bytes,
+    peak_bytes(compiled),
+    config.batch_size * flops_per_comparison(config, setup, batches.lengths),
+    (compiled.cost_analysis() or {}).get("flops", float("nan")),
+    int(max(batches.plan().rows)),
+  )
 
 
 def largest_rows(batches, num_responses: int, devices, *, stored: bool) -> packing.Rows:
   """Returns the shapes of the rows of the largest step, as placed."""
   steps = batches.plan()
-  return devices.placed_rows(packing.empty(
-      int(max(steps.rows)), steps.shape, num_responses=num_responses, with_reference=stored,
-      knobs=list(batches.knobs)))
+  return devices.placed_rows(
+    packing.empty(
+      int(max(steps.rows)),
+      steps.shape,
+      num_responses=num_responses,
+      with_reference=stored,
+      knobs=list(batches.knobs),
+    )
+  )
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
   """Returns the bytes a device holds at most while the program runs, its arguments included."""
   memory = compiled.memory_analysis()
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
 
 
 def check_fits(compiled: jax.stages.Compiled) -> None:
@@ -119,13 +137,15 @@ def check_fits(compiled: jax.stages.Compiled) -> None:
   needed, limit = peak_bytes(compiled), parallel.memory_limit()
   if needed > limit:
     raise ConfigError(
-        f"a step needs {needed / 2**30:.2f} GiB on each device, which has {limit / 2**30:.2f}: "
-        "lower rows_at_once (1 is least), set model.remat='full', parallel.strategy='mesh' with a "
-        "larger parallel.fsdp, reference.mode='stored' or lora.rank; or check_memory=False to try it")
+      f"a step needs {needed / 2**30:.2f} GiB on each device, which has {limit / 2**30:.2f}: "
+      "lower rows_at_once (1 is least), set model.remat='full', parallel.strategy='mesh' with a "
+      "larger parallel.fsdp, reference.mode='stored' or lora.rank; or check_memory=False to try it"
+    )
 
 
 def flops_per_comparison(
-    config: ml_collections.ConfigDict, setup: resolve.Setup, lengths: np.ndarray) -> float:
+  config: ml_collections.ConfigDict, setup: resolve.Setup, lengths: np.ndarray
+) -> float:
   """Returns `necessary_flops` of what a run of the config trains, for comparisons of such lengths."""
   inline = setup.objective.needs_reference and config.reference.mode == "inline"
   return necessary_flops(setup.model, lengths, (2 if config.lora.rank else 3) + inline)
@@ -148,8 +168,7 @@ def necessary_flops(model: ModelConfig, lengths: np.ndarray, passes: float) -> f
   matrices += (3 if gated else 2) * model.width * model.mlp_width
   seen = np.sum(prompt * (prompt + 1) / 2)
   seen += np.sum(responses * (responses + 1) / 2 + responses * prompt)
-  forward = model.layers * (
-      2 * matrices * lengths.sum() + 4 * model.heads * model.head_size * seen)
+  forward = model.layers * (2 * matrices * lengths.sum() + 4 * model.heads * model.head_size * seen)
   if not model.reward_head:
     forward += 2 * model.width * model.vocab_size * responses.sum()
   return float(passes * forward / len(lengths))
@@ -159,21 +178,26 @@ def report(needs: Needs, *, devices: int, chip: str = "", utilisation: float = 0
   """Returns the table that the command prints."""
   gib = lambda value: f"{value / 2**30:10.2f} GiB"
   lines = [
-      f"params          {needs.trained:>14,} trained, {needs.frozen:,} frozen or of the reference",
-      f"compiled for    {devices} {jax.default_backend()} device(s), {needs.step_rows} rows a step",
-      "on each device",
-      f"  params        {gib(needs.params)}", f"  optimizer     {gib(needs.optimizer)}",
-      f"  reference     {gib(needs.reference)}", f"  rows          {gib(needs.rows)}",
-      f"  temporaries   {gib(needs.temporaries)}  activations, gradients",
-      f"  peak          {gib(needs.peak)}",
-      f"a step takes    {needs.flops / 1e12:10.3f} TFLOP that are necessary (XLA counts "
-      f"{needs.counted_flops / 1e12:.3f} a device, bodies of loops once)"]
+    f"params          {needs.trained:>14,} trained, {needs.frozen:,} frozen or of the reference",
+    f"compiled for    {devices} {jax.default_backend()} device(s), {needs.step_rows} rows a step",
+    "on each device",
+    f"  params        {gib(needs.params)}",
+    f"  optimizer     {gib(needs.optimizer)}",
+    f"  reference     {gib(needs.reference)}",
+    f"  rows          {gib(needs.rows)}",
+    f"  temporaries   {gib(needs.temporaries)}  activations, gradients",
+    f"  peak          {gib(needs.peak)}",
+    f"a step takes    {needs.flops / 1e12:10.3f} TFLOP that are necessary (XLA counts "
+    f"{needs.counted_flops / 1e12:.3f} a device, bodies of loops once)",
+  ]
   if chip:
     flops, memory = CHIPS[chip]
     seconds = needs.flops / (flops * devices * utilisation)
     fits = "fits" if needs.peak < memory else "does not fit"
-    lines += [f"on {chip:<12} {fits:>10} its {memory / 2**30:.1f} GiB; {seconds:.3g} s a step at "
-              f"{utilisation:.0%} of {flops / 1e12:.0f} TFLOP/s"]
+    lines += [
+      f"on {chip:<12} {fits:>10} its {memory / 2**30:.1f} GiB; {seconds:.3g} s a step at "
+      f"{utilisation:.0%} of {flops / 1e12:.0f} TFLOP/s"
+    ]
   return "\n".join(lines)
 
 
@@ -188,8 +212,7 @@ def drawn_lengths(means: str, config: ml_collections.ConfigDict) -> np.ndarray:
   except ValueError:
     means = np.zeros(1)
   if len(means) < 2 or np.any(means < 1):
-    raise ConfigError("--lengths must be mean tokens of the prompt and of each response, such as "
-                      "110,70,70")
+    raise ConfigError("--lengths must be mean tokens of the prompt and of each response, such as 110,70,70")
   spread = np.random.default_rng(0).lognormal(-0.5 * 0.8**2, 0.8, (10_000, len(means)))
   lengths = np.maximum(1, np.round(means * spread)).astype(int)
   lengths[:, 0] = np.minimum(lengths[:, 0], config.data.max_prompt_length)
@@ -209,8 +232,7 @@ def main(argv):
     config = weights.with_tokenizer(given.config)
     lengths = drawn_lengths(given.lengths, config) if given.lengths else None
     needs = plan(config, lengths)
-  print(report(needs, devices=jax.device_count(), chip=given.chip,
-               utilisation=given.utilisation))
+  print(report(needs, devices=jax.device_count(), chip=given.chip, utilisation=given.utilisation))
 
 
 if __name__ == "__main__":  # dpojax.train, which imports this module, has flags of its own

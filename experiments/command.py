@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from typing import Iterator
+from collections.abc import Iterator
 
 from dpojax.runtime import command as package
 from dpojax.runtime.disk import disk_errors

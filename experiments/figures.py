@@ -1,7 +1,8 @@
 """How the pictures look: readable in print, one marker and shade a curve, errors shown."""
 
 import pathlib
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -11,20 +12,31 @@ import matplotlib.pyplot as plt
 
 from experiments.measurements import measure
 
-SHADES = ("#0b3c5d", "#d9822b", "#3a8f5c", "#8e3b6f", "#555555", "#b03a2e", "#2e86c1", "#7d6608",
-          "#117a65", "#a569bd")
+SHADES = (
+  "#0b3c5d",
+  "#d9822b",
+  "#3a8f5c",
+  "#8e3b6f",
+  "#555555",
+  "#b03a2e",
+  "#2e86c1",
+  "#7d6608",
+  "#117a65",
+  "#a569bd",
+)
 MARKERS = "osD^vP*X<>"
 
 AGAINST_AXIS = (
-    ("eval", "loss", "held-out loss"),
-    ("eval", "rewards/accuracies", "held-out accuracy"),
-    ("eval", "rewards/margins", "held-out margin"),
-    ("eval", "log_ratios/chosen", "log-ratio of chosen, nats"),
-    ("eval", "log_ratios/rejected", "log-ratio of rejected, nats"),
-    ("measured", "kl", "KL to the reference, nats"),
-    ("measured", "reward", "true reward"),
-    ("train", "loss", "training loss"),
-    ("train", "rewards/margins", "training margin"))
+  ("eval", "loss", "held-out loss"),
+  ("eval", "rewards/accuracies", "held-out accuracy"),
+  ("eval", "rewards/margins", "held-out margin"),
+  ("eval", "log_ratios/chosen", "log-ratio of chosen, nats"),
+  ("eval", "log_ratios/rejected", "log-ratio of rejected, nats"),
+  ("measured", "kl", "KL to the reference, nats"),
+  ("measured", "reward", "true reward"),
+  ("train", "loss", "training loss"),
+  ("train", "rewards/margins", "training margin"),
+)
 """(split, metric, name) of what is drawn against the axis of a sweep, as far as a table has it."""
 
 
@@ -46,7 +58,8 @@ def panels(count: int, *, columns: int = 3, size: tuple[float, float] = (3.7, 2.
   columns = min(columns, count)
   rows = -(-count // columns)
   figure, axes = plt.subplots(
-      rows, columns, figsize=(size[0] * columns, size[1] * rows), dpi=150, squeeze=False)
+    rows, columns, figsize=(size[0] * columns, size[1] * rows), dpi=150, squeeze=False
+  )
   for panel in axes.flat[count:]:
     panel.set_visible(False)
   for panel in axes.flat[:count]:
@@ -73,8 +86,10 @@ def last_lines(table: Sequence[dict], split: str) -> list[dict]:
 def over_seeds(lines: Sequence[dict], axis: str, metric: str) -> Spread:
   """Returns a metric by value of the axis, over seeds; the error of a single seed is nan."""
   values = sorted({line[axis] for line in lines})
-  of = [measure.mean_and_error([line[metric] for line in lines if line[axis] == value and metric in line])
-        for value in values]
+  of = [
+    measure.mean_and_error([line[metric] for line in lines if line[axis] == value and metric in line])
+    for value in values
+  ]
   return Spread(np.array(values), *np.transpose(of))
 
 

@@ -21,11 +21,22 @@ from dpojax.training.metrics import read_metrics
 def settings(pairs: str, **changes):
   """Returns the config that the three runs share, changed by dotted key."""
   config = config_lib.defaults()
-  config.update_from_flattened_dict({
-      "data.source": "hh", "data.path": pairs, "data.max_length": 256,
-      "data.max_prompt_length": 128, "row_length": 512, "batch_size": 16, "log_every": 1,
-      "eval_every": 0, "optimizer.name": "adamw", "optimizer.warmup_steps": 5,
-      "optimizer.max_grad_norm": 1.0} | changes)
+  config.update_from_flattened_dict(
+    {
+      "data.source": "hh",
+      "data.path": pairs,
+      "data.max_length": 256,
+      "data.max_prompt_length": 128,
+      "row_length": 512,
+      "batch_size": 16,
+      "log_every": 1,
+      "eval_every": 0,
+      "optimizer.name": "adamw",
+      "optimizer.warmup_steps": 5,
+      "optimizer.max_grad_norm": 1.0,
+    }
+    | changes
+  )
   return config
 
 
@@ -36,17 +47,43 @@ def run(pairs: str, tokenizer: str, out: pathlib.Path) -> dict[str, list[dict]]:
   """Trains and exports; returns the metrics of each run."""
   start, base = out / "start", out / "base"
   if not base.exists():
-    train.run(settings(pairs, **{
-        "objective": "sft", "loss": "token_mean", "steps": STEPS["sft"], "tokenizer": tokenizer,
-        "data.unique_prompts": True, "model.width": 128, "model.layers": 2, "model.heads": 4,
-        "optimizer.learning_rate": 2e-3, "checkpoint_every": STEPS["sft"]}), start)
+    train.run(
+      settings(
+        pairs,
+        **{
+          "objective": "sft",
+          "loss": "token_mean",
+          "steps": STEPS["sft"],
+          "tokenizer": tokenizer,
+          "data.unique_prompts": True,
+          "model.width": 128,
+          "model.layers": 2,
+          "model.heads": 4,
+          "optimizer.learning_rate": 2e-3,
+          "checkpoint_every": STEPS["sft"],
+        },
+      ),
+      start,
+    )
     writer.export(start, base)
-  forms = {"all_params": {"optimizer.learning_rate": 5e-5},
-           "adapter": {"optimizer.learning_rate": 5e-4, "lora.rank": 8, "lora.alpha": 16.0}}
+  forms = {
+    "all_params": {"optimizer.learning_rate": 5e-5},
+    "adapter": {"optimizer.learning_rate": 5e-4, "lora.rank": 8, "lora.alpha": 16.0},
+  }
   for name, changes in forms.items():
-    train.run(settings(pairs, **{
-        "model.checkpoint": str(base), "steps": STEPS["dpo"], "eval_every": 40,
-        "checkpoint_every": STEPS["dpo"]} | changes), out / name)
+    train.run(
+      settings(
+        pairs,
+        **{
+          "model.checkpoint": str(base),
+          "steps": STEPS["dpo"],
+          "eval_every": 40,
+          "checkpoint_every": STEPS["dpo"],
+        }
+        | changes,
+      ),
+      out / name,
+    )
     writer.export(out / name, out / f"{name}_hf")
   writer.export_adapter(out / "adapter", out / "adapter_peft")
   return {name: read_metrics(out / name) for name in forms}
@@ -59,8 +96,10 @@ def main():
   parser.add_argument("--out", default="runs/from_hugging_face", type=pathlib.Path)
   options = parser.parse_args()
   runs = run(options.pairs, options.tokenizer, options.out)
-  print("\n| trained | first loss | training accuracy, steps 2-31 | last 30 steps | held-out accuracy "
-        "| held-out loss | checkpoint, MiB |")
+  print(
+    "\n| trained | first loss | training accuracy, steps 2-31 | last 30 steps | held-out accuracy "
+    "| held-out loss | checkpoint, MiB |"
+  )
   print("|---|---|---|---|---|---|---|")
   for name, lines in runs.items():
     logged = [line for line in lines if line["split"] == "train"]
@@ -68,9 +107,11 @@ def main():
     accuracy = lambda some: sum(line["rewards/accuracies"] for line in some) / len(some)
     files = (options.out / name / "checkpoints").rglob("*")
     size = sum(file.stat().st_size for file in files if file.is_file())
-    print(f"| {name.replace('_', ' ')} | {logged[0]['loss']:.7f} | {accuracy(logged[1:31]):.1%} "
-          f"| {accuracy(logged[-30:]):.1%} | {last['rewards/accuracies']:.1%} | {last['loss']:.4f} "
-          f"| {size / 2**20:.1f} |")
+    print(
+      f"| {name.replace('_', ' ')} | {logged[0]['loss']:.7f} | {accuracy(logged[1:31]):.1%} "
+      f"| {accuracy(logged[-30:]):.1%} | {last['rewards/accuracies']:.1%} | {last['loss']:.4f} "
+      f"| {size / 2**20:.1f} |"
+    )
 
 
 if __name__ == "__main__":

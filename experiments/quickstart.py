@@ -53,8 +53,16 @@ class Sizes(NamedTuple):
 
 
 SMALL = Sizes(
-    reviews=1500, prefixes=256, held_out=128, width=32, layers=1, sft_steps=150, dpo_steps=80,
-    measure_every=40, betas=(0.5,))
+  reviews=1500,
+  prefixes=256,
+  held_out=128,
+  width=32,
+  layers=1,
+  sft_steps=150,
+  dpo_steps=80,
+  measure_every=40,
+  betas=(0.5,),
+)
 """A smoke test."""
 
 
@@ -63,8 +71,7 @@ def save_tokenizer(folder: pathlib.Path) -> None:
   ids = {word: i for i, word in enumerate(["<eos>", *world.vocabulary()])}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<eos>"))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  transformers.PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+  transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
 def write_jsonl(path: pathlib.Path, records: list[dict]) -> None:
@@ -115,8 +122,10 @@ def dpo_config(beta: float, sizes: Sizes, workdir: pathlib.Path):
 
 def texts_of(tokenizer, answers: measure.Answers) -> list[list[str]]:
   """Returns the samples to each prompt as text."""
-  return [[tokenizer.decode(ids[:count], skip_special_tokens=True) for ids, count in zip(*each)]
-          for each in zip(answers.tokens, answers.lengths)]
+  return [
+    [tokenizer.decode(ids[:count], skip_special_tokens=True) for ids, count in zip(*each)]
+    for each in zip(answers.tokens, answers.lengths)
+  ]
 
 
 def preferences(prefixes, texts, rewards) -> list[dict]:
@@ -126,8 +135,9 @@ def preferences(prefixes, texts, rewards) -> list[dict]:
     for i, j in itertools.combinations(range(len(completions)), 2):
       if values[i] != values[j] and completions[i].strip() and completions[j].strip():
         best, worst = (i, j) if values[i] > values[j] else (j, i)
-        records.append({"prompt": start, "chosen": f" {completions[best]}",
-                        "rejected": f" {completions[worst]}"})
+        records.append(
+          {"prompt": start, "chosen": f" {completions[best]}", "rejected": f" {completions[worst]}"}
+        )
   return records
 
 
@@ -136,6 +146,7 @@ def run(workdir: pathlib.Path, sizes: Sizes) -> dict:
   rng = np.random.default_rng(0)
   stages = 3 + 2 * len(sizes.betas)
   bar = tqdm.tqdm(total=stages, unit="stage", file=sys.stderr, disable=not sys.stderr.isatty())
+
   def stage(title):
     bar.set_description(title)
     with tqdm.tqdm.external_write_mode(file=sys.stdout):
@@ -147,11 +158,13 @@ def run(workdir: pathlib.Path, sizes: Sizes) -> dict:
     save_tokenizer(workdir / "tokenizer")
     reviews = [world.review(rng) for _ in range(sizes.reviews + sizes.prefixes + sizes.held_out)]
     starts = [world.prefix(text, rng) for text in reviews]
-    learned = [{"prompt": start, "responses": [text[len(start):]]}
-               for start, text in zip(starts[:sizes.reviews], reviews)]
+    learned = [
+      {"prompt": start, "responses": [text[len(start) :]]}
+      for start, text in zip(starts[: sizes.reviews], reviews)
+    ]
     write_jsonl(workdir / "reviews.jsonl", learned)
-  prefixes = starts[sizes.reviews:][:sizes.prefixes]
-  held_out = starts[sizes.reviews + sizes.prefixes:]
+  prefixes = starts[sizes.reviews :][: sizes.prefixes]
+  held_out = starts[sizes.reviews + sizes.prefixes :]
   bar.update()
 
   stage("supervised fine-tuning")
@@ -159,9 +172,13 @@ def run(workdir: pathlib.Path, sizes: Sizes) -> dict:
   reference = checkpoint.load_policy(workdir / "sft")
   tokenizer = tokenization.load_tokenizer(str(workdir / "tokenizer"))
   bench = measure.Bench(
-      reference.config, measure.reward_of_text(tokenizer, lambda texts: list(map(world.true_reward, texts))),
-      stop_id=tokenizer.eos_token_id, num_samples=sizes.samples, max_new_tokens=sizes.max_new_tokens,
-      prompts_at_once=len(held_out))
+    reference.config,
+    measure.reward_of_text(tokenizer, lambda texts: list(map(world.true_reward, texts))),
+    stop_id=tokenizer.eos_token_id,
+    num_samples=sizes.samples,
+    max_new_tokens=sizes.max_new_tokens,
+    prompts_at_once=len(held_out),
+  )
   bar.update()
 
   stage("sampling and labelling preferences")
@@ -189,13 +206,18 @@ def run(workdir: pathlib.Path, sizes: Sizes) -> dict:
     bar.update()
   bar.close()
 
-  before, then = (texts_of(tokenizer, bench.answers(params, *asked, seed=0))
-                  for params in (reference.params, after))
+  before, then = (
+    texts_of(tokenizer, bench.answers(params, *asked, seed=0)) for params in (reference.params, after)
+  )
   summary = {
-      "pairs": len(records), "reference": start,
-      "betas": {str(beta): curve for beta, curve in curves.items()},
-      "samples": [{"prefix": held_out[i], "reference": before[i][0],
-                   f"dpo_beta_{sizes.betas[0]}": then[i][0]} for i in range(3)]}
+    "pairs": len(records),
+    "reference": start,
+    "betas": {str(beta): curve for beta, curve in curves.items()},
+    "samples": [
+      {"prefix": held_out[i], "reference": before[i][0], f"dpo_beta_{sizes.betas[0]}": then[i][0]}
+      for i in range(3)
+    ],
+  }
   with disk_errors(workdir):
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(curves, workdir / "frontier.png")
@@ -207,11 +229,28 @@ def plot(curves: dict[float, list[dict]], path: pathlib.Path) -> None:
   figure, (panel,) = figures.panels(1, size=(5.2, 3.6))
   for number, (beta, curve) in enumerate(curves.items()):
     of = lambda name: [point[name] for point in curve]
-    panel.errorbar(of("kl"), of("reward"), yerr=of("reward_error"), xerr=of("kl_error"), markersize=4,
-                   capsize=2, linewidth=1.3, label=rf"DPO, $\beta$ = {beta:g}", **figures.style(number))
+    panel.errorbar(
+      of("kl"),
+      of("reward"),
+      yerr=of("reward_error"),
+      xerr=of("kl_error"),
+      markersize=4,
+      capsize=2,
+      linewidth=1.3,
+      label=rf"DPO, $\beta$ = {beta:g}",
+      **figures.style(number),
+    )
   origin = next(iter(curves.values()))[0]
-  panel.plot(origin["kl"], origin["reward"], marker="*", markersize=13, color="black", linestyle="none",
-             label="reference (SFT)", zorder=5)
+  panel.plot(
+    origin["kl"],
+    origin["reward"],
+    marker="*",
+    markersize=13,
+    color="black",
+    linestyle="none",
+    label="reference (SFT)",
+    zorder=5,
+  )
   panel.set_xlabel(r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$) of a completion, nats")
   panel.set_ylabel("true reward, p(positive)")
   panel.legend(frameon=False, loc="lower right")
@@ -223,8 +262,9 @@ def show(summary: dict) -> None:
   print("\n| policy | step | true reward | KL to the reference, nats |")
   print("|---|---|---|---|")
   row = lambda name, p: print(
-      f"| {name} | {p['step']} | {p['reward']:.3f} +- {p['reward_error']:.3f} "
-      f"| {p['kl']:.2f} +- {p['kl_error']:.2f} |")
+    f"| {name} | {p['step']} | {p['reward']:.3f} +- {p['reward_error']:.3f} "
+    f"| {p['kl']:.2f} +- {p['kl_error']:.2f} |"
+  )
   row("reference (SFT)", summary["reference"])
   for beta, curve in summary["betas"].items():
     row(f"DPO, beta {beta}", curve[-1])

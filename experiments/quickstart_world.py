@@ -10,15 +10,33 @@ import math
 import numpy as np
 
 POSITIVE = {
-    "brilliant": 1.6, "wonderful": 1.5, "moving": 1.2, "clever": 1.0, "charming": 1.0, "funny": 0.9,
-    "fresh": 0.7, "warm": 0.6, "decent": 0.3}
+  "brilliant": 1.6,
+  "wonderful": 1.5,
+  "moving": 1.2,
+  "clever": 1.0,
+  "charming": 1.0,
+  "funny": 0.9,
+  "fresh": 0.7,
+  "warm": 0.6,
+  "decent": 0.3,
+}
 NEGATIVE = {
-    "awful": -1.6, "dreadful": -1.5, "tedious": -1.2, "clumsy": -1.0, "dull": -1.0, "hollow": -0.9,
-    "flat": -0.7, "cold": -0.6, "uneven": -0.3}
+  "awful": -1.6,
+  "dreadful": -1.5,
+  "tedious": -1.2,
+  "clumsy": -1.0,
+  "dull": -1.0,
+  "hollow": -0.9,
+  "flat": -0.7,
+  "cold": -0.6,
+  "uneven": -0.3,
+}
 VERBS = {"loved": 1.5, "enjoyed": 1.0, "liked": 0.6, "hated": -1.5, "disliked": -0.8, "endured": -0.7}
 ADVERBS = {"truly": 1.4, "very": 1.3, "quite": 0.8, "rather": 0.6, "hardly": -0.5, "not": -0.7}
-NOUNS = ("film story plot script ending dialogue pacing acting cast hero villain music score "
-         "camera editing opening humour romance").split()
+NOUNS = (
+  "film story plot script ending dialogue pacing acting cast hero villain music score "
+  "camera editing opening humour romance"
+).split()
 PLACES = "in the first half|from start to finish|on a second viewing|in every scene".split("|")
 END = "."
 
@@ -73,4 +91,4 @@ def true_reward(text: str) -> float:
 def prefix(text: str, rng: np.random.Generator) -> str:
   """Returns the first 2 to 8 words of a review, at most all but two."""
   words = text.split()
-  return " ".join(words[:rng.integers(2, min(8, len(words) - 2) + 1)])
+  return " ".join(words[: rng.integers(2, min(8, len(words) - 2) + 1)])

@@ -14,22 +14,25 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import Sequence
+from collections.abc import Sequence
 
 from dpojax.runtime.disk import disk_errors
 
 
 def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[str]]]:
-  """Returns the experiments, of each its arguments with its module first; those of a chain need the earlier."""
+  """Returns the experiments, of each its module and arguments; those of a chain need the earlier."""
   text = [f"--workdir={workdir / 'sentiment'}", f"--sentences={sentences}"]
   return [
-      [["frontier", "--world=sentiment", *text],
-       ["training_curve", f"--workdir={workdir / 'sentiment'}"],
-       ["best_of_n", *text],
-       ["win_rate", *text, f"--pairs={pairs}"]],
-      [["frontier", "--world=enumerable", f"--workdir={workdir / 'enumerable'}"]],
-      [["loss_ablation", f"--workdir={workdir / 'loss_ablation'}"]],
-      [["beta_ablation", f"--workdir={workdir / 'beta_ablation'}", f"--pairs={pairs}"]]]
+    [
+      ["frontier", "--world=sentiment", *text],
+      ["training_curve", f"--workdir={workdir / 'sentiment'}"],
+      ["best_of_n", *text],
+      ["win_rate", *text, f"--pairs={pairs}"],
+    ],
+    [["frontier", "--world=enumerable", f"--workdir={workdir / 'enumerable'}"]],
+    [["loss_ablation", f"--workdir={workdir / 'loss_ablation'}"]],
+    [["beta_ablation", f"--workdir={workdir / 'beta_ablation'}", f"--pairs={pairs}"]],
+  ]
 
 
 def run_chain(chain: Sequence[Sequence[str]], workdir: pathlib.Path) -> str:
@@ -40,12 +43,19 @@ def run_chain(chain: Sequence[Sequence[str]], workdir: pathlib.Path) -> str:
     log, start = workdir / f"{label}.log", time.monotonic()
     print(f"== {label} has started: {log}", flush=True)
     with open(log, "w") as file:
-      failed = subprocess.run([sys.executable, "-m", f"experiments.{name}", *arguments],
-                              stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+      failed = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", *arguments],
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        check=False,
+      ).returncode
     lines = log.read_text().splitlines()
-    print(f"== {label} {'failed after' if failed else 'took'} {(time.monotonic() - start) / 60:.1f} minutes",
-          *(lines[-5:] if failed else [line for line in lines if line.startswith("|")]),
-          sep="\n", flush=True)
+    print(
+      f"== {label} {'failed after' if failed else 'took'} {(time.monotonic() - start) / 60:.1f} minutes",
+      *(lines[-5:] if failed else [line for line in lines if line.startswith("|")]),
+      sep="\n",
+      flush=True,
+    )
     if failed:
       return label
   return ""
@@ -74,8 +84,14 @@ def main():
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with concurrent.futures.ThreadPoolExecutor(jobs, initializer=take_share, initargs=(shares,)) as pool:
-    failed = list(filter(None, pool.map(
-        lambda chain: run_chain(chain, workdir), chains(workdir, arguments.sentences, arguments.pairs))))
+    failed = list(
+      filter(
+        None,
+        pool.map(
+          lambda chain: run_chain(chain, workdir), chains(workdir, arguments.sentences, arguments.pairs)
+        ),
+      )
+    )
   print(f"== all took {(time.monotonic() - start) / 60:.1f} minutes")
   if failed:
     sys.exit(f"error: {', '.join(failed)} failed; mend what the log says, and the same command continues")

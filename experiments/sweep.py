@@ -15,7 +15,8 @@ import math
 import os
 import pathlib
 import sys
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -31,10 +32,11 @@ from dpojax.runtime.disk import disk_errors
 from dpojax.training import checkpoint, objectives, parallel, resolve, weights
 from dpojax.training import config as config_lib
 from dpojax.training import step as step_lib
+from dpojax.training import workdir as workdir_lib
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_lines
-from dpojax.training.parts import Parts
+from dpojax.training.micro_batches import MicroBatches
 from experiments import figures
 
 AXES = ("beta", "optimizer.learning_rate", "loss_options.")
@@ -59,10 +61,16 @@ Measure = Callable[[Member, int, Any], dict[str, float]]
 
 
 def run(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, seeds: Sequence[int] = (0,),
-    axis: str = "beta", values: Sequence[float] = (), at_once: int = 0,
-    data: Callable[[int], resolve.Data] | None = None, measure: Measure | None = None,
-    measure_every: int = 0,
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  seeds: Sequence[int] = (0,),
+  axis: str = "beta",
+  values: Sequence[float] = (),
+  at_once: int = 0,
+  data: Callable[[int], resolve.Data] | None = None,
+  measure: Measure | None = None,
+  measure_every: int = 0,
 ) -> list[dict]:
   """Trains every seed at every value, or continues to; see the module's text.
 
@@ -87,32 +95,35 @@ def run(
   config = weights.with_tokenizer(config).copy_and_resolve_references()
   members = members_of(config, seeds, axis, values)
   _check_can_sweep(config)
-  with train.open_workdir(workdir, config) as workdir:
+  with workdir_lib.open_workdir(workdir, config) as workdir:
     return _run(
-        train.with_template_date(config, workdir), workdir, members, at_once, data, measure, measure_every)
+      workdir_lib.with_template_date(config, workdir), workdir, members, at_once, data, measure, measure_every
+    )
 
 
 def _run(config, workdir, members, at_once, data, measure, measure_every) -> list[dict]:
   _check_same_sweep(workdir, members, at_once)
   at_once = min(at_once or len(members), len(members))
   sweep = _Sweep(config, members, at_once, data)
-  bar = tqdm.tqdm(total=len(members) * config.steps, unit="step", file=sys.stderr,
-                  disable=not sys.stderr.isatty())
+  bar = tqdm.tqdm(
+    total=len(members) * config.steps, unit="step", file=sys.stderr, disable=not sys.stderr.isatty()
+  )
   for first in range(0, len(members), at_once):
-    group = members[first:first + at_once]
+    group = members[first : first + at_once]
     folder = workdir / f"members_{first}"
     if not (folder / "done").exists():
       sweep.train(group, at_once, folder, measure, measure_every, bar)
       (folder / "done").touch()
   bar.close()
-  table = [line for first in range(0, len(members), at_once)
-           for line in read_table(workdir / f"members_{first}")]
+  table = [
+    line for first in range(0, len(members), at_once) for line in read_table(workdir / f"members_{first}")
+  ]
   write_table(workdir, table)
   return table
 
 
 def members_of(
-    config: ml_collections.ConfigDict, seeds: Sequence[int], axis: str, values: Sequence[float]
+  config: ml_collections.ConfigDict, seeds: Sequence[int], axis: str, values: Sequence[float]
 ) -> list[Member]:
   """Returns every seed at every value, seeds first.
 
@@ -123,11 +134,15 @@ def members_of(
   if not axis:
     values = (math.nan,)
   elif axis not in flat or not axis.startswith(AXES):
-    raise ConfigError(f"a sweep cannot be over {axis!r}; it may be over beta, optimizer.learning_rate "
-                      "or a number in loss_options")
+    raise ConfigError(
+      f"a sweep cannot be over {axis!r}; it may be over beta, optimizer.learning_rate "
+      "or a number in loss_options"
+    )
   values = list(values) or [flat[axis]]
-  members = [Member(i, seed, axis, value) for i, (value, seed) in enumerate(
-      (value, seed) for value in values for seed in seeds)]
+  members = [
+    Member(i, seed, axis, value)
+    for i, (value, seed) in enumerate((value, seed) for value in values for seed in seeds)
+  ]
   for name, given in (("seeds", seeds), ("values", values)):
     if len(set(given)) < len(given) or not given:
       raise ConfigError(f"{name} are {list(given)}; give each once, and at least one")
@@ -151,7 +166,7 @@ class _Sweep:
 
   def __init__(self, config: ml_collections.ConfigDict, members: Sequence[Member], at_once: int, data):
     self.config, self.axis = config, members[0].axis
-    self.devices = parallel.Members(at_once)
+    self.devices = parallel.EnsembleMesh(at_once)
     seeds = list(dict.fromkeys(member.seed for member in members))
     of_seed = lambda seed: config_of(config, Member(0, seed, "", math.nan))
     data = data or (lambda seed: resolve.load_data(of_seed(seed)))
@@ -167,20 +182,28 @@ class _Sweep:
       resolve.check_ids(setup.model, config, each)
     self.starts = {seed: setups.get(seed, setup).params for seed in seeds}
     self.about = {
-        "model": setup.model.as_dict(), "data": [each.fingerprint for each in datasets.values()],
-        "stop_ids": list(dict.fromkeys(i for each in datasets.values() for i in each.stop_ids)),
-        "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference)}
+      "model": setup.model.as_dict(),
+      "data": [each.fingerprint for each in datasets.values()],
+      "stop_ids": list(dict.fromkeys(i for each in datasets.values() for i in each.stop_ids)),
+      "reference": None if setup.reference is None else checkpoint.fingerprint(setup.reference),
+    }
     stored = setup.objective.needs_reference and config.reference.mode == "stored"
     if stored:
       plain = parallel.Mesh()
       resolve.use_stored_reference(
-          config, setup, plain.place(setup.reference, donated=False), self.about["reference"],
-          [*self.loaders.values(), self.held_out], plain)
+        config,
+        setup,
+        plain.place(setup.reference, donated=False),
+        self.about["reference"],
+        [*self.loaders.values(), self.held_out],
+        plain,
+      )
     unread = setup.reference is None or (stored and not config.lora.rank)
     self.reference = None if unread else self.devices.share(setup.reference)
     self._train = self.devices.lift(jax.vmap(self._step, in_axes=(0, None, 0, 0)), donate_state=True)
     self._eval = self.devices.lift(
-        jax.vmap(self._evaluate, in_axes=(0, None, 0, 0, None)), donate_state=False)
+      jax.vmap(self._evaluate, in_axes=(0, None, 0, 0, None)), donate_state=False
+    )
 
   def _at(self, value) -> tuple[objectives.Objective, Callable, optax.GradientTransformation]:
     """Returns objective, schedule and optimizer at a value on the axis, which may be traced."""
@@ -191,16 +214,24 @@ class _Sweep:
   def _step(self, state, reference, value, rows):
     objective, schedule, tx = self._at(value)
     return step_lib.make_train_step(
-        objective, tx, schedule=schedule, parts=Parts(self.config.rows_at_once))(
-            state, reference, rows)
+      objective, tx, schedule=schedule, micro_batches=MicroBatches(self.config.rows_at_once)
+    )(state, reference, rows)
 
   def _evaluate(self, params, reference, value, step, rows):
-    evaluate = step_lib.make_eval_step(self._at(value)[0], parts=Parts(self.config.rows_at_once))
+    evaluate = step_lib.make_eval_step(
+      self._at(value)[0], micro_batches=MicroBatches(self.config.rows_at_once)
+    )
     return evaluate(params, reference, rows, step)
 
   def train(
-      self, group: Sequence[Member], size: int, folder: pathlib.Path, measure: Measure | None,
-      measure_every: int, bar: tqdm.tqdm) -> None:
+    self,
+    group: Sequence[Member],
+    size: int,
+    folder: pathlib.Path,
+    measure: Measure | None,
+    measure_every: int,
+    bar: tqdm.tqdm,
+  ) -> None:
     """Trains a group of members to the end, from its last checkpoint if there is one."""
     config, devices = self.config, self.devices
     size = -(-size // devices.row_multiple) * devices.row_multiple
@@ -211,7 +242,7 @@ class _Sweep:
     first = checkpoints.last_sound() or 0
     if first:
       state, was = checkpoints.restore(first, devices.restore_target(state))
-      train.check_same(was, self.about, folder)
+      workdir_lib.check_same(was, self.about, folder)
       state = devices.place(state)
     table = _Table(folder, first or -1)
     bar.update(len(group) * first)
@@ -219,8 +250,12 @@ class _Sweep:
     def write(step, split, metrics):
       """Writes numbers [M] of all members."""
       for place, member in enumerate(group):
-        table.write(member, step, split, {
-            name: float(each[place]) for name, each in metrics.items() if not np.isnan(each[place])})
+        table.write(
+          member,
+          step,
+          split,
+          {name: float(each[place]) for name, each in metrics.items() if not np.isnan(each[place])},
+        )
 
     def look(step):
       """Evaluates and measures, as far as either is due."""
@@ -255,21 +290,21 @@ class _Sweep:
   def _first_state(self, members: Sequence[Member]) -> step_lib.TrainState:
     """Returns the states before step 1, stacked."""
     _, _, tx = self._at(members[0].value)
-    states = {seed: jax.device_get(step_lib.init_state(params, tx))
-              for seed, params in self.starts.items()}
+    states = {seed: jax.device_get(step_lib.init_state(params, tx)) for seed, params in self.starts.items()}
     return self.devices.place(
-        jax.tree.map(lambda *each: np.stack(each), *(states[member.seed] for member in members)))
+      jax.tree.map(lambda *each: np.stack(each), *(states[member.seed] for member in members))
+    )
 
   def _evaluation(self, state: step_lib.TrainState, value: jax.Array) -> dict[str, np.ndarray]:
     """Returns metrics [M] over the held-out comparisons."""
     sums = {}
     for batch in self.held_out.evaluation():
-      part = jax.device_get(
-          self._eval(state.params, self.reference, value, state.step, batch.rows))
+      part = jax.device_get(self._eval(state.params, self.reference, value, state.step, batch.rows))
       for name, mean in part.items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
-    return {name: np.where(count > 0, total / np.maximum(count, 1), np.nan)
-            for name, (total, count) in sums.items()}
+    return {
+      name: np.where(count > 0, total / np.maximum(count, 1), np.nan) for name, (total, count) in sums.items()
+    }
 
   def _rows(self, members: Sequence[Member], first: int) -> Iterator[tuple[int, packing.Rows]]:
     """Yields (step, rows [M, R, ...]): each member's, with as many rows as the one that has most."""
@@ -285,8 +320,12 @@ class _Sweep:
 def _loader(config: ml_collections.ConfigDict, subset: loader.Subset) -> loader.Loader:
   """Returns the loader of one member's rows."""
   return loader.Loader(
-      subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
-      rows_at_once=config.rows_at_once)
+    subset,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    row_length=config.row_length,
+    rows_at_once=config.rows_at_once,
+  )
 
 
 def _filled_up(rows: packing.Rows, count: int, num_responses: int) -> packing.Rows:
@@ -295,8 +334,9 @@ def _filled_up(rows: packing.Rows, count: int, num_responses: int) -> packing.Ro
   if not missing:
     return rows
   shape = packing.RowShape(rows.tokens.shape[1], rows.source.shape[1], rows.example.shape[1])
-  empty = packing.empty(missing, shape, num_responses=num_responses,
-                        with_reference=rows.reference is not None)
+  empty = packing.empty(
+    missing, shape, num_responses=num_responses, with_reference=rows.reference is not None
+  )
   return jax.tree.map(lambda *each: np.concatenate(each), rows, empty)
 
 
@@ -311,8 +351,7 @@ class _Table:
 
   def write(self, member: Member, step: int, split: str, metrics: dict[str, float]) -> None:
     with disk_errors(self._folder):
-      self._file.write(json.dumps(
-          member.labels() | {"step": step, "split": split} | metrics) + "\n")
+      self._file.write(json.dumps(member.labels() | {"step": step, "split": split} | metrics) + "\n")
 
   def flush(self) -> None:
     with disk_errors(self._folder):
@@ -352,19 +391,21 @@ def _check_same_sweep(workdir: pathlib.Path, members: Sequence[Member], at_once:
   now = {"members": [list(member.labels().items()) for member in members], "at_once": at_once}
   with disk_errors(workdir):
     if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(now)):
-      raise ConfigError(f"{workdir} holds a sweep over other members; take another workdir, or go back "
-                        f"to those of {path}")
+      raise ConfigError(
+        f"{workdir} holds a sweep over other members; take another workdir, or go back to those of {path}"
+      )
     path.write_text(json.dumps(now))
 
 
 def _check_can_sweep(config: ml_collections.ConfigDict) -> None:
   """Refuses what only a single run can do."""
   for key, value, why in (
-      ("reference.sync_every", 0, "the members share one reference"),
-      ("checkpoint_best", "", "the members share their checkpoints"),
-      ("parallel.coordinator", "", "a sweep is one process"),
-      ("parallel.fsdp", 1, "each member is whole on one device"),
-      ("parallel.tensor", 1, "each member is whole on one device")):
+    ("reference.sync_every", 0, "the members share one reference"),
+    ("checkpoint_best", "", "the members share their checkpoints"),
+    ("parallel.coordinator", "", "a sweep is one process"),
+    ("parallel.fsdp", 1, "each member is whole on one device"),
+    ("parallel.tensor", 1, "each member is whole on one device"),
+  ):
     given = config_lib.flatten(config)[key]
     if given != value:
       raise ConfigError(f"config.{key} is {given!r} and {why}; set {value!r}, or train members one by one")
@@ -373,7 +414,7 @@ def _check_can_sweep(config: ml_collections.ConfigDict) -> None:
 BETAS = flags.DEFINE_list("betas", [], "Values on the axis, separated by commas.")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas.")
 AXIS = flags.DEFINE_string("axis", "beta", "The key that the values are of.")
-AT_ONCE = flags.DEFINE_integer("at_once", 0, "Members trained side by side; 0: all.")
+AT_ONCE = flags.DEFINE_integer("at_once", 0, "EnsembleMesh trained side by side; 0: all.")
 
 
 def main(argv):
@@ -384,8 +425,14 @@ def main(argv):
   with command():
     config = train.CONFIG.value
     values = [float(value) for value in BETAS.value]
-    table = run(config, workdir, seeds=[int(seed) for seed in SEEDS.value], axis=AXIS.value,
-                values=values, at_once=AT_ONCE.value)
+    table = run(
+      config,
+      workdir,
+      seeds=[int(seed) for seed in SEEDS.value],
+      axis=AXIS.value,
+      values=values,
+      at_once=AT_ONCE.value,
+    )
     with disk_errors(workdir):
       figures.against_axis(table, AXIS.value, workdir / "sweep.png")
   print(f"written: {workdir}/table.jsonl and sweep.png")

@@ -29,9 +29,17 @@ jax.config.update("jax_enable_compilation_cache", False)
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-LONGEST = ("test_sentiment", "test_enumerable", "test_paper", "test_train", "test_ppo", "test_lora", "test_quickstart",
-           "test_models_hf")
-"""Files that take minutes: they start first, so that no worker has one of them left when the others are done."""
+LONGEST = (
+  "test_sentiment",
+  "test_enumerable",
+  "test_paper",
+  "test_train",
+  "test_ppo",
+  "test_lora",
+  "test_quickstart",
+  "test_models_hf",
+)
+"""Files that take minutes: they start first, so that no worker is left with one."""
 
 
 def pytest_collection_modifyitems(items):
@@ -49,8 +57,8 @@ def published_data() -> pathlib.Path | None:
     return folder
   if "DPOJAX_DATA" in os.environ:
     raise pytest.UsageError(
-        f"DPOJAX_DATA is {folder}, which has no hh_harmless_base_test.jsonl.gz; unset it to test with "
-        "made data")
+      f"DPOJAX_DATA is {folder}, which has no hh_harmless_base_test.jsonl.gz; unset it to test with made data"
+    )
   return None
 
 
@@ -88,8 +96,11 @@ def programs(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def compiled(programs):
   """Programs are compiled once, whichever test, file or process they are started from."""
-  kept = {"jax_enable_compilation_cache": True, "jax_persistent_cache_min_compile_time_secs": 0.0,
-          "jax_compilation_cache_dir": str(programs)}
+  kept = {
+    "jax_enable_compilation_cache": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_compilation_cache_dir": str(programs),
+  }
   before = {name: jax.config._read(name) for name in kept}
   for name, value in kept.items():
     jax.config.update(name, value)
@@ -136,7 +147,8 @@ def runs(words, tmp_path_factory) -> Runs:
   train.run(worlds.run_config("sft", **given, steps=30, **small), runs.sft)
   for kind, workdir in (("dpo", runs.dpo), ("reward", runs.reward)):
     config = worlds.run_config(
-        kind, **given, steps=12, **small | {"model.checkpoint": runs.sft, "checkpoint_best": ""})
+      kind, **given, steps=12, **small | {"model.checkpoint": runs.sft, "checkpoint_best": ""}
+    )
     train.run(config, workdir)
   return runs
 

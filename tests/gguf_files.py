@@ -6,20 +6,40 @@ from dpojax.models import hf
 from tests.parity import models
 
 SIZES = {
-    "vocab_size": 72, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5, "rope_theta": 1000.0}
+  "vocab_size": 72,
+  "hidden_size": 64,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 16,
+  "intermediate_size": 96,
+  "max_position_embeddings": 128,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 1000.0,
+}
 CONFIGS = {
-    "llama": SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-    "qwen2": SIZES | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
-    "qwen3": SIZES | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128}}
+  "llama": SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+  "qwen2": SIZES | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+  "qwen3": SIZES | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
+}
 """config.json of the models that `write` can write, by architecture."""
 
 NAMES = {
-    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q",
-    "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+  "embed_tokens": "token_embd",
+  "norm": "output_norm",
+  "lm_head": "output",
+  "input_layernorm": "attn_norm",
+  "post_attention_layernorm": "ffn_norm",
+  "q_proj": "attn_q",
+  "k_proj": "attn_k",
+  "v_proj": "attn_v",
+  "o_proj": "attn_output",
+  "q_norm": "attn_q_norm",
+  "k_norm": "attn_k_norm",
+  "gate_proj": "ffn_gate",
+  "up_proj": "ffn_up",
+  "down_proj": "ffn_down",
+}
 
 
 def tensors_of(values):
@@ -36,8 +56,11 @@ def name_of(name):
 
 def of_neighbours(weights, heads):
   """llama.cpp's `permute`: rows i and H / 2 + i of a head come to stand beside each other."""
-  return weights.reshape(heads, 2, len(weights) // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(
-      weights.shape)
+  return (
+    weights.reshape(heads, 2, len(weights) // heads // 2, *weights.shape[1:])
+    .swapaxes(1, 2)
+    .reshape(weights.shape)
+  )
 
 
 def tokens_of(tokenizer):
@@ -66,17 +89,20 @@ def write(path, values, tensors, kind="F32", *, tokenizer, metadata={}, drop=(),
   architecture, metadata = values["model_type"], dict(metadata)
   writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", architecture))
   pairs = {
-      f"{architecture}.context_length": values["max_position_embeddings"],
-      f"{architecture}.embedding_length": values["hidden_size"],
-      f"{architecture}.block_count": values["num_hidden_layers"],
-      f"{architecture}.feed_forward_length": values["intermediate_size"],
-      f"{architecture}.attention.head_count": values["num_attention_heads"],
-      f"{architecture}.attention.head_count_kv": values["num_key_value_heads"],
-      f"{architecture}.attention.key_length": values["head_dim"],
-      f"{architecture}.rope.dimension_count": values["head_dim"],
-      f"{architecture}.vocab_size": values["vocab_size"],
-      f"{architecture}.attention.layer_norm_rms_epsilon": values["rms_norm_eps"],
-      f"{architecture}.rope.freq_base": values["rope_theta"], **tokenizer, **metadata}
+    f"{architecture}.context_length": values["max_position_embeddings"],
+    f"{architecture}.embedding_length": values["hidden_size"],
+    f"{architecture}.block_count": values["num_hidden_layers"],
+    f"{architecture}.feed_forward_length": values["intermediate_size"],
+    f"{architecture}.attention.head_count": values["num_attention_heads"],
+    f"{architecture}.attention.head_count_kv": values["num_key_value_heads"],
+    f"{architecture}.attention.key_length": values["head_dim"],
+    f"{architecture}.rope.dimension_count": values["head_dim"],
+    f"{architecture}.vocab_size": values["vocab_size"],
+    f"{architecture}.attention.layer_norm_rms_epsilon": values["rms_norm_eps"],
+    f"{architecture}.rope.freq_base": values["rope_theta"],
+    **tokenizer,
+    **metadata,
+  }
   for key, value in pairs.items():
     if isinstance(value, bool):
       writer.add_bool(key, value)
@@ -97,8 +123,10 @@ def write(path, values, tensors, kind="F32", *, tokenizer, metadata={}, drop=(),
     if name not in drop:
       plain = kind == "F32" or tensor.ndim == 1
       writer.add_tensor(
-          name_of(name), tensor if plain else gguf.quantize(tensor, quantised),
-          raw_dtype=None if plain else quantised)
+        name_of(name),
+        tensor if plain else gguf.quantize(tensor, quantised),
+        raw_dtype=None if plain else quantised,
+      )
   for name, tensor in extra.items():
     writer.add_tensor(name, tensor)
   writer.write_header_to_file()

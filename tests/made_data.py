@@ -33,13 +33,19 @@ def write(folder: pathlib.Path) -> None:
   rng = np.random.default_rng(0)
   dialogues = [_dialogue(rng) for _ in range(HH["used"])]
   sound = "\n\nHuman: Why?\n\nAssistant: So."
-  for rejected, reason in ((sound.removesuffix("So."), "empty_response"),
-                           (sound.replace("Why", "How"), "different_prompts")):
+  for rejected, reason in (
+    (sound.removesuffix("So."), "empty_response"),
+    (sound.replace("Why", "How"), "different_prompts"),
+  ):
     dialogues += [{"chosen": sound, "rejected": rejected} for _ in range(HH[reason])]
   _write_lines(folder / "hh_harmless_base_test.jsonl.gz", dialogues)
-  _write_lines(folder / "movie_review_sentences.jsonl.gz", [
+  _write_lines(
+    folder / "movie_review_sentences.jsonl.gz",
+    [
       {"text": " ".join(_sentence(rng) for _ in range(rng.integers(1, 4))), "label": i % 2}
-      for i in range(SENTENCES)])
+      for i in range(SENTENCES)
+    ],
+  )
   texts = [text for dialogue in dialogues for text in dialogue.values()]
   texts += ["a b c d e f", "I am"] * 50
   for name, make in (("gpt2", _of_bytes), ("llama2", _like_sentencepiece)):
@@ -48,7 +54,8 @@ def write(folder: pathlib.Path) -> None:
     path.mkdir(parents=True)
     made.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False} | special))
+      json.dumps({"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False} | special)
+    )
 
 
 def _write_lines(path: pathlib.Path, records: list[dict]) -> None:
@@ -73,9 +80,15 @@ def _of_bytes(texts: list[str]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-      vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False,
-      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+  tokenizer.train_from_iterator(
+    texts,
+    trainers.BpeTrainer(
+      vocab_size=1000,
+      special_tokens=["<|endoftext|>"],
+      show_progress=False,
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ),
+  )
   return tokenizer, dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
 
 
@@ -88,16 +101,27 @@ def _like_sentencepiece(texts: list[str]) -> tuple[tokenizers.Tokenizer, dict[st
   learned = json.loads(words.to_str())["model"]
   special = ["<unk>", "<s>", "</s>"]
   spaces = ["▁" * 2**n for n in range(1, 5)]
-  vocabulary = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *spaces,
-                *sorted(learned["vocab"], key=learned["vocab"].get)]
-  tokenizer = tokenizers.Tokenizer(models.BPE(
+  vocabulary = [
+    *special,
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    *spaces,
+    *sorted(learned["vocab"], key=learned["vocab"].get),
+  ]
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
       vocab={piece: i for i, piece in enumerate(vocabulary)},
-      merges=[(space[len(space) // 2:], ) * 2 for space in spaces] + [tuple(m) for m in learned["merges"]],
-      unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+      merges=[(space[len(space) // 2 :],) * 2 for space in spaces] + [tuple(m) for m in learned["merges"]],
+      unk_token="<unk>",
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-  tokenizer.decoder = decoders.Sequence([
-      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+  )
   tokenizer.add_special_tokens(special)
   tokenizer.post_processor = processors.TemplateProcessing(
-      single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+  )
   return tokenizer, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

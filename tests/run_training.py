@@ -13,6 +13,7 @@ import time
 from dpojax import train
 from dpojax.runtime import processes
 from dpojax.runtime.command import command
+from dpojax.training.log import Log
 from tests import worlds
 
 
@@ -20,11 +21,13 @@ def main(settings, workdir):
   settings = json.loads(pathlib.Path(settings).read_text())
   slow = settings.pop("slow", 0.0)
   if slow:
-    advance = train.Log.advance
+    advance = Log.advance
+
     def slowly(*args):
       time.sleep(slow)
       advance(*args)
-    train.Log.advance = slowly
+
+    Log.advance = slowly
   largest = settings.pop("largest_file", 0)
   if largest:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -12,7 +12,7 @@ import optax
 from dpojax.data import packing
 from dpojax.models import transformer
 from dpojax.training import parallel, preference, step
-from dpojax.training.parts import Parts
+from dpojax.training.micro_batches import MicroBatches
 from tests import worlds
 
 CONFIG = worlds.llama(vocab_size=64, width=32, mlp_width=64)
@@ -30,22 +30,36 @@ def rows_of(examples, first=0, count=ROWS, row_length=64):
   lengths = worlds.lengths_of(examples)
   plan = packing.plan_in_order(lengths, len(examples), row_length)
   assert plan.rows[0] < ROWS - 2
-  return packing.fill(examples, plan.row[0], count, plan.shape, num_responses=len(examples[0][1]),
-                      example=range(len(examples)), first_row=first)
+  return packing.fill(
+    examples,
+    plan.row[0],
+    count,
+    plan.shape,
+    num_responses=len(examples[0][1]),
+    example=range(len(examples)),
+    first_row=first,
+  )
 
 
 def objective(loss="dpo", axis_name=None):
   return preference.preference_objective(
-      transformer.make_apply(CONFIG), preference.make_terms([loss]), beta=0.3, axis_name=axis_name)
+    transformer.make_apply(CONFIG), preference.make_terms([loss]), beta=0.3, axis_name=axis_name
+  )
 
 
 def lifted(devices, *, rows_at_once=0, loss="dpo", row_length=64):
   """Returns the placed state after one step, and the metrics."""
   examples, params, reference = pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
-  train_step = devices.lift(step.make_train_step(
-      objective(loss, devices.axis_name), tx, axis_name=devices.axis_name,
-      parts=Parts(rows_at_once, devices.global_shards)), donate_state=True)
+  train_step = devices.lift(
+    step.make_train_step(
+      objective(loss, devices.axis_name),
+      tx,
+      axis_name=devices.axis_name,
+      micro_batches=MicroBatches(rows_at_once, devices.global_shards),
+    ),
+    donate_state=True,
+  )
   state = devices.place(step.init_state(params, tx))
   rows = devices.place_rows(rows_of(examples, *devices.span(ROWS), row_length), ROWS)
   return train_step(state, devices.place(reference), rows)
@@ -62,8 +76,9 @@ def main(strategy, data, fsdp, tensor, out, coordinator, num_processes, process_
     read = lambda x: np.asarray(x.addressable_data(0))
   else:
     read = lambda x: devices.collect(x)
-  params = {jax.tree_util.keystr(path): read(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+  params = {
+    jax.tree_util.keystr(path): read(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+  }
   np.savez(out, loss=read(metrics["loss"]), **params)
 
 

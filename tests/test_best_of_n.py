@@ -20,9 +20,16 @@ def test_the_estimate_is_the_mean_over_all_subsets(rng):
 def test_what_is_chosen_by_one_score_is_worth_another_and_ties_are_shared(rng):
   scores, values = rng.integers(3, size=(4, 6)), rng.normal(size=(4, 6))
   for n in (1, 2, 4, 6):
-    want = np.mean([[np.mean(value[list(each)][score[list(each)] == score[list(each)].max()])
-                     for score, value in zip(scores, values)]
-                    for each in itertools.combinations(range(6), n)], axis=0)
+    want = np.mean(
+      [
+        [
+          np.mean(value[list(each)][score[list(each)] == score[list(each)].max()])
+          for score, value in zip(scores, values)
+        ]
+        for each in itertools.combinations(range(6), n)
+      ],
+      axis=0,
+    )
     np.testing.assert_allclose(best_of_n.expected_best(scores, n, values), want, rtol=1e-9)
 
 
@@ -48,8 +55,7 @@ def test_the_kl_is_at_most_its_bound_and_meets_it_where_no_two_samples_tie(n, rn
   assert best.sum() == pytest.approx(1)
   assert kl(best, chances) <= best_of_n.kl_bound(n) + 1e-12
   many = np.full(20000, 1 / 20000)
-  assert kl(exact_best_of_distinct(many, n), many) == pytest.approx(
-      best_of_n.kl_bound(n), rel=1e-3, abs=1e-9)
+  assert kl(exact_best_of_distinct(many, n), many) == pytest.approx(best_of_n.kl_bound(n), rel=1e-3, abs=1e-9)
 
 
 def exact_best_of_distinct(chances, n):
@@ -63,8 +69,16 @@ def test_the_best_of_a_models_samples_is_worth_what_the_whole_distribution_says(
   chances, scores = np.exp(world.exact_log_probs(config, params)), world.every_reward()
   prompts, lengths = (np.tile(x, (16, *[1] * (x.ndim - 1))) for x in (world.PROMPTS, world.LENGTHS))
   drawn = best_of_n.draw(
-      config, params, prompts, lengths, world.table_reward, num_samples=64,
-      max_new_tokens=world.ROOM, stop_id=world.STOP, prompts_at_once=24)
+    config,
+    params,
+    prompts,
+    lengths,
+    world.table_reward,
+    num_samples=64,
+    max_new_tokens=world.ROOM,
+    stop_id=world.STOP,
+    prompts_at_once=24,
+  )
   assert drawn.scores.shape == (64, 64) and drawn.tokens.shape == (64, 64, world.ROOM)
   for point in best_of_n.curve(drawn.scores, (1, 4, 16)):
     want = np.mean([exact_best(c, s, point.n) @ s for c, s in zip(chances, scores)])

@@ -14,9 +14,24 @@ def test_the_beta_ablation_in_small_tells_of_every_beta(tmp_path, capsys):
     records.append({"chosen": start + each["chosen"], "rejected": start + each["rejected"]})
   path = worlds.write_jsonl(tmp_path / "pairs.jsonl", records)
   table = beta_ablation.run(
-      path, tmp_path / "run", beta_ablation.Sizes(
-          vocabulary=300, width=32, layers=1, sft_steps=3, dpo_steps=6, batch_size=16, held_out=12,
-          sampled=6, prompt_tokens=18, max_length=64, max_new_tokens=6), betas=(0.1, 5.0), seeds=(0, 1))
+    path,
+    tmp_path / "run",
+    beta_ablation.Sizes(
+      vocabulary=300,
+      width=32,
+      layers=1,
+      sft_steps=3,
+      dpo_steps=6,
+      batch_size=16,
+      held_out=12,
+      sampled=6,
+      prompt_tokens=18,
+      max_length=64,
+      max_new_tokens=6,
+    ),
+    betas=(0.1, 5.0),
+    seeds=(0, 1),
+  )
   beta_ablation.show(table)
   out = capsys.readouterr().out
   assert "| 0.1 | " in out and "| 5 | " in out

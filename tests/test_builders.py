@@ -63,8 +63,13 @@ def python(code, *arguments, **environment):
   """Runs code in a new process from the project's root."""
   root = pathlib.Path(__file__).parents[1]
   return subprocess.run(
-      [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=root,
-      timeout=120, env={**os.environ, "PYTHONPATH": str(root), **environment})
+    [sys.executable, "-c", code, *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    cwd=root,
+    timeout=120,
+    env={**os.environ, "PYTHONPATH": str(root), **environment},
+  )
 
 
 @pytest.fixture(scope="session")
@@ -85,15 +90,22 @@ def test_hh_has_a_prompt_and_two_responses_but_in_nine_records(prepare, data_fol
 
 
 def test_every_form_comes_back_from_disk_as_it_was_parsed(prepare, tmp_path):
-  user, yes, no = ({"role": role, "content": text} for role, text in (
-      ("user", "Où?"), ("assistant", "Là 🧭"), ("assistant", "\0")))
+  user, yes, no = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Où?"), ("assistant", "Là 🧭"), ("assistant", "\0"))
+  )
   path = write(
-      tmp_path / "a.jsonl", plain(0), {"chosen": [user, yes], "rejected": [user, no]},
-      {"prompt": "", "responses": ["a\r\n", " b", "c", "d"]})
+    tmp_path / "a.jsonl",
+    plain(0),
+    {"chosen": [user, yes], "rejected": [user, no]},
+    {"prompt": "", "responses": ["a\r\n", " b", "c", "d"]},
+  )
   data = prepare("jsonl", path=path)
   assert list(data) == [
-      Example("Q0", ("yes 0", "no 0")), Example([user], ([yes], [no])),
-      Example("", ("a\r\n", " b", "c", "d"))]
+    Example("Q0", ("yes 0", "no 0")),
+    Example([user], ([yes], [no])),
+    Example("", ("a\r\n", " b", "c", "d")),
+  ]
   assert data[-1] == data[2]
   with pytest.raises(IndexError, match="comparison 3 of 3"):
     data[3]
@@ -112,8 +124,7 @@ def test_a_second_call_reads_what_the_first_prepared(prepare, tmp_path):
   os.rename(path, tmp_path / "b.jsonl")
   second = prepare("jsonl", path=tmp_path / "b.jsonl")
   assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*array_record*")} == files
-  assert second.report == first.report == {
-      "used": 2, "broken_json": 1, "forms": {"preference": 2}}
+  assert second.report == first.report == {"used": 2, "broken_json": 1, "forms": {"preference": 2}}
   assert second.fingerprint == first.fingerprint
   assert list(second) == list(first)
 
@@ -123,7 +134,7 @@ def test_damaged_prepared_data_are_named_and_prepared_again(damage, prepare, tmp
   """Whichever file it is."""
   path = write(tmp_path / "a.jsonl", *map(plain, range(200)), "{")
   want = prepare("jsonl", path=path)
-  folder, = {file.parent for file in (tmp_path / "prepared").rglob("*array_record*")}
+  (folder,) = {file.parent for file in (tmp_path / "prepared").rglob("*array_record*")}
   names = sorted(file.name for file in folder.iterdir())
   assert "digests.json" in names and len(names) == 5
   for name in names:
@@ -158,18 +169,37 @@ def test_several_files_are_given_as_a_list_or_with_commas_or_as_a_glob(prepare, 
 
 def test_unusable_records_are_counted_by_reason(prepare, tmp_path):
   path = write(
-      tmp_path / "a.jsonl", plain(0), "", "not json", b'{"prompt": "\xff"}', "[1]", "[" * 100_000,
-      {**plain(1), "chosen": " "}, {**plain(2), "rejected": "yes 2"}, {"prompt": "Q"},
-      {**plain(3), "prompt": 3}, plain(4))
+    tmp_path / "a.jsonl",
+    plain(0),
+    "",
+    "not json",
+    b'{"prompt": "\xff"}',
+    "[1]",
+    "[" * 100_000,
+    {**plain(1), "chosen": " "},
+    {**plain(2), "rejected": "yes 2"},
+    {"prompt": "Q"},
+    {**plain(3), "prompt": 3},
+    plain(4),
+  )
   assert prepare("jsonl", path=path).report == {
-      "used": 2, "broken_json": 2, "broken_utf8": 1, "wrong_type": 2, "empty_response": 1,
-      "identical_responses": 1, "missing_key": 1, "forms": {"preference": 2}}
+    "used": 2,
+    "broken_json": 2,
+    "broken_utf8": 1,
+    "wrong_type": 2,
+    "empty_response": 1,
+    "identical_responses": 1,
+    "missing_key": 1,
+    "forms": {"preference": 2},
+  }
 
 
 def test_raise_names_file_line_and_fix_even_after_a_skipping_run(prepare, tmp_path):
   path = write(tmp_path / "a.jsonl", plain(0), plain(1), "", {**plain(2), "chosen": ""}, "{")
-  message = (rf"^data.path {path} line 4: \"chosen\" is empty; drop the record or set "
-             r"data.on_error='skip'$")
+  message = (
+    rf"^data.path {path} line 4: \"chosen\" is empty; drop the record or set "
+    r"data.on_error='skip'$"
+  )
   with pytest.raises(DataError, match=message):
     prepare("jsonl", path=path, on_error="raise")
   assert not list(tmp_path.rglob("*array_record*"))
@@ -189,11 +219,14 @@ def test_no_usable_record_is_an_error_with_the_counts(prepare, tmp_path):
 def test_unusable_files_are_named(prepare, tmp_path):
   whole = pathlib.Path(write(tmp_path / "a.jsonl.gz", *map(plain, range(99)))).read_bytes()
   cases = {
-      "missing.jsonl": (None, "no such file"), "*.parquet": (None, "no such file"),
-      "plain.jsonl.gz": (b'{"prompt": "Q"}', "is not gzip"),
-      "cut.jsonl.gz": (whole[:-20], "is cut off or damaged"),
-      "bad.jsonl.gz": (whole[:100] + b"\0\0\0\0" + whole[104:], "is cut off or damaged"),
-      "bad.parquet": (b"PAR1 and nothing else", "is cut off or damaged"), "": (None, "is a folder")}
+    "missing.jsonl": (None, "no such file"),
+    "*.parquet": (None, "no such file"),
+    "plain.jsonl.gz": (b'{"prompt": "Q"}', "is not gzip"),
+    "cut.jsonl.gz": (whole[:-20], "is cut off or damaged"),
+    "bad.jsonl.gz": (whole[:100] + b"\0\0\0\0" + whole[104:], "is cut off or damaged"),
+    "bad.parquet": (b"PAR1 and nothing else", "is cut off or damaged"),
+    "": (None, "is a folder"),
+  }
   for name, (content, words) in cases.items():
     if content is not None:
       (tmp_path / name).write_bytes(content)
@@ -263,8 +296,9 @@ print(len(builders.prepare("jsonl", path=sys.argv[1], data_dir=sys.argv[2])))
 """
   (tmp_path / "started").mkdir()
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    both = list(pool.map(
-        lambda name: python(code, path, tmp_path / "prepared", tmp_path / "started" / name), "ab"))
+    both = list(
+      pool.map(lambda name: python(code, path, tmp_path / "prepared", tmp_path / "started" / name), "ab")
+    )
   assert [done.stdout for done in both] == ["5000\n"] * 2, both[0].stderr + both[1].stderr
   assert not list((tmp_path / "prepared").rglob("incomplete*"))
 
@@ -304,8 +338,11 @@ def test_a_published_split_is_downloaded_once(prepare, served, monkeypatch):
   (folder / "harmless-base").mkdir()
   for split, answers in (("train", "ab"), ("test", "cd")):
     dialogues = [TURN.format(split) + f" {text}" for text in answers]
-    write(folder / "harmless-base" / f"{split}.jsonl.gz",
-          dict(zip(("chosen", "rejected"), dialogues)), {"chosen": dialogues[0]})
+    write(
+      folder / "harmless-base" / f"{split}.jsonl.gz",
+      dict(zip(("chosen", "rejected"), dialogues)),
+      {"chosen": dialogues[0]},
+    )
   train = prepare("hh", config="harmless-base")
   assert list(train) == [Example(TURN.format("train"), (" a", " b"))]
   assert train.report == {"used": 1, "missing_key": 1}
@@ -324,34 +361,55 @@ def test_a_file_that_is_not_there_is_named_with_its_address(prepare, served, mon
 
 
 def test_all_of_hh_is_its_four_subsets():
-  config, = (config for config in hh.HH.BUILDER_CONFIGS if config.name == "all")
+  (config,) = (config for config in hh.HH.BUILDER_CONFIGS if config.name == "all")
   assert config is hh.HH.BUILDER_CONFIGS[0]
   assert {config.name for config in hh.HH.BUILDER_CONFIGS} == {"all", *hh.SUBSETS}
 
 
 def test_shp_keeps_pairs_of_which_one_scores_twice_as_high(prepare, tmp_path):
   def record(a, b, labels):
-    return {"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "score_A": a, "score_B": b,
-            "labels": labels, "score_ratio": 1.0}
-  path = write(tmp_path / "train.json", record(10, 5, 1), record(2, 8, 0), record(9, 5, 1),
-               {**record(9, 1, 1), "score_A": "9"})
+    return {
+      "history": "Why?",
+      "human_ref_A": "A",
+      "human_ref_B": "B",
+      "score_A": a,
+      "score_B": b,
+      "labels": labels,
+      "score_ratio": 1.0,
+    }
+
+  path = write(
+    tmp_path / "train.json",
+    record(10, 5, 1),
+    record(2, 8, 0),
+    record(9, 5, 1),
+    {**record(9, 1, 1), "score_A": "9"},
+  )
   data = prepare("shp", path=path, on_error="skip")
   assert data.report == {"used": 2, "score_ratio": 1, "wrong_type": 1}
   assert list(data) == [
-      Example(TURN.format("Why?"), (" A", " B")), Example(TURN.format("Why?"), (" B", " A"))]
+    Example(TURN.format("Why?"), (" A", " B")),
+    Example(TURN.format("Why?"), (" B", " A")),
+  ]
 
 
 def test_what_a_data_set_leaves_out_is_no_error(prepare, tmp_path):
   record = {"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}
-  path = write(tmp_path / "train.json", {**record, "score_A": 5, "score_B": 4},
-               {**record, "score_A": 5, "score_B": 1})
+  path = write(
+    tmp_path / "train.json", {**record, "score_A": 5, "score_B": 4}, {**record, "score_A": 5, "score_B": 1}
+  )
   assert len(prepare("shp", path=path, on_error="raise")) == 1
 
 
 def test_tldr_puts_the_chosen_summary_first(prepare, tmp_path):
   def record(choice, split="train"):
-    return {"info": {"subreddit": "tea", "title": "T", "post": "P"}, "split": split,
-            "summaries": [{"text": " one"}, {"text": "two"}], "choice": choice}
+    return {
+      "info": {"subreddit": "tea", "title": "T", "post": "P"},
+      "split": split,
+      "summaries": [{"text": " one"}, {"text": "two"}],
+      "choice": choice,
+    }
+
   path = write(tmp_path / "batch3.json", record(1), record(0, "valid1"), record(2))
   data = prepare("tldr", path=path)
   prompt = "SUBREDDIT: r/tea\nTITLE: T\nPOST: P\nTL;DR:"
@@ -364,27 +422,38 @@ def test_tldr_splits_as_published(prepare, served, monkeypatch):
   monkeypatch.setattr(tldr, "URL", url)
   monkeypatch.setattr(tldr, "BATCHES", (3, 4))
   for number, split in ((3, "train"), (4, "valid2")):
-    write(folder / f"batch{number}.json", *(
-        {"info": {"subreddit": "tea", "title": which, "post": "P"}, "split": which, "choice": 0,
-         "summaries": [{"text": "a"}, {"text": "b"}]} for which in (split, "valid1")))
+    write(
+      folder / f"batch{number}.json",
+      *(
+        {
+          "info": {"subreddit": "tea", "title": which, "post": "P"},
+          "split": which,
+          "choice": 0,
+          "summaries": [{"text": "a"}, {"text": "b"}],
+        }
+        for which in (split, "valid1")
+      ),
+    )
   assert [("train" in e.prompt, len(prepare("tldr"))) for e in prepare("tldr")] == [(True, 1)]
   assert len(prepare("tldr", split="test")) == 3
 
 
 def test_imdb_gives_two_to_eight_words_of_a_review_and_keeps_the_rest(prepare, tmp_path):
-  reviews = [f"It is{'<br /><br />' if i % 2 else ' '}film number {i} of many, and{i * ' so'} good."
-             for i in range(60)]
+  reviews = [
+    f"It is{'<br /><br />' if i % 2 else ' '}film number {i} of many, and{i * ' so'} good." for i in range(60)
+  ]
   path = str(tmp_path / "train.parquet")
-  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
-      [{"text": text, "label": 1} for text in (*reviews, "Very short.")]), path)
+  pyarrow.parquet.write_table(
+    pyarrow.Table.from_pylist([{"text": text, "label": 1} for text in (*reviews, "Very short.")]), path
+  )
   data = prepare("imdb", path=path)
   assert data.report == {"used": 60, "too_short": 1}
-  assert [e.prompt + e.responses[0] for e in data] == [
-      text.replace("<br />", "\n") for text in reviews]
+  assert [e.prompt + e.responses[0] for e in data] == [text.replace("<br />", "\n") for text in reviews]
   assert {len(e.prompt.split()) for e in data} == set(range(2, 9))
   assert all(e.prompt == e.prompt.strip() and e.responses[0][0].isspace() for e in data)
-  assert list(prepare("imdb", path=write(tmp_path / "same.jsonl", *(
-      {"text": text} for text in reviews)))) == list(data)
+  assert list(
+    prepare("imdb", path=write(tmp_path / "same.jsonl", *({"text": text} for text in reviews)))
+  ) == list(data)
 
 
 def test_imdb_of_sentences_uses_all_that_are_long_enough(prepare, data_folder):
@@ -400,7 +469,8 @@ def test_imdb_is_downloaded_as_its_lists_say(prepare, served, monkeypatch):
   folder, url = served
   for split in ("train", "test"):
     pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([{"text": f"{split} " + "word " * 9}]), folder / f"{split}.parquet")
+      pyarrow.Table.from_pylist([{"text": f"{split} " + "word " * 9}]), folder / f"{split}.parquet"
+    )
     (folder / split).write_text(json.dumps([f"{url}/{split}.parquet"]))
   monkeypatch.setattr(imdb, "URL", url)
   for split in ("train", "test"):
@@ -408,21 +478,27 @@ def test_imdb_is_downloaded_as_its_lists_say(prepare, served, monkeypatch):
 
 
 def question(i, *answers):
-  return {"qid": i, "question": f"<p>Why {i}?</p>", "answers": [
-      {"text": f"<p>{text}</p>", "pm_score": score, "selected": False} for text, score in answers]}
+  return {
+    "qid": i,
+    "question": f"<p>Why {i}?</p>",
+    "answers": [{"text": f"<p>{text}</p>", "pm_score": score, "selected": False} for text, score in answers],
+  }
 
 
 def test_stack_exchange_pairs_answers_by_score(prepare, tmp_path):
-  records = [question(0, ("low", 1), ("high", 7), ("tied", 1)), question(1, ("alone", 3)),
-             question(2, ("same", 3), ("same", 4))]
+  records = [
+    question(0, ("low", 1), ("high", 7), ("tied", 1)),
+    question(1, ("alone", 3)),
+    question(2, ("same", 3), ("same", 4)),
+  ]
   files = write(tmp_path / "a.jsonl", *records), str(tmp_path / "a.parquet")
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), files[1])
   for path in files:
     data = prepare("stack_exchange", path=path)
-    assert list(data) == [Example(TURN.format("Why 0?"), pair) for pair in (
-        (" high", " low"), (" high", " tied"))]
-    assert data.report == {
-        "used": 2, "equal_score": 1, "too_few_responses": 1, "identical_responses": 1}
+    assert list(data) == [
+      Example(TURN.format("Why 0?"), pair) for pair in ((" high", " low"), (" high", " tied"))
+    ]
+    assert data.report == {"used": 2, "equal_score": 1, "too_few_responses": 1, "identical_responses": 1}
 
 
 def test_stack_exchange_tests_on_one_percent_of_the_questions(prepare, served, monkeypatch):
@@ -437,13 +513,20 @@ def test_stack_exchange_tests_on_one_percent_of_the_questions(prepare, served, m
   assert not train & test
 
 
-@pytest.mark.parametrize("html, text", [
-    ("<p>One <em>two</em> &lt;3 <a href='x'>three</a></p>\n\n<p>four</p>",
-     "One two <3 three\n\nfour"),
-    ("<p>a</p><pre class='x'><code>if x &lt; 1:\n  y\n</code></pre><p>b</p>",
-     "a\n\n<code>if x < 1:\n  y\n</code>\n\nb"),
+@pytest.mark.parametrize(
+  "html, text",
+  [
+    ("<p>One <em>two</em> &lt;3 <a href='x'>three</a></p>\n\n<p>four</p>", "One two <3 three\n\nfour"),
+    (
+      "<p>a</p><pre class='x'><code>if x &lt; 1:\n  y\n</code></pre><p>b</p>",
+      "a\n\n<code>if x < 1:\n  y\n</code>\n\nb",
+    ),
     ("<ul><li>a</li><li>b<br>c</li></ul>", "a\n\nb\nc"),
-    ("plain & simple", "plain & simple"), ("<p>unclosed", "unclosed"), ("", "")])
+    ("plain & simple", "plain & simple"),
+    ("<p>unclosed", "unclosed"),
+    ("", ""),
+  ],
+)
 def test_html_is_stripped(html, text):
   assert stack_exchange.strip_html(html) == text
 

@@ -15,8 +15,11 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from dpojax.training.checkpoint import CheckpointError, Checkpoints
 
-TRIED = settings(max_examples=int(os.environ.get("DPOJAX_EXAMPLES", 25)), deadline=None,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIED = settings(
+  max_examples=int(os.environ.get("DPOJAX_EXAMPLES", 25)),
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 class Damage(NamedTuple):
@@ -30,9 +33,11 @@ class Damage(NamedTuple):
 
 
 DAMAGES = strategies.builds(
-    Damage, strategies.sampled_from(
-        ("flip", "flip", "cut", "empty", "delete", "overwrite", "append", "swap", "move")),
-    *[strategies.floats(0, 1, exclude_max=True)] * 3, strategies.binary(min_size=1, max_size=64))
+  Damage,
+  strategies.sampled_from(("flip", "flip", "cut", "empty", "delete", "overwrite", "append", "swap", "move")),
+  *[strategies.floats(0, 1, exclude_max=True)] * 3,
+  strategies.binary(min_size=1, max_size=64),
+)
 
 
 def do(damage: Damage, folder: pathlib.Path) -> str:
@@ -48,7 +53,7 @@ def do(damage: Damage, folder: pathlib.Path) -> str:
   elif damage.kind == "empty":
     content.clear()
   elif damage.kind == "overwrite":
-    content[place:place + len(damage.bytes)] = damage.bytes
+    content[place : place + len(damage.bytes)] = damage.bytes
   elif damage.kind == "append":
     content += damage.bytes
   elif damage.kind == "swap":
@@ -64,10 +69,17 @@ def do(damage: Damage, folder: pathlib.Path) -> str:
 def tree_of(step: int) -> dict:
   """A state of a step: arrays large and small, of three dtypes, a scalar, one that is empty of values."""
   rng = np.random.default_rng(step)
-  return {"params": {"embed": rng.standard_normal((40, 16), np.float32),
-                     "layers": {"kernel": rng.standard_normal((3, 16, 16), np.float32),
-                                "scale": rng.standard_normal(16).astype(jax.numpy.bfloat16)}},
-          "step": np.asarray(step, np.int32), "moments": np.zeros((40, 16), np.float32)}
+  return {
+    "params": {
+      "embed": rng.standard_normal((40, 16), np.float32),
+      "layers": {
+        "kernel": rng.standard_normal((3, 16, 16), np.float32),
+        "scale": rng.standard_normal(16).astype(jax.numpy.bfloat16),
+      },
+    },
+    "step": np.asarray(step, np.int32),
+    "moments": np.zeros((40, 16), np.float32),
+  }
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +175,8 @@ def test_checkpoints_without_digests_are_read_and_it_is_said(older, tmp_path, ca
 @TRIED
 @given(damage=DAMAGES)
 def test_damage_without_digests_ends_in_one_error_or_in_a_tree_of_the_same_shape(
-    older, tmp_path_factory, damage):
+  older, tmp_path_factory, damage
+):
   folder = tmp_path_factory.mktemp("damaged")
   shutil.copytree(older, folder, dirs_exist_ok=True)
   do(damage, folder / "checkpoints" / "2")

@@ -27,8 +27,10 @@ WORDS = "the sea way left right fox dog help first lazy".split()
 def records(count, rng):
   text = lambda: " ".join(rng.choice(WORDS, size=rng.integers(1, 5)))
   message = lambda role: [{"role": role, "content": text()}]
-  return [{"prompt": message("user"), "chosen": message("assistant"), "rejected": message("assistant")}
-          for _ in range(count)]
+  return [
+    {"prompt": message("user"), "chosen": message("assistant"), "rejected": message("assistant")}
+    for _ in range(count)
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +46,20 @@ def folder(tmp_path_factory):
 
 def config_of(folder, kind="sft", **changes):
   return worlds.run_config(
-      kind, str(folder / "tokenizer"), str(folder / "pairs.jsonl"), folder / "cache", **{
-          "data.max_length": 120,
-          "data.max_prompt_length": 90,
-          "row_length": 240,
-          "data.eval_size": 8,
-          "batch_size": 4,
-          "steps": 2,
-          **changes
-      })
+    kind,
+    str(folder / "tokenizer"),
+    str(folder / "pairs.jsonl"),
+    folder / "cache",
+    **{
+      "data.max_length": 120,
+      "data.max_prompt_length": 90,
+      "row_length": 240,
+      "data.eval_size": 8,
+      "batch_size": 4,
+      "steps": 2,
+      **changes,
+    },
+  )
 
 
 def test_a_run_keeps_the_day_of_its_template_and_a_report_of_its_data(folder, tmp_path, capsys):
@@ -75,6 +82,7 @@ def test_a_resumed_run_has_the_day_it_was_started_on(folder, tmp_path, monkeypat
     @classmethod
     def today(cls):
       return cls(2024, 7, 26)
+
   with monkeypatch.context() as patch:
     patch.setattr(datetime, "date", Earlier)
     train.run(config_of(folder), tmp_path)
@@ -96,8 +104,9 @@ def test_a_run_whose_ids_have_changed_says_what_differs(folder, tmp_path):
   train.run(config_of(mine), tmp_path / "run")
   tokenizer.chat_template = chats.TEMPLATES["trim"]
   tokenizer.save_pretrained(mine / "tokenizer")
-  with pytest.raises(checkpoint.CheckpointError,
-                     match="other ids of its data .*; what differs is chat_template of the"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match="other ids of its data .*; what differs is chat_template of the"
+  ):
     train.run(config_of(mine, steps=4), tmp_path / "run")
   tokenizer.chat_template = chats.TEMPLATES["dates"] + "{# other words, the same ids #}"
   tokenizer.save_pretrained(mine / "tokenizer")
@@ -107,8 +116,9 @@ def test_a_run_whose_ids_have_changed_says_what_differs(folder, tmp_path):
 def test_template_arguments_are_the_run_s_in_training_sampling_and_scores(folder, tmp_path):
   mine = tmp_path / "mine"
   mine.mkdir()
-  chats.tokenizer("byte_level",
-                  "{{ mood or 'none' }}" + chats.TEMPLATES["trim"]).save_pretrained(mine / "tokenizer")
+  chats.tokenizer("byte_level", "{{ mood or 'none' }}" + chats.TEMPLATES["trim"]).save_pretrained(
+    mine / "tokenizer"
+  )
   (mine / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text())
   config = config_of(mine, "reward", **{"data.template_arguments": {"mood": "the sea"}})
   train.run(config, tmp_path / "run")
@@ -143,9 +153,11 @@ def test_ids_beyond_the_embedding_are_refused_where_they_occur_and_not_before(fo
   made = records(40, np.random.default_rng(1))
   made[7]["chosen"][0]["content"] = "way <more3>"
   worlds.write_jsonl(mine / "pairs.jsonl", made)
-  with pytest.raises(ConfigError,
-                     match=rf"comparison 7 has id {longer - 7} \('<more3>'\) of the tokenizer .* but the "
-                     rf"model has embeddings of {longer - 10} ids"):
+  with pytest.raises(
+    ConfigError,
+    match=rf"comparison 7 has id {longer - 7} \('<more3>'\) of the tokenizer .* but the "
+    rf"model has embeddings of {longer - 10} ids",
+  ):
     train.run(config_of(mine, **{"model.vocab_size": longer - 10}), tmp_path / "other")
   with pytest.raises(DataError, match=r"p prompt 2 has id .*'<more3>'.*take its own tokenizer"):
     encode(["a", "<more3>"], tokenizer, longest=9, keep="end", path="p", vocab_size=longer - 10)
@@ -160,8 +172,9 @@ def test_what_unique_prompts_leaves_out_is_said_and_all_held_out_is_refused(fold
   assert len(resolve.load_data(config).train) == 1
   assert "7 left out by data.unique_prompts" in capsys.readouterr().out
   config = config_of(folder, **{"data.path": path})
-  with pytest.raises(DataError,
-                     match="config.data.eval_size is 8 and all of 8 comparisons would be held out; lower"):
+  with pytest.raises(
+    DataError, match="config.data.eval_size is 8 and all of 8 comparisons would be held out; lower"
+  ):
     resolve.load_data(config)
   with config.unlocked():
     config.data.eval_size = 2
@@ -171,16 +184,23 @@ def test_what_unique_prompts_leaves_out_is_said_and_all_held_out_is_refused(fold
 
 def test_a_dry_run_shows_what_is_scored_and_writes_no_workdir(folder, tmp_path):
   arguments = [
-      sys.executable, "-m", "dpojax.train", "--config=configs/dpo.py",
-      f"--config.tokenizer={folder / 'tokenizer'}", f"--config.data.path={folder / 'pairs.jsonl'}",
-      f"--config.data.cache_dir={folder / 'cache'}", "--config.data.eval_size=8",
-      "--config.data.template_date=2024-07-26", "--dry_run",
-      "--config.data.template_arguments={'enable_thinking': False}", f"--workdir={tmp_path / 'run'}"
+    sys.executable,
+    "-m",
+    "dpojax.train",
+    "--config=configs/dpo.py",
+    f"--config.tokenizer={folder / 'tokenizer'}",
+    f"--config.data.path={folder / 'pairs.jsonl'}",
+    f"--config.data.cache_dir={folder / 'cache'}",
+    "--config.data.eval_size=8",
+    "--config.data.template_date=2024-07-26",
+    "--dry_run",
+    "--config.data.template_arguments={'enable_thinking': False}",
+    f"--workdir={tmp_path / 'run'}",
   ]
   done = subprocess.run(arguments, cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr[-2000:]
   assert "training comparisons in ids: " in done.stdout and not (tmp_path / "run").exists()
-  shown = done.stdout[done.stdout.index("comparison "):].splitlines()
+  shown = done.stdout[done.stdout.index("comparison ") :].splitlines()
   prompts = [line for line in done.stdout.splitlines() if line.startswith("  prompt ")]
   scored = [line for line in done.stdout.splitlines() if line.startswith("  scored ")]
   assert len(prompts) == len(scored) == 6 and shown
@@ -207,19 +227,26 @@ def test_parts_that_are_not_scored_are_shown_as_such():
   ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
   prompt, first, second = ids("Q"), ids(" not"), ids(" but")
   shown = report.shown(
-      tokenizer, (prompt, [first + second, []]), [[False] * len(first) + [True] * len(second), []],
-      coloured=False)
-  assert [line.split(maxsplit=1)[-1] for line in shown.splitlines()[1:4]
-         ] == ['"Q"', 'scored  " not"', '" but"']
+    tokenizer,
+    (prompt, [first + second, []]),
+    [[False] * len(first) + [True] * len(second), []],
+    coloured=False,
+  )
+  assert [line.split(maxsplit=1)[-1] for line in shown.splitlines()[1:4]] == [
+    '"Q"',
+    'scored  " not"',
+    '" but"',
+  ]
   assert shown.endswith("response 2 of 2: absent")
 
 
 def test_a_date_and_arguments_that_cannot_be_are_refused_with_their_key(folder):
-  for changes, words in (({"data.template_date": "today"}, "config.data.template_date is 'today'"),
-                         ({"data.score": "first"}, "config.data.score is 'first'"),
-                         ({"data.special_tokens": "drop"}, "config.data.special_tokens is 'drop'"),
-                         ({"data.template_arguments": {"tools": 1}},
-                          "config.data.template_arguments has 'tools'")):
+  for changes, words in (
+    ({"data.template_date": "today"}, "config.data.template_date is 'today'"),
+    ({"data.score": "first"}, "config.data.score is 'first'"),
+    ({"data.special_tokens": "drop"}, "config.data.special_tokens is 'drop'"),
+    ({"data.template_arguments": {"tools": 1}}, "config.data.template_arguments has 'tools'"),
+  ):
     with pytest.raises(ConfigError, match=words):
       train.dry_run(config_of(folder, **changes))
   assert ppo_config.defaults().data.score == "all"

@@ -15,7 +15,10 @@ from tests import conftest
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
-UNJUDGED = {"eval_every": 0, "rows_at_once": 8}  # nothing held out: half the programs; steps of any size in one
+UNJUDGED = {
+  "eval_every": 0,
+  "rows_at_once": 8,
+}  # nothing held out: half the programs; steps of any size in one
 SMALL = enumerable.Sizes(prompts=4, layers=1, comparisons=1280, held_out=200, batch_size=64)
 
 
@@ -63,15 +66,31 @@ def test_labels_are_drawn_from_bradley_terry(small, rng):
 def test_every_method_runs_and_none_is_above_the_optimum(small):
   world, table = small
   plan = frontier.ENUMERABLE._replace(
-      seeds=(0,), betas=(0.5, 2.0), alphas=(0.1,), ppo_values=(0.5,), ppo_seeds=(0,),
-      ppo=frontier.ENUMERABLE.ppo.__class__(**vars(frontier.ENUMERABLE.ppo) | {
-          "steps": 4, "prompts_per_step": 16}),
-      dpo=UNJUDGED, short_dpo=UNJUDGED, unlikelihood={"steps": 10} | UNJUDGED,
-      preferred_ft={"steps": 10} | UNJUDGED, ppo_measure_every=4, at_once=1)
+    seeds=(0,),
+    betas=(0.5, 2.0),
+    alphas=(0.1,),
+    ppo_values=(0.5,),
+    ppo_seeds=(0,),
+    ppo=frontier.ENUMERABLE.ppo.__class__(
+      **vars(frontier.ENUMERABLE.ppo) | {"steps": 4, "prompts_per_step": 16}
+    ),
+    dpo=UNJUDGED,
+    short_dpo=UNJUDGED,
+    unlikelihood={"steps": 10} | UNJUDGED,
+    preferred_ft={"steps": 10} | UNJUDGED,
+    ppo_measure_every=4,
+    at_once=1,
+  )
   lines = frontier.run(world, plan)
   ends = methods.final(lines)
-  assert {line["method"] for line in ends} == {"DPO", "Unlikelihood", "Preferred-FT", "PPO", "PPO-GT",
-                                                frontier.SHUFFLED}
+  assert {line["method"] for line in ends} == {
+    "DPO",
+    "Unlikelihood",
+    "Preferred-FT",
+    "PPO",
+    "PPO-GT",
+    frontier.SHUFFLED,
+  }
   for line in ends:
     assert line["reward"] < enumerable.best_reward(table, line["kl"])
   of = {(line["method"], line["setting"]): line for line in ends}
@@ -114,18 +133,27 @@ def test_losses_are_compared_at_the_same_kl(small, capsys):
   best = lambda kl: kl**0.5
   assert loss_ablation.share_at(points, 1.0, best) == pytest.approx(0.8)
   assert loss_ablation.share_at(points, 0.625, best) == pytest.approx(0.7)
-  assert np.isnan(loss_ablation.share_at(points, 0.1, best)) and np.isnan(loss_ablation.share_at(points, 1.5, best))
+  assert np.isnan(loss_ablation.share_at(points, 0.1, best)) and np.isnan(
+    loss_ablation.share_at(points, 1.5, best)
+  )
 
 
 # The bench.
+
 
 def test_the_kl_of_samples_is_the_exact_one(small):
   """The mean over samples of summed per-token KLs, against the sum over all responses."""
   world, table = small
   noisy = jax.tree.map(lambda x: x * 1.3, world.model.params)
   exact = world.measure(noisy, 0)
-  bench = measure.Bench(world.model.config, world.reward, stop_id=0, num_samples=512,
-                        max_new_tokens=enumerable.ROOM, prompts_at_once=4)
+  bench = measure.Bench(
+    world.model.config,
+    world.reward,
+    stop_id=0,
+    num_samples=512,
+    max_new_tokens=enumerable.ROOM,
+    prompts_at_once=4,
+  )
   got = bench.measure(noisy, world.model.params, world.prompts, world.prompt_lengths, seed=0)
   answers = bench.answers(noisy, world.prompts, world.prompt_lengths, seed=0)
   each = bench.kl(noisy, world.model.params, world.prompts, world.prompt_lengths, answers)
@@ -137,6 +165,7 @@ def test_the_kl_of_samples_is_the_exact_one(small):
 
 # What figures count.
 
+
 def test_a_point_is_dominated_where_another_has_more_reward_at_less_kl():
   point = lambda reward, kl: {"reward": reward, "kl": kl}
   others = [point(0.5, 1.0), point(0.9, 5.0)]
@@ -144,8 +173,9 @@ def test_a_point_is_dominated_where_another_has_more_reward_at_less_kl():
 
 
 def test_ids_at_hand_are_comparisons_of_the_loader():
-  data = methods.in_ids([np.array([1, 2]), np.array([3])], [np.array([4]), np.array([5, 6])],
-                        [np.array([7, 8, 9]), np.array([0])])
+  data = methods.in_ids(
+    [np.array([1, 2]), np.array([3])], [np.array([4]), np.array([5, 6])], [np.array([7, 8, 9]), np.array([0])]
+  )
   prompt, responses = data[1]
   assert prompt.tolist() == [3] and [r.tolist() for r in responses] == [[5, 6], [0]]
   assert data.lengths.tolist() == [[2, 1, 3], [1, 2, 1]]

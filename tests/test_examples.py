@@ -12,8 +12,12 @@ from dpojax.data.examples import Example, RecordError
 def test_a_dialogue_is_split_behind_its_last_assistant_turn(before, chosen, rejected):
   prompt = before + examples.ASSISTANT
   whole = [prompt + response for response in (chosen, rejected)]
-  usable = chosen.strip() and rejected.strip() and chosen != rejected and all(
-      text.rindex(examples.ASSISTANT) + len(examples.ASSISTANT) == len(prompt) for text in whole)
+  usable = (
+    chosen.strip()
+    and rejected.strip()
+    and chosen != rejected
+    and all(text.rindex(examples.ASSISTANT) + len(examples.ASSISTANT) == len(prompt) for text in whole)
+  )
   try:
     assert examples.split_dialogue(*whole) == Example(prompt, (chosen, rejected))
     assert usable
@@ -34,11 +38,21 @@ def test_a_prompt_that_differs_is_not_guessed_at():
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Øre"}}}
 
 
-@pytest.mark.parametrize("response, text", [
-    (" yes", " yes"), ([{"role": "assistant", "content": "yes"}], "yes"),
+@pytest.mark.parametrize(
+  "response, text",
+  [
+    (" yes", " yes"),
+    ([{"role": "assistant", "content": "yes"}], "yes"),
     ([{"role": "assistant", "content": None, "tool_calls": [CALL]}], 'weather({"town": "Øre"})'),
-    ([{"role": "assistant", "content": "Let me look.", "reasoning_content": "hm", "tool_calls": [CALL]},
-      {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Rain."}],
-     'assistant: Let me look.\nweather({"town": "Øre"})\n\ntool: rain\n\nassistant: Rain.')])
+    (
+      [
+        {"role": "assistant", "content": "Let me look.", "reasoning_content": "hm", "tool_calls": [CALL]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "Rain."},
+      ],
+      'assistant: Let me look.\nweather({"town": "Øre"})\n\ntool: rain\n\nassistant: Rain.',
+    ),
+  ],
+)
 def test_a_response_is_shown_with_its_calls(response, text):
   assert examples.response_text(response) == text

@@ -30,8 +30,7 @@ def given(words, tmp_path_factory):
   """A GPT-J in bfloat16 with a tokenizer beside it, pairs and a cache."""
   root = tmp_path_factory.mktemp("given")
   tensors = models.tensors_of(models.load_vectors()[0]["tensors"]["gptj"])
-  models.write_folder(
-      root / "gptj", "gptj", {name: x.astype("bfloat16") for name, x in tensors.items()})
+  models.write_folder(root / "gptj", "gptj", {name: x.astype("bfloat16") for name, x in tensors.items()})
   hf.copy_tokenizer(words, root / "gptj")
   path = worlds.write_jsonl(root / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 80))
   return dict(folder=root / "gptj", path=path, cache_dir=str(root / "cache"))
@@ -39,8 +38,12 @@ def given(words, tmp_path_factory):
 
 def run_config(given, kind="dpo", **changes):
   return worlds.run_config(
-      kind, "", given["path"], given["cache_dir"],
-      **{"model.checkpoint": str(given["folder"]), "steps": 2, "eval_every": 0} | changes)
+    kind,
+    "",
+    given["path"],
+    given["cache_dir"],
+    **{"model.checkpoint": str(given["folder"]), "steps": 2, "eval_every": 0} | changes,
+  )
 
 
 def read_json(path):
@@ -49,16 +52,22 @@ def read_json(path):
 
 def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
   """In parts over a mesh; the second run starts where the first one ended."""
-  train.run(run_config(given, **{
-      "parallel.strategy": "mesh", "parallel.fsdp": 2, "parallel.tensor": 2}), tmp_path / "run")
+  train.run(
+    run_config(given, **{"parallel.strategy": "mesh", "parallel.fsdp": 2, "parallel.tensor": 2}),
+    tmp_path / "run",
+  )
   first = next(line for line in read_metrics(tmp_path / "run") if line["split"] == "train")
   assert abs(first["loss"] - np.log(2)) < 1e-5
   policy = checkpoint.load_policy(tmp_path / "run")
   assert policy.settings.tokenizer == str(given["folder"])
 
   result = subprocess.run(
-      [sys.executable, "-m", "dpojax.export", f"--workdir={tmp_path / 'run'}",
-       f"--out={tmp_path / 'out'}"], cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+    [sys.executable, "-m", "dpojax.export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert result.returncode == 0, result.stderr
   said, read_back = result.stdout.splitlines()
   assert said == f"the policy of step 2 of {tmp_path / 'run'} is in {tmp_path / 'out'}; texts end at 0"
@@ -66,17 +75,23 @@ def test_dpo_of_a_hugging_face_folder_is_exported_as_one(given, tmp_path):
   assert (tmp_path / "out" / "tokenizer.json").is_file()
   assert read_json(tmp_path / "out" / "config.json") == models.CASES["gptj"] | {"eos_token_id": 0}
   assert read_json(tmp_path / "out" / "generation_config.json") == {"eos_token_id": 0}
-  before, after = (safetensors.numpy.load_file(folder / "model.safetensors")
-                   for folder in (given["folder"], tmp_path / "out"))
+  before, after = (
+    safetensors.numpy.load_file(folder / "model.safetensors")
+    for folder in (given["folder"], tmp_path / "out")
+  )
   assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype("bfloat16")}
   assert all(np.any(before[name] != after[name]) for name in before)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype("bfloat16"), y),
-               policy.params, hf.load(tmp_path / "out", dtype="bfloat16").params)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_array_equal(x.astype("bfloat16"), y),
+    policy.params,
+    hf.load(tmp_path / "out", dtype="bfloat16").params,
+  )
   with pytest.raises(hf.HuggingFaceError, match="is not empty"):
     writer.export(tmp_path / "run", tmp_path / "out")
 
-  train.run(run_config(given, "sft", steps=1, **{"model.checkpoint": str(tmp_path / "run")}),
-            tmp_path / "next")
+  train.run(
+    run_config(given, "sft", steps=1, **{"model.checkpoint": str(tmp_path / "run")}), tmp_path / "next"
+  )
   again = checkpoint.load_policy(tmp_path / "next")
   assert again.settings.tokenizer == str(given["folder"])
   hf.save(tmp_path / "out2", again.config, again.params, dtype="float32")
@@ -89,9 +104,11 @@ def other_eos(given, tmp_path_factory):
   root = tmp_path_factory.mktemp("other_eos")
   shapes = models.load_vectors()[0]["tensors"]["llama3"]
   models.write_folder(
-      root / "base", "llama3", models.tensors_of(shapes), eos_token_id=5, bos_token_id=1, pad_token_id=None)
+    root / "base", "llama3", models.tensors_of(shapes), eos_token_id=5, bos_token_id=1, pad_token_id=None
+  )
   (root / "base" / "generation_config.json").write_text(
-      json.dumps({"eos_token_id": [5, 6], "temperature": 0.6}))
+    json.dumps({"eos_token_id": [5, 6], "temperature": 0.6})
+  )
   hf.copy_tokenizer(given["folder"], root / "base")
   settings = {"model.checkpoint": str(root / "base"), "steps": 1}
   adapter = {"lora.rank": 2, "optimizer.learning_rate": 0.1, "model.param_dtype": "bfloat16"}
@@ -104,10 +121,15 @@ def other_eos(given, tmp_path_factory):
 def test_the_export_ends_where_training_and_the_base_ended(run, other_eos, tmp_path):
   assert writer.export(other_eos / run, tmp_path / "out").stop_ids == (0, 5, 6)
   assert read_json(tmp_path / "out" / "generation_config.json") == {
-      "eos_token_id": [0, 5, 6], "temperature": 0.6}
+    "eos_token_id": [0, 5, 6],
+    "temperature": 0.6,
+  }
   config = read_json(tmp_path / "out" / "config.json")
   assert config == models.CASES["llama3"] | {
-      "eos_token_id": [0, 5, 6], "bos_token_id": 1, "pad_token_id": None}
+    "eos_token_id": [0, 5, 6],
+    "bos_token_id": 1,
+    "pad_token_id": None,
+  }
   assert tokenization.load_tokenizer(str(tmp_path / "out")).eos_token_id == 0
   for model in (other_eos / run, tmp_path / "out"):
     assert weights.load(str(model)).stop_ids == (0, 5, 6)
@@ -140,21 +162,24 @@ def test_whatever_ended_a_response_ends_the_export(given, tmp_path):
 def test_only_whole_responses_end_somewhere(given):
   load = lambda **changes: resolve.load_data(weights.with_tokenizer(run_config(given, **changes)))
   whole = load().train.data.report
-  (end, count), = whole["ended_by"].items()
+  ((end, count),) = whole["ended_by"].items()
   assert count == 160 and whole["stop_ids"] == [0] and whole["responses_cut"] == 0
   report = load(**{"data.max_length": 6, "data.max_prompt_length": 3}).train.data.report
   assert report["responses_cut"] > 20
   assert report["ended_by"] == {end: 2 * report["used"] - report["responses_cut"]}
 
 
-@pytest.mark.parametrize("what, message", [
+@pytest.mark.parametrize(
+  "what, message",
+  [
     ("weights", r"parameter layers/up/kernel, largest difference was 0.0 and is 0.5"),
     ("rope", "config.json, read back, .*: rope_theta was 500.0 and is 600.0"),
     ("stop", r"generation_config.json, .*: eos_token_id was \[0, 5, 6\] and is \[5, 6\]"),
     ("tokenizer", "ids of 'Which way is north.* was .* and is "),
     ("no tokenizer", "cannot be read back: tokenizer .* cannot be loaded"),
     ("template", "the chat template was .*add_generation_prompt.* and is missing there"),
-])
+  ],
+)
 def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tmp_path, monkeypatch):
   def spoiled(source, folder):
     if what == "weights":
@@ -163,8 +188,9 @@ def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tm
       safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     elif what in ("rope", "stop"):
       path = folder / ("config.json" if what == "rope" else "generation_config.json")
-      path.write_text(json.dumps(read_json(path) | (
-          {"rope_theta": 600.0} if what == "rope" else {"eos_token_id": [5, 6]})))
+      path.write_text(
+        json.dumps(read_json(path) | ({"rope_theta": 600.0} if what == "rope" else {"eos_token_id": [5, 6]}))
+      )
     if what != "no tokenizer":
       copy(source, folder)
     if what == "template":
@@ -187,21 +213,27 @@ def test_a_folder_that_is_not_the_policy_is_refused(what, message, other_eos, tm
     writer.export(run, tmp_path / "out")
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     ({"model.checkpoint": "org/name"}, "org/name' cannot be loaded"),
-    ({"model.checkpoint": "org/name", "tokenizer": "given"},
-     "config.model.checkpoint is 'org/name': model 'org/name' is no folder and cannot be fetched"),
-    ({"reference.checkpoint": "org/name", "reference.may_differ": True},
-     "config.reference.checkpoint is 'org/name'"),
+    (
+      {"model.checkpoint": "org/name", "tokenizer": "given"},
+      "config.model.checkpoint is 'org/name': model 'org/name' is no folder and cannot be fetched",
+    ),
+    (
+      {"reference.checkpoint": "org/name", "reference.may_differ": True},
+      "config.reference.checkpoint is 'org/name'",
+    ),
     ({"data.max_length": 33}, "data.max_length is 33 but the model has dynamic rotary positions for 32"),
-])
+  ],
+)
 def test_what_cannot_start_is_refused_by_name(changes, message, given, words, tmp_path):
   changes = changes | ({"tokenizer": words} if "tokenizer" in changes else {})
   if "data.max_length" in changes:
     folder = tmp_path / "dynamic"
     shapes = models.load_vectors()[0]["tensors"]["llama2_dynamic"]
-    models.write_folder(
-        folder, "llama2_dynamic", models.tensors_of(shapes), max_position_embeddings=32)
+    models.write_folder(folder, "llama2_dynamic", models.tensors_of(shapes), max_position_embeddings=32)
     hf.copy_tokenizer(words, folder)
     changes["model.checkpoint"] = str(folder)
   settings = run_config(given)

@@ -16,8 +16,10 @@ from hypothesis import given, settings, strategies
 from dpojax.data import builders, files, hub, records
 from dpojax.data.examples import DataError, Example, RecordError
 
-PAIRS = [{"prompt": f"Q{i}\u2028\u0085 of, \"many\"\r\nlines", "chosen": f"yes {i}", "rejected": "no"}
-         for i in range(3)]
+PAIRS = [
+  {"prompt": f'Q{i}\u2028\u0085 of, "many"\r\nlines', "chosen": f"yes {i}", "rejected": "no"}
+  for i in range(3)
+]
 
 
 def lines(ensure_ascii=False):
@@ -37,11 +39,20 @@ def parquet(rows, **schema):
 
 
 CONTENTS = {
-    "a.jsonl": lines(), "a.ascii.jsonl": lines(ensure_ascii=True), "a.json": json.dumps(PAIRS).encode(),
-    "indented.json": json.dumps(PAIRS, indent=1, ensure_ascii=False).encode(), "lines.json": lines(),
-    "bom.jsonl": b"\xef\xbb\xbf" + lines(), "bom.json": b"\xef\xbb\xbf " + json.dumps(PAIRS).encode(),
-    "windows.jsonl": lines().replace(b"\n", b"\r\n") + b"\r\n\r\n", "array.jsonl": json.dumps(PAIRS).encode(),
-    "a.csv": table(), "bom.csv": b"\xef\xbb\xbf" + table(), "a.tsv": table("\t"), "a.parquet": parquet(PAIRS)}
+  "a.jsonl": lines(),
+  "a.ascii.jsonl": lines(ensure_ascii=True),
+  "a.json": json.dumps(PAIRS).encode(),
+  "indented.json": json.dumps(PAIRS, indent=1, ensure_ascii=False).encode(),
+  "lines.json": lines(),
+  "bom.jsonl": b"\xef\xbb\xbf" + lines(),
+  "bom.json": b"\xef\xbb\xbf " + json.dumps(PAIRS).encode(),
+  "windows.jsonl": lines().replace(b"\n", b"\r\n") + b"\r\n\r\n",
+  "array.jsonl": json.dumps(PAIRS).encode(),
+  "a.csv": table(),
+  "bom.csv": b"\xef\xbb\xbf" + table(),
+  "a.tsv": table("\t"),
+  "a.parquet": parquet(PAIRS),
+}
 
 
 def compressions(name, content):
@@ -61,14 +72,25 @@ def test_every_format_gives_the_same_records(name, content, tmp_path):
 @given(strategies.lists(strategies.text(), min_size=1, max_size=4))
 def test_lines_end_at_a_line_feed_alone(tmp_path_factory, texts):
   path = tmp_path_factory.mktemp("texts") / "a.jsonl"
-  path.write_bytes(b"".join(json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\n" for text in texts))
+  path.write_bytes(
+    b"".join(json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
+  )
   assert [(where, record["prompt"]) for where, record in files.read_records(str(path))] == [
-      (f"line {i + 1}", text) for i, text in enumerate(texts)]
+    (f"line {i + 1}", text) for i, text in enumerate(texts)
+  ]
 
 
 @settings(deadline=None)
-@given(strategies.lists(strategies.lists(strategies.text(strategies.characters(
-    exclude_categories=("Cs",), exclude_characters="\0")), min_size=2, max_size=2), min_size=1))
+@given(
+  strategies.lists(
+    strategies.lists(
+      strategies.text(strategies.characters(exclude_categories=("Cs",), exclude_characters="\0")),
+      min_size=2,
+      max_size=2,
+    ),
+    min_size=1,
+  )
+)
 def test_a_table_is_read_as_pythons_own_writer_writes_it(tmp_path_factory, rows):
   path = tmp_path_factory.mktemp("tables") / "a.csv"
   with open(path, "w", newline="", encoding="utf-8") as file:
@@ -77,16 +99,24 @@ def test_a_table_is_read_as_pythons_own_writer_writes_it(tmp_path_factory, rows)
   assert [list(record.values()) for _, record in files.read_records(str(path))] == rows
 
 
-@pytest.mark.parametrize("name, content, words", [
+@pytest.mark.parametrize(
+  "name, content, words",
+  [
     ("a.jsonl", "a".encode("utf-16"), "is UTF-16; save it as UTF-8"),
-    ("a.zst", b"plain", "is not zstd"), ("a.gz", b"plain", "is not gzip"),
+    ("a.zst", b"plain", "is not zstd"),
+    ("a.gz", b"plain", "is not gzip"),
     ("cut.gz", gzip.compress(lines() * 9)[:-12], "is cut off or damaged"),
-    ("damaged.zst", pyarrow.compress(lines(), codec="zstd", asbytes=True)[:9] + b"\xff" * 99, "is cut off or damaged"),
+    (
+      "damaged.zst",
+      pyarrow.compress(lines(), codec="zstd", asbytes=True)[:9] + b"\xff" * 99,
+      "is cut off or damaged",
+    ),
     ("a.parquet.gz", gzip.compress(parquet(PAIRS)), "is Parquet inside another compression; unpack it"),
     ("a.json", b'[{"prompt": "a"},', "is no JSON array (Expecting value"),
-    ("a.csv", b'a,a\n1,2\n', "has two columns of one name (a, a); rename one"),
+    ("a.csv", b"a,a\n1,2\n", "has two columns of one name (a, a); rename one"),
     ("a.csv", b'a,b\n"1,2\n', "line 2 is no CSV"),
-])
+  ],
+)
 def test_what_cannot_be_read_is_named(name, content, words, tmp_path):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError) as caught:
@@ -96,7 +126,10 @@ def test_what_cannot_be_read_is_named(name, content, words, tmp_path):
 
 def test_every_cut_of_a_compressed_file_is_told_apart_from_its_end(tmp_path):
   whole = lines() * 500
-  for suffix, packed in (("gz", gzip.compress(whole)), ("zst", pyarrow.compress(whole, codec="zstd", asbytes=True))):
+  for suffix, packed in (
+    ("gz", gzip.compress(whole)),
+    ("zst", pyarrow.compress(whole, codec="zstd", asbytes=True)),
+  ):
     path = tmp_path / f"a.jsonl.{suffix}"
     for end in range(20, len(packed), 37):
       path.write_bytes(packed[:end])
@@ -104,14 +137,29 @@ def test_every_cut_of_a_compressed_file_is_told_apart_from_its_end(tmp_path):
         list(files.read_records(str(path)))
 
 
-@pytest.mark.parametrize("name, content, problems", [
-    ("a.jsonl", b'{"a": 1, "a": 2}\n{"a": {"b": 1, "b": 1}}\n{"a": 1}', {
-        "line 1": ("duplicate_key", '"a" stands twice'), "line 2": ("duplicate_key", '"b" stands twice')}),
-    ("a.json", b'[{"a": 1, "a": 2}, {"a": [{"b": 1, "b": 1}]}, {"a": 1}]', {
-        "element 1": ("duplicate_key", '"a" stands twice'), "element 2": ("duplicate_key", '"b" stands twice')}),
-    ("a.csv", b"a\n1,2\n\xff\n5\n", {
-        "row 1": ("wrong_columns", "2 fields under 1 names; quote"), "row 2": ("broken_utf8", "not UTF-8")}),
-])
+@pytest.mark.parametrize(
+  "name, content, problems",
+  [
+    (
+      "a.jsonl",
+      b'{"a": 1, "a": 2}\n{"a": {"b": 1, "b": 1}}\n{"a": 1}',
+      {"line 1": ("duplicate_key", '"a" stands twice'), "line 2": ("duplicate_key", '"b" stands twice')},
+    ),
+    (
+      "a.json",
+      b'[{"a": 1, "a": 2}, {"a": [{"b": 1, "b": 1}]}, {"a": 1}]',
+      {
+        "element 1": ("duplicate_key", '"a" stands twice'),
+        "element 2": ("duplicate_key", '"b" stands twice'),
+      },
+    ),
+    (
+      "a.csv",
+      b"a\n1,2\n\xff\n5\n",
+      {"row 1": ("wrong_columns", "2 fields under 1 names; quote"), "row 2": ("broken_utf8", "not UTF-8")},
+    ),
+  ],
+)
 def test_a_record_that_lost_something_is_an_error_of_its_own(name, content, problems, tmp_path):
   (tmp_path / name).write_bytes(content)
   found = dict(files.read_records(str(tmp_path / name)))
@@ -137,32 +185,48 @@ def prepared(tmp_path, name, content, **given):
 def test_nulls_by_which_parquet_fills_its_objects_are_left_out(tmp_path):
   answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
   other = {"role": "assistant", "content": "a"}
-  data = prepared(tmp_path, "a.parquet", parquet([{
-      "prompt": ASKED, "chosen": [answer], "rejected": [other], "tools": None, "score": None}]))
+  data = prepared(
+    tmp_path,
+    "a.parquet",
+    parquet([{"prompt": ASKED, "chosen": [answer], "rejected": [other], "tools": None, "score": None}]),
+  )
   assert list(data) == [Example(ASKED, ([answer], [other]))]
   assert data.report == {"used": 1, "forms": {"preference": 1}, "ignored_keys": {"score": 1}}
 
 
 def test_what_json_lacks_is_dropped_where_no_template_reads_it(tmp_path):
   when, paid = datetime.datetime(2024, 1, 2), decimal.Decimal("1.5")
-  row = {"prompt": [ASKED[0] | {"timestamp": when, "paid": paid, "raw": b"a"}],
-         "chosen": "a", "rejected": "b", "at": when}
+  row = {
+    "prompt": [ASKED[0] | {"timestamp": when, "paid": paid, "raw": b"a"}],
+    "chosen": "a",
+    "rejected": "b",
+    "at": when,
+  }
   data = prepared(tmp_path, "a.parquet", parquet([row, row]))
   assert list(data) == 2 * [
-      Example(ASKED, ([{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]))]
+    Example(ASKED, ([{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]))
+  ]
   assert data.report["dropped_values"] == {"timestamp": 2, "paid": 2, "raw": 2}
   assert data.report["ignored_keys"] == {"at": 2}
 
 
 def test_times_that_python_has_not_are_dropped_like_others(tmp_path):
-  message = pyarrow.struct({
-      "role": pyarrow.string(), "content": pyarrow.string(), "at": pyarrow.timestamp("ns", "Mars/Base"),
-      "took": pyarrow.duration("ns"), "clock": pyarrow.time64("ns")})
-  schema = pyarrow.schema({
-      "prompt": pyarrow.large_list(message), "chosen": pyarrow.large_string(), "rejected": pyarrow.string()})
+  message = pyarrow.struct(
+    {
+      "role": pyarrow.string(),
+      "content": pyarrow.string(),
+      "at": pyarrow.timestamp("ns", "Mars/Base"),
+      "took": pyarrow.duration("ns"),
+      "clock": pyarrow.time64("ns"),
+    }
+  )
+  schema = pyarrow.schema(
+    {"prompt": pyarrow.large_list(message), "chosen": pyarrow.large_string(), "rejected": pyarrow.string()}
+  )
   asked = ASKED[0] | {"at": 1_704_164_645_123_456_789, "took": 1, "clock": 3}
-  data = prepared(tmp_path, "a.parquet", parquet(
-      [{"prompt": [asked], "chosen": "a", "rejected": "b"}], schema=schema))
+  data = prepared(
+    tmp_path, "a.parquet", parquet([{"prompt": [asked], "chosen": "a", "rejected": "b"}], schema=schema)
+  )
   assert data[0].prompt == ASKED
   assert data.report["dropped_values"] == {"at": 1, "took": 1, "clock": 1}
 
@@ -170,22 +234,33 @@ def test_times_that_python_has_not_are_dropped_like_others(tmp_path):
 def test_a_row_that_cannot_be_read_leaves_the_others(tmp_path):
   texts = pyarrow.array([b"P", b"\xff", b"Q"])
   sink = pyarrow.BufferOutputStream()
-  pyarrow.parquet.write_table(pyarrow.table({
-      "prompt": pyarrow.Array.from_buffers(pyarrow.string(), 3, texts.buffers()),
-      "chosen": ["a"] * 3, "rejected": ["b"] * 3}), sink)
+  pyarrow.parquet.write_table(
+    pyarrow.table(
+      {
+        "prompt": pyarrow.Array.from_buffers(pyarrow.string(), 3, texts.buffers()),
+        "chosen": ["a"] * 3,
+        "rejected": ["b"] * 3,
+      }
+    ),
+    sink,
+  )
   data = prepared(tmp_path, "a.parquet", sink.getvalue().to_pybytes())
   assert [example.prompt for example in data] == ["P", "Q"]
-  assert data.report["unreadable_value"] == 1 and "a.parquet row 2: a value" in data.problems["unreadable_value"]
+  assert (
+    data.report["unreadable_value"] == 1 and "a.parquet row 2: a value" in data.problems["unreadable_value"]
+  )
 
 
 @settings(deadline=None, max_examples=200)
-@given(strategies.sampled_from(["a.parquet", "a.jsonl.zst", "a.jsonl.gz", "a.csv", "a.json"]), strategies.data())
+@given(
+  strategies.sampled_from(["a.parquet", "a.jsonl.zst", "a.jsonl.gz", "a.csv", "a.json"]), strategies.data()
+)
 def test_damage_is_told_and_never_a_traceback(tmp_path_factory, name, data):
   content = bytearray(dict(each for item in CONTENTS.items() for each in compressions(*item))[name])
   for _ in range(data.draw(strategies.integers(1, 4))):
     content[data.draw(strategies.integers(0, len(content) - 1))] ^= 1 << data.draw(strategies.integers(0, 7))
   path = tmp_path_factory.mktemp("damaged") / name
-  path.write_bytes(content[:data.draw(strategies.integers(1, len(content)))])
+  path.write_bytes(content[: data.draw(strategies.integers(1, len(content)))])
   try:
     for _, record in files.read_records(str(path)):
       assert isinstance(record, (dict, RecordError)) or name == "a.json"
@@ -193,12 +268,18 @@ def test_damage_is_told_and_never_a_traceback(tmp_path_factory, name, data):
     assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"prompt": [{"role": "user", "content": "Q", "name": datetime.date(2024, 1, 2)}]},
-     '"prompt"[0]["name"] holds a value of type date, which JSON lacks; write it as text'),
+@pytest.mark.parametrize(
+  "row, words",
+  [
+    (
+      {"prompt": [{"role": "user", "content": "Q", "name": datetime.date(2024, 1, 2)}]},
+      '"prompt"[0]["name"] holds a value of type date, which JSON lacks; write it as text',
+    ),
     ({"prompt": [{"role": "user", "content": b"Q"}]}, '"prompt"[0]["content"] holds a value of type bytes'),
     ({"prompt": datetime.datetime(2024, 1, 2)}, '"prompt" is a value of type datetime, not a string'),
-    ({"prompt": ASKED, "tools": [{"since": datetime.datetime(2024, 1, 2)}]}, '"tools" holds what JSON lacks')])
+    ({"prompt": ASKED, "tools": [{"since": datetime.datetime(2024, 1, 2)}]}, '"tools" holds what JSON lacks'),
+  ],
+)
 def test_what_json_lacks_is_an_error_of_its_row_where_a_template_reads_it(row, words, tmp_path):
   content = parquet([row | {"chosen": "a", "rejected": "b"}])
   with pytest.raises(DataError) as caught:
@@ -208,27 +289,51 @@ def test_what_json_lacks_is_an_error_of_its_row_where_a_template_reads_it(row, w
 
 def test_everything_a_template_may_read_comes_back_from_disk(tmp_path):
   asked = [{"role": "user", "content": "Q", "name": "é", "of its own": {"x": [1.5, None, True]}}]
-  answer = [{"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL]},
-            {"role": "tool", "content": {"rain": 2}}, {"role": "assistant", "content": "a"}]
-  record = {"prompt": asked, "completion": answer, "label": False, "tools": [{"type": "function", "z": 1, "a": 2}],
-            "chat_template_kwargs": {"enable_thinking": False}}
-  example, = prepared(tmp_path, "a.jsonl", json.dumps(record).encode())
+  answer = [
+    {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL]},
+    {"role": "tool", "content": {"rain": 2}},
+    {"role": "assistant", "content": "a"},
+  ]
+  record = {
+    "prompt": asked,
+    "completion": answer,
+    "label": False,
+    "tools": [{"type": "function", "z": 1, "a": 2}],
+    "chat_template_kwargs": {"enable_thinking": False},
+  }
+  (example,) = prepared(tmp_path, "a.jsonl", json.dumps(record).encode())
   assert example == Example(asked, ([], answer), record["tools"], record["chat_template_kwargs"])
   assert list(example.tools[0]) == ["type", "z", "a"]  # in which order a template writes them
 
 
 def test_the_report_lists_forms_keys_changes_and_the_first_problem_of_each_reason(tmp_path):
   pair = {"prompt": "Q", "chosen": "a", "rejected": "b", "score": 1}
-  messages = {"messages": [*ASKED, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "id": 1}
-  content = [pair, pair, messages, pair | {"rejected": "a"}, pair | {"images": ["a"]}, pair | {"images": ["b"]}]
+  messages = {
+    "messages": [*ASKED, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+    "id": 1,
+  }
+  content = [
+    pair,
+    pair,
+    messages,
+    pair | {"rejected": "a"},
+    pair | {"images": ["a"]},
+    pair | {"images": ["b"]},
+  ]
   data = prepared(tmp_path, "a.jsonl", "\n".join(map(json.dumps, content)).encode())
   assert data.report == {
-      "used": 3, "identical_responses": 1, "media": 2, "forms": {"preference": 2, "conversation": 1},
-      "ignored_keys": {"score": 2, "id": 1}, "converted": {"text_parts_joined": 1}}
+    "used": 3,
+    "identical_responses": 1,
+    "media": 2,
+    "forms": {"preference": 2, "conversation": 1},
+    "ignored_keys": {"score": 2, "id": 1},
+    "converted": {"text_parts_joined": 1},
+  }
   assert data.problems == {
-      "identical_responses": f'{tmp_path}/a.jsonl line 4: "chosen" and "rejected" are the same text',
-      "media": f'{tmp_path}/a.jsonl line 5: "images" holds images, and dpojax trains on text alone; drop the record '
-               "or the key"}
+    "identical_responses": f'{tmp_path}/a.jsonl line 4: "chosen" and "rejected" are the same text',
+    "media": f'{tmp_path}/a.jsonl line 5: "images" holds images, and dpojax trains on text alone; '
+    "drop the record or the key",
+  }
 
 
 def test_a_form_that_is_named_gives_other_data_than_one_recognised(tmp_path):
@@ -243,7 +348,7 @@ def test_a_form_that_is_named_gives_other_data_than_one_recognised(tmp_path):
 
 
 def test_the_same_bytes_under_another_kind_of_name_are_read_as_that_kind(tmp_path):
-  content = b'prompt,chosen,rejected\nQ,a,b\n'
+  content = b"prompt,chosen,rejected\nQ,a,b\n"
   assert prepared(tmp_path, "a.csv", content)[0] == Example("Q", ("a", "b"))
   with pytest.raises(DataError, match="no usable record"):
     prepared(tmp_path, "a.jsonl", content)
@@ -263,7 +368,10 @@ def folder_of(tmp_path, *names, card=""):
 
 
 SHARDED = (
-    "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet")
+  "data/train-00000-of-00002.parquet",
+  "data/train-00001-of-00002.parquet",
+  "data/test-00000-of-00001.parquet",
+)
 BINARIZED = ("data/train_prefs-00000-of-00001-cb7a.parquet", "data/train_sft-00000-of-00001-ab1.parquet")
 CARD = """configs:
 - config_name: easy
@@ -279,29 +387,56 @@ CARD = """configs:
 """
 
 
-@pytest.mark.parametrize("names, card, split, found", [
-    (SHARDED, "", "", SHARDED[:2]), (SHARDED, "", ":test", SHARDED[2:]), (BINARIZED, "", ":train_sft", BINARIZED[1:]),
-    (("train.parquet", "test.parquet"), "", "", ("train.parquet",)), (("some.parquet",), "", "", ("some.parquet",)),
-    (("default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"), "", "",
-     ("default/train/0000.parquet", "default/train/0001.parquet")),
-    (("a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"), "", ":b/train",
-     ("b/train-00000-of-00001.parquet",)),
+@pytest.mark.parametrize(
+  "names, card, split, found",
+  [
+    (SHARDED, "", "", SHARDED[:2]),
+    (SHARDED, "", ":test", SHARDED[2:]),
+    (BINARIZED, "", ":train_sft", BINARIZED[1:]),
+    (("train.parquet", "test.parquet"), "", "", ("train.parquet",)),
+    (("some.parquet",), "", "", ("some.parquet",)),
+    (
+      ("default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"),
+      "",
+      "",
+      ("default/train/0000.parquet", "default/train/0001.parquet"),
+    ),
+    (
+      ("a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"),
+      "",
+      ":b/train",
+      ("b/train-00000-of-00001.parquet",),
+    ),
     (("a/x.parquet", "b/one.parquet", "b/two.parquet"), CARD, ":easy/train", ("a/x.parquet",)),
     (("a/x.parquet", "b/one.parquet", "b/two.parquet"), CARD, ":held", ("b/two.parquet",)),
-])
+  ],
+)
 def test_a_split_is_the_files_that_the_hubs_layout_says(names, card, split, found, tmp_path):
   folder = folder_of(tmp_path, *names, card=card)
   assert files.local_files(f"hub:{folder}{split}") == [str(folder / name) for name in found]
 
 
-@pytest.mark.parametrize("names, card, split, words", [
+@pytest.mark.parametrize(
+  "names, card, split, words",
+  [
     (SHARDED, "", ":dev", "has no split 'dev'; it has test, train: give hub:.*/set:SPLIT"),
     (BINARIZED, "", "", "has no split 'train'; it has train_prefs, train_sft"),
-    (("a/x.parquet", "b/one.parquet"), CARD, "",
-     "split of several configs, easy/train, hard/train; give hub:.*CONFIG/SPLIT"),
+    (
+      ("a/x.parquet", "b/one.parquet"),
+      CARD,
+      "",
+      "split of several configs, easy/train, hard/train; give hub:.*CONFIG/SPLIT",
+    ),
     ((), "license: mit\n", "", "has no Parquet files"),
-    (SHARDED[1:2], "", "", "has 1 of the 2 files that data/train-00001-of-00002.parquet is one of; fetch the others"),
-    (("a.parquet",), "configs: [1]\n", "", "README.md cannot be read")])
+    (
+      SHARDED[1:2],
+      "",
+      "",
+      "has 1 of the 2 files that data/train-00001-of-00002.parquet is one of; fetch the others",
+    ),
+    (("a.parquet",), "configs: [1]\n", "", "README.md cannot be read"),
+  ],
+)
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(names, card, split, words, tmp_path):
   (tmp_path / "set").mkdir()
   with pytest.raises(DataError, match=words):
@@ -337,7 +472,9 @@ def test_what_was_fetched_before_is_read_without_a_network(tmp_path, monkeypatch
 
 
 def test_a_hub_out_of_reach_names_the_fix(tmp_path):
-  with pytest.raises(DataError, match="hub:org/no-such-set cannot be fetched from the hub .*folder: hub:FOLDER"):
+  with pytest.raises(
+    DataError, match="hub:org/no-such-set cannot be fetched from the hub .*folder: hub:FOLDER"
+  ):
     files.local_files("hub:org/no-such-set")
   with pytest.raises(DataError, match="neither a folder nor a name on the hub; give hub:ORG/NAME"):
     files.local_files("hub:nowhere")
@@ -351,7 +488,7 @@ def test_a_split_of_the_hub_is_prepared_as_its_files_are(tmp_path):
   assert [example.prompt for example in data] == list(SHARDED[:2])
   test = builders.prepare("jsonl", path=f"hub:{folder}", data_dir=tmp_path / "prepared", split="test")
   assert [example.prompt for example in test] == [SHARDED[2]]
-  (number, example), = records.read_file(f"hub:{folder}:test", records.parse_prompt)
+  ((number, example),) = records.read_file(f"hub:{folder}:test", records.parse_prompt)
   assert (number, example.prompt) == (0, SHARDED[2])
 
 

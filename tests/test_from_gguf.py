@@ -19,8 +19,16 @@ from dpojax.models import from_gguf, hf
 from dpojax.models.families import HuggingFaceError
 from tests import conftest, gguf_files, made_data
 
-TEXTS = ("Which way?", " I am  here", "the 2nd train paid $3.50 in 2024", "na\u00efve \u2603\n\n  x = 12", "",
-         "\u5317\u306f", "don't I'LL 'tis", "a\t b\r\n c")
+TEXTS = (
+  "Which way?",
+  " I am  here",
+  "the 2nd train paid $3.50 in 2024",
+  "na\u00efve \u2603\n\n  x = 12",
+  "",
+  "\u5317\u306f",
+  "don't I'LL 'tis",
+  "a\t b\r\n c",
+)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TWOS = np.full(8, 2.0, np.float32)
 
@@ -30,13 +38,26 @@ def metadata_of(made, name="gpt2", **changes):
   tokenizer = tokenization.load_tokenizer(str(made / "tokenizers" / name))
   model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
   tokens, types = gguf_files.tokens_of(tokenizer)
-  given = {"tokens": tokens, "token_type": types, "eos_token_id": tokenizer.eos_token_id,
-           "bos_token_id": tokenizer.bos_token_id, "model": "gpt2", "pre": "gpt-2", "add_bos_token": False,
-           "merges": [" ".join(merge) for merge in model["merges"]]}
+  given = {
+    "tokens": tokens,
+    "token_type": types,
+    "eos_token_id": tokenizer.eos_token_id,
+    "bos_token_id": tokenizer.bos_token_id,
+    "model": "gpt2",
+    "pre": "gpt-2",
+    "add_bos_token": False,
+    "merges": [" ".join(merge) for merge in model["merges"]],
+  }
   if name == "llama2":  # a merge is worth more the earlier it was learned
     order = {"".join(merge): -float(i) for i, merge in enumerate(model["merges"])}
-    given |= {"model": "llama", "scores": [order.get(token, -1e6) for token in tokens], "pre": None,
-              "merges": None, "unknown_token_id": tokenizer.unk_token_id, "add_bos_token": None}
+    given |= {
+      "model": "llama",
+      "scores": [order.get(token, -1e6) for token in tokens],
+      "pre": None,
+      "merges": None,
+      "unknown_token_id": tokenizer.unk_token_id,
+      "add_bos_token": None,
+    }
   return {f"tokenizer.ggml.{key}": value for key, value in (given | changes).items() if value is not None}
 
 
@@ -44,7 +65,9 @@ def small_file(path, made, name="llama", kind="F32", *, tie_word_embeddings=True
   """Writes a model of random weights with the made byte-level tokenizer; rows of the embedding cover it."""
   vocabulary = len(tokenization.load_tokenizer(str(made / "tokenizers" / "gpt2")))
   values = gguf_files.CONFIGS[name] | {
-      "vocab_size": vocabulary + 3, "tie_word_embeddings": tie_word_embeddings}
+    "vocab_size": vocabulary + 3,
+    "tie_word_embeddings": tie_word_embeddings,
+  }
   options.setdefault("tokenizer", metadata_of(made) | {"tokenizer.chat_template": TEMPLATE})
   return gguf_files.write(path, values, gguf_files.tensors_of(values), kind, **options)
 
@@ -94,12 +117,21 @@ def test_the_stretched_positions_of_llama_3_are_found_again(factor, made, tmp_pa
       smooth = (8192 / length - 1) / (4 - 1)
       factors.append(1 / ((1 - smooth) / factor + smooth))
   assert len(set(factors)) > 2
-  path = small_file(tmp_path / "a.gguf", made, metadata={"llama.rope.freq_base": theta},
-                    extra={"rope_freqs.weight": np.array(factors, np.float32)})
+  path = small_file(
+    tmp_path / "a.gguf",
+    made,
+    metadata={"llama.rope.freq_base": theta},
+    extra={"rope_freqs.weight": np.array(factors, np.float32)},
+  )
   from_gguf.convert(path, tmp_path / "out")
   written = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
-  assert written == {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+  assert written == {
+    "rope_type": "llama3",
+    "factor": factor,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+  }
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -132,11 +164,15 @@ def pieces(made, folder, split, text):
   return [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize("split, want", [
+@pytest.mark.parametrize(
+  "split, want",
+  [
     ("gpt-2", ["In", "  ", " 2024", ",", " I", "'ll", "  ", " go", ".", "\n\n"]),
     ("smollm", ["In", "   ", "2", "0", "2", "4", ",", " I", "'ll", "  ", " go", ".", "\n\n"]),
     ("llama-bpe", ["In", "  ", " ", "202", "4", ",", " I", "'ll", "  ", " go", ".\n\n"]),
-    ("qwen2", ["In", "  ", " ", "2", "0", "2", "4", ",", " I", "'ll", "  ", " go", ".\n\n"])])
+    ("qwen2", ["In", "  ", " ", "2", "0", "2", "4", ",", " I", "'ll", "  ", " go", ".\n\n"]),
+  ],
+)
 def test_text_is_split_as_the_file_says(split, want, made, tmp_path):
   assert pieces(made, tmp_path / "out", split, "In   2024, I'll   go.\n\n") == want
 
@@ -152,7 +188,9 @@ def test_stop_ids_and_bos_come_from_the_file(made, tmp_path):
   assert tokenization.load_tokenizer(str(tmp_path / "out"))("a")["input_ids"][0] == 6
 
 
-@pytest.mark.parametrize("options, message", [
+@pytest.mark.parametrize(
+  "options, message",
+  [
     (dict(metadata={"general.architecture": "mamba"}), "is of architecture 'mamba', which is not"),
     (dict(metadata={"llama.expert_count": 8}), "says llama.expert_count = 8, which is not supported"),
     (dict(metadata={"llama.rope.dimension_count": 8}), "rope.dimension_count = 8 of heads of 16"),
@@ -163,9 +201,13 @@ def test_stop_ids_and_bos_come_from_the_file(made, tmp_path):
     (dict(metadata={"llama.embedding_length": 32}), r"tensor .* is \[.*64.*\] but the metadata make it"),
     (dict(drop=["model.layers.1.mlp.up_proj.weight"]), "lacks tensors that its metadata ask for: .*up_proj"),
     (dict(extra={"rope_freqs.weight": TWOS}), "rope_freqs.weight ends with 2.0 and is not what Llama 3.1"),
-    (dict(extra={"blk.0.attn_sinks.weight": TWOS}), "has a tensor blk.0.attn_sinks.weight, which is not supp"),
+    (
+      dict(extra={"blk.0.attn_sinks.weight": TWOS}),
+      "has a tensor blk.0.attn_sinks.weight, which is not supp",
+    ),
     (dict(extra={"blk.7.attn_norm.weight": TWOS}), "do not ask for: blk.7.attn_norm.weight"),
-])
+  ],
+)
 def test_what_is_not_understood_is_refused_by_name(options, message, made, tmp_path):
   path = small_file(tmp_path / "a.gguf", made, **options)
   with pytest.raises(HuggingFaceError, match=message) as caught:
@@ -174,14 +216,20 @@ def test_what_is_not_understood_is_refused_by_name(options, message, made, tmp_p
   assert {each.name for each in tmp_path.iterdir()} == {"a.gguf"}
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     ({"pre": "superbpe"}, "ggml.pre: text that is split as 'superbpe' is not supported; supported are gpt-2"),
-    ({"model": "bert"}, "ggml.model: 'bert' is not supported"), ({"tokens": None}, "ggml.tokens: it is missing"),
+    ({"model": "bert"}, "ggml.model: 'bert' is not supported"),
+    ({"tokens": None}, "ggml.tokens: it is missing"),
     ({"eos_token_id": 10**5}, "eos_token_id: it is 100000 but there are"),
     ({"eos_token_id": None}, "eos_token_id: there is none"),
-    ({"merges": ["a b c"]}, "merges: 'a b c' makes no token"), ({"add_eos_token": True}, "add_eos_token"),
+    ({"merges": ["a b c"]}, "merges: 'a b c' makes no token"),
+    ({"add_eos_token": True}, "add_eos_token"),
     ({"add_bos_token": True, "bos_token_id": None}, "a BOS is asked for and there is none"),
-    ({"tokens": ["a", "b", "a"]}, "token 'a' stands there twice")])
+    ({"tokens": ["a", "b", "a"]}, "token 'a' stands there twice"),
+  ],
+)
 def test_a_tokenizer_that_is_not_understood_is_refused_by_name(changes, message, made, tmp_path):
   with pytest.raises(DataError, match=f"^a.gguf, tokenizer.*{message}"):
     gguf_tokenizer.write(tmp_path / "out", metadata_of(made, **changes), "a.gguf")
@@ -191,11 +239,12 @@ def test_a_tokenizer_that_is_not_understood_is_refused_by_name(changes, message,
 def test_numbers_that_are_none_or_do_not_fit_are_named(made, tmp_path):
   values = gguf_files.CONFIGS["llama"] | {"vocab_size": 600}
   tensors = gguf_files.tensors_of(values)
-  for number, dtype, message in ((np.nan, "float32", "attn_norm.weight holds nan, 1 of 64 values"),
-                                 (1e6, "float16", "attn_norm.weight holds 1000000.0, .* not fit float16")):
+  for number, dtype, message in (
+    (np.nan, "float32", "attn_norm.weight holds nan, 1 of 64 values"),
+    (1e6, "float16", "attn_norm.weight holds 1000000.0, .* not fit float16"),
+  ):
     tensors["model.layers.0.input_layernorm.weight"][3] = number
-    path = gguf_files.write(
-        tmp_path / f"{number}.gguf", values, tensors, tokenizer=metadata_of(made))
+    path = gguf_files.write(tmp_path / f"{number}.gguf", values, tensors, tokenizer=metadata_of(made))
     with pytest.raises(HuggingFaceError, match=f"{re.escape(path)}: tensor blk.0.{message}"):
       from_gguf.convert(path, tmp_path / "out", dtype=dtype)
 
@@ -203,7 +252,7 @@ def test_numbers_that_are_none_or_do_not_fit_are_named(made, tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.02, 0.5, 0.999])
 def test_a_damaged_file_is_one_error(share, made, tmp_path):
   path = pathlib.Path(small_file(tmp_path / "a.gguf", made))
-  path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+  path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
   with pytest.raises(HuggingFaceError, match=r"a.gguf (cannot be read as GGUF|.*has no|.*lacks)"):
     from_gguf.convert(path, tmp_path / "out")
   assert not (tmp_path / "out").exists()
@@ -212,8 +261,12 @@ def test_a_damaged_file_is_one_error(share, made, tmp_path):
 def test_the_command_says_what_the_weights_are(made, tmp_path):
   path = small_file(tmp_path / "a.gguf", made, kind="Q8_0")
   run = lambda *arguments: subprocess.run(
-      [sys.executable, "-m", "dpojax.models.from_gguf", *arguments], cwd=conftest.ROOT, capture_output=True,
-      text=True, timeout=120)
+    [sys.executable, "-m", "dpojax.models.from_gguf", *arguments],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   done = run(path, f"--out={tmp_path / 'out'}")
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[1].startswith("15 of them were quantised: whatever is measured")

@@ -43,20 +43,22 @@ def values_and_gradients(function, q, k, v, cotangent):
   def total(q, k, v):
     out = function(q, k, v)
     return jnp.sum(out * cotangent), out
+
   (_, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
   return out, *grads
 
 
-@pytest.mark.parametrize("platform, num_responses, form", [
-    ("gpu", 2, {}), ("tpu", 1, {"window": 7}), ("gpu", 4, EVERYTHING), ("tpu", 2, EVERYTHING)])
+@pytest.mark.parametrize(
+  "platform, num_responses, form",
+  [("gpu", 2, {}), ("tpu", 1, {"window": 7}), ("gpu", 4, EVERYTHING), ("tpu", 2, EVERYTHING)],
+)
 def test_values_and_gradients_are_the_dense_ones(platform, num_responses, form, rng):
   with jax.enable_x64(True):
     ids = packed_ids(rng, num_responses)
     q, k, v = inputs(rng, ids, jnp.float64)
     cotangent = jnp.asarray(rng.normal(size=q.shape))
     want = values_and_gradients(lambda *x: dense(*x, ids, **form), q, k, v, cotangent)
-    got = values_and_gradients(
-        lambda *x: interpreted(*x, ids, platform, **form), q, k, v, cotangent)
+    got = values_and_gradients(lambda *x: interpreted(*x, ids, platform, **form), q, k, v, cotangent)
     for ours, theirs in zip(got, want):
       np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
@@ -68,7 +70,8 @@ def test_float32_is_exact_to_its_rounding_and_bfloat16_to_its_own(rng):
   want = values_and_gradients(lambda *x: dense(*x, ids), q, k, v, cotangent)
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.1)):
     got = values_and_gradients(
-        lambda *x: interpreted(*x, ids), *(x.astype(dtype) for x in (q, k, v)), cotangent)
+      lambda *x: interpreted(*x, ids), *(x.astype(dtype) for x in (q, k, v)), cotangent
+    )
     for ours, theirs in zip(got, want):
       assert ours.dtype == dtype
       np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=tolerance)
@@ -85,9 +88,16 @@ def test_a_row_of_padding_alone_is_zero_and_has_no_gradient(rng):
 def ids_in_whole_blocks(comparisons):
   """One row, in which prompt, first and second response of each comparison fill a block each."""
   position = np.concatenate([np.arange(2 * BLOCK), np.arange(BLOCK, 2 * BLOCK)])
-  return TokenIds(*(jnp.asarray(x, jnp.int32)[None] for x in (
-      np.tile(position, comparisons), np.repeat(np.arange(1, comparisons + 1), 3 * BLOCK),
-      np.tile(np.repeat(np.arange(3), BLOCK), comparisons))))
+  return TokenIds(
+    *(
+      jnp.asarray(x, jnp.int32)[None]
+      for x in (
+        np.tile(position, comparisons),
+        np.repeat(np.arange(1, comparisons + 1), 3 * BLOCK),
+        np.tile(np.repeat(np.arange(3), BLOCK), comparisons),
+      )
+    )
+  )
 
 
 def test_a_block_visits_the_blocks_it_sees_and_no_other():
@@ -95,7 +105,7 @@ def test_a_block_visits_the_blocks_it_sees_and_no_other():
   form = fused.Form(1.0, 0, 0.0, BLOCK, "gpu", True)
   count, order = fused._visits(ids, form)
   assert count.ravel().tolist() == [1, 2, 2] * 4
-  assert [sorted(order[0, i, 0, :count[0, i, 0, 0]].tolist()) for i in (3, 4, 5)] == [[3], [3, 4], [3, 5]]
+  assert [sorted(order[0, i, 0, : count[0, i, 0, 0]].tolist()) for i in (3, 4, 5)] == [[3], [3, 4], [3, 5]]
   by_keys, _ = fused._visits(ids, form, by_keys=True)
   assert by_keys.ravel().tolist() == [3, 1, 1] * 4
 
@@ -108,10 +118,14 @@ def test_what_stands_in_a_block_reaches_only_those_that_visit_it(rng):
   out, q_grad, k_grad, v_grad = run(q, k, v)
   bad_out, bad_q_grad, _, _ = run(q, poisoned(k), poisoned(v))  # the first comparison's prompt
   _, _, bad_k_grad, bad_v_grad = run(poisoned(q), k, v)
-  for bad, good, untouched in ((bad_out, out, 3), (bad_q_grad, q_grad, 3),
-                               (bad_k_grad, k_grad, 1), (bad_v_grad, v_grad, 1)):
-    np.testing.assert_array_equal(bad[:, untouched * BLOCK:], good[:, untouched * BLOCK:])
-    assert np.isnan(bad[:, :untouched * BLOCK]).all()
+  for bad, good, untouched in (
+    (bad_out, out, 3),
+    (bad_q_grad, q_grad, 3),
+    (bad_k_grad, k_grad, 1),
+    (bad_v_grad, v_grad, 1),
+  ):
+    np.testing.assert_array_equal(bad[:, untouched * BLOCK :], good[:, untouched * BLOCK :])
+    assert np.isnan(bad[:, : untouched * BLOCK]).all()
 
 
 def test_a_mesh_computes_rows_and_heads_where_they_are(rng):
@@ -120,11 +134,11 @@ def test_a_mesh_computes_rows_and_heads_where_they_are(rng):
   cotangent = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
   want = values_and_gradients(lambda *x: dense(*x, ids), q, k, v, cotangent)
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-  place = lambda x, *axes: jax.device_put(
-      x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *axes)))
+  place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *axes)))
   ids = jax.tree.map(place, ids)
-  gradients = jax.jit(jax.grad(
-      lambda q, k, v, cotangent: jnp.sum(interpreted(q, k, v, ids) * cotangent), (0, 1, 2)))
+  gradients = jax.jit(
+    jax.grad(lambda q, k, v, cotangent: jnp.sum(interpreted(q, k, v, ids) * cotangent), (0, 1, 2))
+  )
   with jax.set_mesh(mesh):
     arguments = [place(x, None, "tensor") for x in (q, k, v, cotangent)]
     compiled = gradients.lower(*arguments).compile()
@@ -143,14 +157,17 @@ def test_runs_and_replicas_side_by_side_give_the_same(lift, rng):
   np.testing.assert_allclose(lift(gradient(interpreted))(q, k, v, ids), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("platform, target, call", [
-    ("gpu", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")])
+@pytest.mark.parametrize(
+  "platform, target, call", [("gpu", "cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu", "tpu_custom_call")]
+)
 @pytest.mark.parametrize("head_size, form", [(64, {}), (80, {}), (128, {"window": 512, "soft_cap": 30.0})])
 def test_forward_and_gradients_lower_for_their_platform(platform, target, call, head_size, form):
   ids = TokenIds(*[jax.ShapeDtypeStruct((2, 2048), jnp.int32)] * 3)
   q, k = (jax.ShapeDtypeStruct((2, 2048, n, head_size), jnp.bfloat16) for n in (8, 2))
+
   def total(q, k, v, ids):
     return jnp.sum(fused.fused_attention(q, k, v, ids, platform=platform, **form).astype(jnp.float32))
+
   traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, ids)
   assert traced.lower(lowering_platforms=(target,)).as_text().count(f"@{call}") == 3
 
@@ -184,32 +201,47 @@ def test_rematerialisation_by_name_runs_the_forward_kernel_once(remat, forwards,
   config = worlds.llama(remat=remat, dtype="bfloat16", layers=3)
   params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
   def total(params, *rows):
     hidden = transformer.Transformer(config).apply({"params": params}, *rows)
     return jnp.sum(hidden.astype(jnp.float32))
+
   traced = jax.jit(jax.grad(total)).trace(params, *[tokens] * 4)
   assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
   assert sorted(kernels_of(traced.jaxpr.jaxpr)) == [
-      *["_forward_kernel"] * forwards, "_key_kernel", "_query_kernel"]  # in the bodies of scans
+    *["_forward_kernel"] * forwards,
+    "_key_kernel",
+    "_query_kernel",
+  ]  # in the bodies of scans
 
 
-@pytest.mark.parametrize("asked, platform, length, fits, form", [
-    ("auto", "cpu", 128, True, "dense"), ("auto", "cpu", 129, True, "blockwise"),
-    ("auto", "gpu", 128, True, "dense"), ("auto", "gpu", 129, True, "fused"),
-    ("auto", "tpu", 2048, True, "fused"), ("auto", "tpu", 2048, False, "blockwise"),
-    ("fused", "gpu", 64, True, "fused"), ("blockwise", "tpu", 2048, True, "blockwise")])
+@pytest.mark.parametrize(
+  "asked, platform, length, fits, form",
+  [
+    ("auto", "cpu", 128, True, "dense"),
+    ("auto", "cpu", 129, True, "blockwise"),
+    ("auto", "gpu", 128, True, "dense"),
+    ("auto", "gpu", 129, True, "fused"),
+    ("auto", "tpu", 2048, True, "fused"),
+    ("auto", "tpu", 2048, False, "blockwise"),
+    ("fused", "gpu", 64, True, "fused"),
+    ("blockwise", "tpu", 2048, True, "blockwise"),
+  ],
+)
 def test_the_form_suits_the_machine_unless_it_is_asked_for(asked, platform, length, fits, form):
-  assert backends.attention_form(asked, platform=platform, length=length, fits=fits) == form
+  assert backends.attention_backend(asked, platform=platform, length=length, fits=fits) == form
 
 
 def test_a_form_that_cannot_run_is_refused():
   with pytest.raises(ValueError, match="rows of 99999 tokens do not fit this tpu's vector memory"):
-    backends.attention_form("fused", platform="tpu", length=99999, fits=False)
+    backends.attention_backend("fused", platform="tpu", length=99999, fits=False)
   config = config_lib.defaults()
   config.model.attention = "fused"
   with pytest.raises(
-      config_lib.ConfigError, match="config.model.attention is 'fused', which runs on gpu and tpu, "
-      "not on cpu; set model.attention='auto'"):
+    config_lib.ConfigError,
+    match="config.model.attention is 'fused', which runs on gpu and tpu, "
+    "not on cpu; set model.attention='auto'",
+  ):
     resolve.make_devices(config)
 
 

@@ -10,32 +10,118 @@ from tests import conftest
 
 PACKAGE = conftest.ROOT / "dpojax"
 
-ROOMS = ["losses", "runtime", "kernels", "log_probs", "data", "models", "training", "sample", "evaluate", "plan",
-         "train", "export", "ppo"]
+ROOMS = [
+  "losses",
+  "runtime",
+  "kernels",
+  "log_probs",
+  "data",
+  "models",
+  "training",
+  "sample",
+  "evaluate",
+  "plan",
+  "train",
+  "export",
+  "ppo",
+]
 """What stands at the top of the package, in the way of the data: a room imports only from rooms before it."""
 
 ORDER = {
-    "runtime": ["errors", "disk", "digests", "ownership", "stderr_filter", "processes", "memory", "command"],
-    "kernels": ["platform", "attention", "blockwise", "fused", "backends", "head", "head_on_cpu", "distributions"],
-    "data": ["examples", "hub", "files", "fields", "messages", "forms", "records", "sandbox", "templates",
-             "conversations", "ids", "shortening", "encoder", "truncation", "tokenizing", "pool", "builders",
-             "tokenization", "gguf", "packing", "loader", "report"],
-    "models": ["config", "rotary", "transformer", "lora", "families", "tensors", "peft", "hf", "gguf", "from_gguf"],
-    "training": ["parts", "objectives", "preference", "reference", "step", "parallel", "config",
-                 "checkpoint_files", "checkpoint", "weights", "metrics", "throughput", "resolve"],
-    "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "prompts", "files"],
-    "evaluate": ["intervals", "judging", "scorers", "measure", "compare", "report", "watching"],
-    "export": ["readback", "writer"],
-    "ppo": ["losses", "step", "config", "loop"]}
+  "runtime": [
+    "errors",
+    "disk",
+    "digests",
+    "ownership",
+    "stderr_filter",
+    "processes",
+    "memory",
+    "command",
+    "stopping",
+  ],
+  "kernels": [
+    "platform",
+    "attention",
+    "blockwise",
+    "fused",
+    "backends",
+    "head",
+    "head_on_cpu",
+    "distributions",
+  ],
+  "data": [
+    "examples",
+    "hub",
+    "files",
+    "fields",
+    "messages",
+    "formats",
+    "records",
+    "sandbox",
+    "templates",
+    "conversations",
+    "ids",
+    "shortening",
+    "encoder",
+    "truncation",
+    "tokenizing",
+    "pool",
+    "builders",
+    "tokenization",
+    "gguf",
+    "packing",
+    "loader",
+    "report",
+  ],
+  "models": [
+    "config",
+    "rotary",
+    "transformer",
+    "lora",
+    "families",
+    "tensors",
+    "peft",
+    "hf",
+    "gguf",
+    "from_gguf",
+  ],
+  "training": [
+    "micro_batches",
+    "objectives",
+    "preference",
+    "reference",
+    "step",
+    "parallel",
+    "config",
+    "checkpoint_files",
+    "checkpoint",
+    "weights",
+    "metrics",
+    "log",
+    "throughput",
+    "resolve",
+    "workdir",
+  ],
+  "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "prompts", "files"],
+  "evaluate": ["confidence", "judging", "scorers", "measure", "compare", "report", "watching"],
+  "export": ["verify", "writer"],
+  "ppo": ["losses", "step", "config", "loop"],
+}
 """Of each room its modules: one imports only modules before it; its command, `__main__`, comes last."""
 
 HOMES = {
-    "flax": ("models",), "tensorflow_datasets": ("data.builders",),
-    "transformers": ("data.tokenization", "data.templates"),
-    "huggingface_hub": ("models.hf", "data.hub"), "gguf": ("models.gguf",),
-    "grain": ("data.loader",), "orbax": ("training.checkpoint",), "tensorboard": ("training.metrics",),
-    "optax": ("training.step",), "requests": ("evaluate.judging", "data.builders"),
-    "xxhash": ("runtime.digests",)}
+  "flax": ("models",),
+  "tensorflow_datasets": ("data.builders",),
+  "transformers": ("data.tokenization", "data.templates"),
+  "huggingface_hub": ("models.hf", "data.hub"),
+  "gguf": ("models.gguf",),
+  "grain": ("data.loader",),
+  "orbax": ("training.checkpoint",),
+  "tensorboard": ("training.metrics",),
+  "optax": ("training.step",),
+  "requests": ("evaluate.judging", "data.builders"),
+  "xxhash": ("runtime.digests",),
+}
 """The modules a library may be imported in."""
 
 
@@ -83,8 +169,9 @@ def test_every_room_says_what_lives_there_and_where_to_begin():
 
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_in_its_home_only(library):
-  users = [name for name, path in modules()
-           if any(target.split(".")[0] == library for target in imported(path))]
+  users = [
+    name for name, path in modules() if any(target.split(".")[0] == library for target in imported(path))
+  ]
   assert users and all(name.startswith(HOMES[library]) for name in users), users
 
 
@@ -102,16 +189,20 @@ def test_data_is_numpy_without_jax():
       assert not [target for target in imported(path) if target.split(".")[0] in ("jax", "flax")], name
 
 
-@pytest.mark.parametrize("module, absent", [
+@pytest.mark.parametrize(
+  "module, absent",
+  [
     ("dpojax.losses", "flax optax orbax tensorflow_datasets transformers grain ml_collections"),
     ("dpojax.log_probs", "flax optax orbax tensorflow_datasets transformers grain ml_collections"),
     ("dpojax.data.packing", "jax flax tensorflow torch transformers"),
     ("dpojax.train", "tensorflow torch"),
-])
+  ],
+)
 def test_an_import_loads_nothing_heavier_than_it_needs(module, absent):
   code = f"import sys, {module}; print(*[m for m in {absent.split()!r} if m in sys.modules])"
   result = subprocess.run(
-      [sys.executable, "-c", code], cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+    [sys.executable, "-c", code], cwd=conftest.ROOT, capture_output=True, text=True, timeout=120
+  )
   assert result.returncode == 0, result.stderr
   assert not result.stdout.split()
 

@@ -22,8 +22,9 @@ def longer(request, headers):
 
 
 def endpoint_of(server, **changes):
-  return Endpoint(**dict(url=server.url, model="m", question=judging.QUESTIONS["dialogue"],
-                         patience=0.01) | changes)
+  return Endpoint(
+    **dict(url=server.url, model="m", question=judging.QUESTIONS["dialogue"], patience=0.01) | changes
+  )
 
 
 def pairs_of(count, better=lambda i: i % 4):
@@ -109,17 +110,21 @@ def test_another_form_of_answer_is_named(serve, tmp_path):
 
 def test_the_key_is_sent_and_never_written(serve, tmp_path):
   seen = []
-  server = serve(lambda request, headers: (seen.append(headers["Authorization"]), longer(request, headers))[1])
+  server = serve(
+    lambda request, headers: (seen.append(headers["Authorization"]), longer(request, headers))[1]
+  )
   endpoint = endpoint_of(server, api_key="secret")
   judged(endpoint, pairs_of(2), tmp_path / "answers.jsonl")
   assert seen == ["Bearer secret"] * 2 and "secret" not in repr(endpoint)
   assert "secret" not in (tmp_path / "answers.jsonl").read_text()
 
 
-KEY = "sk-Zm9v+/=b\"ar"
+KEY = 'sk-Zm9v+/=b"ar'
 
 
-@pytest.mark.parametrize("said", [
+@pytest.mark.parametrize(
+  "said",
+  [
     lambda key: (401, {}, {"error": {"message": f"Incorrect API key provided: {key}."}}),
     lambda key: (400, {}, {"error": {"message": "no", "key": key}}),
     lambda key: (500, {}, {"detail": f"while asked by {urllib.parse.quote(key, safe='')}"}),
@@ -127,7 +132,9 @@ KEY = "sk-Zm9v+/=b\"ar"
     lambda key: (200, {}, {"choices": [{"message": {"content": f"your key is {key}\nMore helpful: A"}}]}),
     lambda key: (200, {}, {"choices": [{"message": {"refusal": f"not with {key}"}}]}),
     lambda key: (307, {"Location": f"http://{key}@127.0.0.1:9/"}, {}),
-    lambda key: (307, {"Location": f"gopher://{key}/"}, {})])
+    lambda key: (307, {"Location": f"gopher://{key}/"}, {}),
+  ],
+)
 def test_a_key_that_a_server_says_back_is_written_nowhere(said, serve, tmp_path, capfd, caplog):
   server = serve(lambda *_: said(KEY))
   caplog.set_level("DEBUG")
@@ -141,13 +148,22 @@ def test_a_key_that_a_server_says_back_is_written_nowhere(said, serve, tmp_path,
     assert form not in written
 
 
-@pytest.mark.parametrize("changes", [
-    {"url": f"https://me:{KEY}@host/v1"}, {"url": f"https://host/v1?key={KEY}"},
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"url": f"https://me:{KEY}@host/v1"},
+    {"url": f"https://host/v1?key={KEY}"},
     {"url": f"https://host/v1#{KEY}"},
-    {"url": f"ftp://{KEY}@host"}, {"url": f"http://[{KEY}"}, {"options": {"api_key": KEY}},
-    {"options": {"user": KEY}}, {"options": {"extra": {"deep": [KEY]}}},
+    {"url": f"ftp://{KEY}@host"},
+    {"url": f"http://[{KEY}"},
+    {"options": {"api_key": KEY}},
+    {"options": {"user": KEY}},
+    {"options": {"extra": {"deep": [KEY]}}},
     {"api_key": KEY + "\n", "options": {}},
-    {"api_key": f"{KEY} twice", "options": {}}, {"options": {"Authorization": f"Bearer {KEY}"}}])
+    {"api_key": f"{KEY} twice", "options": {}},
+    {"options": {"Authorization": f"Bearer {KEY}"}},
+  ],
+)
 def test_a_key_where_it_would_be_written_is_refused_without_being_told(changes):
   with pytest.raises(JudgeError) as caught:
     Endpoint(**{"url": "https://host/v1", "model": "m", "question": "q", "api_key": KEY} | changes)
@@ -158,21 +174,30 @@ def test_an_answer_that_was_changed_on_the_disk_is_asked_for_again(serve, tmp_pa
   path, server = tmp_path / "answers.jsonl", serve(longer)
   result = judged(endpoint_of(server), pairs_of(6), path)
   lines = path.read_text().splitlines()
-  changed = {0: lines[0].replace('"refused": false', '"refused": true'),
-             1: lines[1].replace("helpful", "helqful"),
-             2: lines[2][:-9], 3: lines[3].replace('"key": "', '"key": "0')}
+  changed = {
+    0: lines[0].replace('"refused": false', '"refused": true'),
+    1: lines[1].replace("helpful", "helqful"),
+    2: lines[2][:-9],
+    3: lines[3].replace('"key": "', '"key": "0'),
+  }
   assert all(changed[i] != lines[i] for i in changed)
   path.write_text("\n".join(changed.get(i, line) for i, line in enumerate(lines)) + "\n")
   server.asked.clear()
   assert judged(endpoint_of(server), pairs_of(6), path) == result and len(server.asked) == 4
-  assert [f"line {i} is no answer" in capsys_line for i, capsys_line in enumerate(
-      capsys.readouterr().err.splitlines(), 1)] == [True] * 4
+  assert [
+    f"line {i} is no answer" in capsys_line
+    for i, capsys_line in enumerate(capsys.readouterr().err.splitlines(), 1)
+  ] == [True] * 4
 
 
 def test_ties_refusals_and_what_cannot_be_read_are_counted_by_themselves(serve, tmp_path):
-  said = ["More helpful: A", "More helpful: tie", "I like both of them very much indeed.",
-          (200, {}, {"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}),
-          (200, {}, {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]})]
+  said = [
+    "More helpful: A",
+    "More helpful: tie",
+    "I like both of them very much indeed.",
+    (200, {}, {"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}),
+    (200, {}, {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}),
+  ]
 
   def answer(request, headers):
     return said[int(request["messages"][0]["content"].split("question ")[1].split()[0]) % 5]
@@ -192,7 +217,9 @@ def test_a_file_of_something_else_is_no_file_of_answers(tmp_path):
     Answers(tmp_path / "notes.jsonl")
 
 
-@pytest.mark.parametrize("answer, verdict", [
+@pytest.mark.parametrize(
+  "answer, verdict",
+  [
     ("Comparison: B is short, A is better.\nPreferred: A", "A"),
     ('Comparison: both fine.\nMore helpful: "B"', "B"),
     ("**Comparison:** A rambles.\n\n**Preferred:** **B**.", "B"),
@@ -205,7 +232,9 @@ def test_a_file_of_something_else_is_no_file_of_answers(tmp_path):
     ("Comparison: A is better.", "unparseable"),
     ("Preferred: A is better than B in most respects", "unparseable"),
     ("I'm sorry, but I can't help with that.", "unparseable"),
-    ("", "unparseable")])
+    ("", "unparseable"),
+  ],
+)
 def test_an_answer_is_read_by_its_last_line(answer, verdict):
   assert judging.read_verdict(answer) == verdict
 

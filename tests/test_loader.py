@@ -14,8 +14,10 @@ from dpojax.data.tokenization import Tokenized
 def tokenized(rng, count=60, prompts=20):
   """Comparisons over few prompts, so that prompts recur."""
   pool = [rng.integers(100, size=rng.integers(1, 8)) for _ in range(prompts)]
-  examples = [(pool[rng.integers(prompts)], [rng.integers(100, size=rng.integers(1, 9)) for _ in "ab"])
-              for _ in range(count)]
+  examples = [
+    (pool[rng.integers(prompts)], [rng.integers(100, size=rng.integers(1, 9)) for _ in "ab"])
+    for _ in range(count)
+  ]
   lengths = np.array([[len(p), *map(len, rs)] for p, rs in examples], np.int32)
   ids = np.concatenate([part for p, rs in examples for part in (p, *rs)]).astype(np.int32)
   offsets = np.concatenate([[0], lengths.sum(axis=1).cumsum()])
@@ -38,8 +40,7 @@ def test_a_batch_depends_on_its_step_and_nothing_else(rng):
   resumed = list(make(subset).training(13, 20))
   for batch, again in zip(straight[13:], resumed, strict=True):
     assert_same_rows(batch.rows, again.rows)
-  assert any(not np.array_equal(straight[0].rows.example, batch.rows.example)
-             for batch in straight[7:8])
+  assert any(not np.array_equal(straight[0].rows.example, batch.rows.example) for batch in straight[7:8])
 
 
 def test_an_epoch_holds_every_comparison_at_most_once(rng):
@@ -90,11 +91,16 @@ def test_shuffled_labels_swap_half_of_the_pairs_and_their_lengths(rng):
 def test_processes_together_fill_the_rows_of_one(processes, rng):
   subset = loader.all_of(tokenized(rng))
   whole = list(make(subset, shards=4).training(0, 7))
-  parts = [list(make(subset, shards=4, span=lambda rows, i=i: (
-      i * rows // processes, rows // processes)).training(0, 7)) for i in range(processes)]
+  parts = [
+    list(
+      make(subset, shards=4, span=lambda rows, i=i: (i * rows // processes, rows // processes)).training(0, 7)
+    )
+    for i in range(processes)
+  ]
   for batch, *pieces in zip(whole, *parts):
-    assert_same_rows(batch.rows, jax.tree.map(
-          lambda *parts: np.concatenate(parts), *(piece.rows for piece in pieces)))
+    assert_same_rows(
+      batch.rows, jax.tree.map(lambda *parts: np.concatenate(parts), *(piece.rows for piece in pieces))
+    )
     assert {piece.tokens for piece in pieces} == {batch.tokens}
 
 
@@ -116,7 +122,8 @@ def test_rows_taken_in_parts_are_dealt_evenly_and_hold_the_same_comparisons(rng)
     held = (other.rows.example >= 0).any(axis=1).reshape(2, -1)  # by shard and part
     used = held.sum(axis=1)
     assert abs(used[0] - used[1]) <= 1 and all(
-        row[:n].all() and not row[n:].any() for row, n in zip(held, used))
+      row[:n].all() and not row[n:].any() for row, n in zip(held, used)
+    )
 
 
 def test_what_is_scored_goes_with_its_response(rng):
@@ -129,10 +136,10 @@ def test_what_is_scored_goes_with_its_response(rng):
   for i in range(60):
     prompt, responses = subset.comparison(i)
     place = int(data.offsets[i]) + len(prompt)
-    own = np.split(mask[place:int(data.offsets[i + 1])], np.cumsum(data.lengths[i, 1:])[:-1])
+    own = np.split(mask[place : int(data.offsets[i + 1])], np.cumsum(data.lengths[i, 1:])[:-1])
     for one, other in zip(subset.scored(i), own[::-1] if subset.swapped[i] else own):
       np.testing.assert_array_equal(one, other)
-    counts = [each[0 if len(prompt) else 1:].sum() for each in subset.scored(i)]
+    counts = [each[0 if len(prompt) else 1 :].sum() for each in subset.scored(i)]
     np.testing.assert_array_equal(subset.scored_lengths[i], counts)
     assert [len(each) for each in mismatched.comparison(i)[1]] == [len(each) for each in mismatched.scored(i)]
   whole = plain.scored_lengths

@@ -32,8 +32,11 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 LORA = lora.Lora(rank=3, alpha=5.0)
 MODELS = {
-    "llama": worlds.llama(remat="full"), "gpt2": worlds.gpt2(), "gemma": worlds.gemma(),
-    "gemma_unrolled": worlds.gemma(scan_layers=False)}
+  "llama": worlds.llama(remat="full"),
+  "gpt2": worlds.gpt2(),
+  "gemma": worlds.gemma(),
+  "gemma_unrolled": worlds.gemma(scan_layers=False),
+}
 
 
 def rows_of(count=6):
@@ -44,13 +47,15 @@ def adapter_of(config, spec=LORA, seed=3):
   """A random adapter, of which nothing is 0."""
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(lambda: lora.init_adapter(config, spec, jax.random.key(0)))
-  return jax.tree.map(
-      lambda leaf: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes)
 
 
 def objective_of(config, spec=LORA, axis_name=None):
-  return objectives.of_adapter(preference.preference_objective(
-      lora.make_apply(config, spec), preference.make_terms(["dpo"]), beta=0.3, axis_name=axis_name))
+  return objectives.of_adapter(
+    preference.preference_objective(
+      lora.make_apply(config, spec), preference.make_terms(["dpo"]), beta=0.3, axis_name=axis_name
+    )
+  )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,9 +88,11 @@ def test_gradient_of_an_adapter_is_that_of_the_kernels_through_the_product():
   loss = lambda adapter: objective_of(config).evaluate(adapter, base, rows)[0].total
   grads = jax.jit(jax.grad(loss))(adapter)
   plain = preference.preference_objective(
-      transformer.make_apply(config), preference.make_terms(["dpo"]), beta=0.3)
+    transformer.make_apply(config), preference.make_terms(["dpo"]), beta=0.3
+  )
   of_kernels = jax.jit(jax.grad(lambda params: plain.evaluate(params, base, rows)[0].total))(
-      lora.merge(base, adapter, LORA))["layers"]
+    lora.merge(base, adapter, LORA)
+  )["layers"]
   for name, inputs in (("query", 1), ("attention_out", 2), ("down", 1)):
     pair, got = adapter["layers"][name], grads["layers"][name]
     for layer in range(config.layers):
@@ -99,11 +106,15 @@ def test_gradient_of_an_adapter_is_that_of_the_kernels_through_the_product():
 
 def sgd_step(devices, config, base, adapter, rows):
   tx = optax.sgd(1.0)
-  lifted = devices.lift(step.make_train_step(
-      objective_of(config, axis_name=devices.axis_name), tx, axis_name=devices.axis_name),
-      donate_state=True)
-  state, _ = lifted(devices.place(step.init_state(adapter, tx)), devices.place(base, donated=False),
-                    devices.place_rows(rows, len(rows.tokens)))
+  lifted = devices.lift(
+    step.make_train_step(objective_of(config, axis_name=devices.axis_name), tx, axis_name=devices.axis_name),
+    donate_state=True,
+  )
+  state, _ = lifted(
+    devices.place(step.init_state(adapter, tx)),
+    devices.place(base, donated=False),
+    devices.place_rows(rows, len(rows.tokens)),
+  )
   return state
 
 
@@ -124,8 +135,9 @@ def test_pmap_and_mesh_train_the_adapter_of_one_device_and_cut_it_as_its_kernel(
 def test_a_base_that_is_in_place_is_not_copied():
   devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
   placed = devices.place(worlds.params_of(worlds.llama()))
-  pointers = lambda tree: [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)
-                           for shard in leaf.addressable_shards]
+  pointers = lambda tree: [
+    shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
+  ]
   assert pointers(devices.place(placed, donated=False)) == pointers(placed)
   assert not set(pointers(devices.place(placed))) & set(pointers(placed))
 
@@ -156,9 +168,19 @@ def sft(given, tmp_path_factory):
 
 
 def config_of(given, base, kind="dpo", **changes):
-  return worlds.run_config(kind, **given | {"tokenizer": ""} | {
-      "model.checkpoint": str(base), "lora.rank": 4, "optimizer.learning_rate": 1e-2,
-      "eval_every": 8, "model.param_dtype": "bfloat16"} | changes)
+  return worlds.run_config(
+    kind,
+    **given
+    | {"tokenizer": ""}
+    | {
+      "model.checkpoint": str(base),
+      "lora.rank": 4,
+      "optimizer.learning_rate": 1e-2,
+      "eval_every": 8,
+      "model.param_dtype": "bfloat16",
+    }
+    | changes,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +216,7 @@ def test_a_run_of_an_adapter_starts_at_log_2_learns_and_checkpoints_nothing_else
   assert trained_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(base)) / 1.5
 
 
-def test_a_policy_is_its_base_with_the_adapter_and_the_next_run_starts_from_it(
-    trained, second, sft):
+def test_a_policy_is_its_base_with_the_adapter_and_the_next_run_starts_from_it(trained, second, sft):
   policy = checkpoint.load_policy(trained).params
   jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), policy, hf.load(sft).params)
   last, first = lines(trained, "eval")[-1], lines(second, "eval")[0]
@@ -204,16 +225,23 @@ def test_a_policy_is_its_base_with_the_adapter_and_the_next_run_starts_from_it(
 
 
 def test_a_stored_reference_on_a_mesh_gives_the_losses_of_an_inline_one_under_pmap(
-    trained, given, sft, tmp_path):
-  train.run(config_of(given, sft, steps=3, checkpoint_every=0, **{
-      "reference.mode": "stored", "parallel.strategy": "mesh", "parallel.fsdp": 2,
-      "parallel.tensor": 2}), tmp_path)
+  trained, given, sft, tmp_path
+):
+  train.run(
+    config_of(
+      given,
+      sft,
+      steps=3,
+      checkpoint_every=0,
+      **{"reference.mode": "stored", "parallel.strategy": "mesh", "parallel.fsdp": 2, "parallel.tensor": 2},
+    ),
+    tmp_path,
+  )
   got, want = ([line["loss"] for line in lines(workdir, "train")][:3] for workdir in (tmp_path, trained))
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(
-    trained, given, sft, tmp_path):
+def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(trained, given, sft, tmp_path):
   run, base = tmp_path / "run", tmp_path / "base"
   shutil.copytree(trained, run)
   for step_ in (6, 8):
@@ -228,8 +256,9 @@ def test_a_run_of_an_adapter_continues_bit_for_bit_and_on_the_same_base_only(
   with pytest.raises(checkpoint.CheckpointError, match="base', which cannot be read .*put it back, or"):
     checkpoint.load_policy(run)
   shutil.copytree(sft, base)
-  jax.tree.map(np.testing.assert_array_equal, *(
-      checkpoint.load_policy(workdir).params for workdir in (run, trained)))
+  jax.tree.map(
+    np.testing.assert_array_equal, *(checkpoint.load_policy(workdir).params for workdir in (run, trained))
+  )
   tensors = safetensors.numpy.load_file(base / "model.safetensors")
   tensors["model.norm.weight"][0] += 1
   safetensors.numpy.save_file(tensors, base / "model.safetensors")
@@ -257,17 +286,29 @@ def test_other_objectives_train_adapters_too(kind, given, sft, tmp_path):
     assert np.any(head) and "reward_head" not in setup.reference
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     ({"lora.targets": "query,valeu"}, "lora.targets is 'query,valeu'.*down; did you mean value"),
     ({"lora.targets": "query,gate", "base": "gpt2"}, "'gate' is no projection of the model; it has query"),
-    ({"lora.rank": 0, "lora.targets": "query", "model.param_dtype": "float32"}, "lora.targets is 'query' but lora.rank is 0"),
+    (
+      {"lora.rank": 0, "lora.targets": "query", "model.param_dtype": "float32"},
+      "lora.targets is 'query' but lora.rank is 0",
+    ),
     ({"lora.rank": -1}, "config.lora.rank is -1; it must be at least 0"),
     ({"lora.alpha": 0.0}, "config.lora.alpha is 0.0; it must be positive"),
     ({"lora.rank": 0, "model.param_dtype": "bfloat16"}, "most updates would be rounded away"),
-    ({"model.checkpoint": "", "tokenizer": "words"}, "lora.rank is 4 but model.checkpoint is empty; an adapter needs"),
+    (
+      {"model.checkpoint": "", "tokenizer": "words"},
+      "lora.rank is 4 but model.checkpoint is empty; an adapter needs",
+    ),
     ({"reference.sync_every": 2}, "sync_every 2; the reference is the base below the adapter"),
-    ({"reference.checkpoint": "/elsewhere", "reference.may_differ": True}, "leave reference.checkpoint unset"),
-])
+    (
+      {"reference.checkpoint": "/elsewhere", "reference.may_differ": True},
+      "leave reference.checkpoint unset",
+    ),
+  ],
+)
 def test_what_an_adapter_cannot_do_is_refused_by_name(changes, message, given, sft, folder_of, tmp_path):
   changes = dict(changes)
   base = folder_of(changes.pop("base")) if "base" in changes else sft
@@ -282,12 +323,14 @@ def test_what_an_adapter_cannot_do_is_refused_by_name(changes, message, given, s
 def folder_of(words, tmp_path_factory):
   """Returns `folder_of(case)`: the case of the model vectors as a Hugging Face folder."""
   root = tmp_path_factory.mktemp("models")
+
   @functools.cache
   def folder_of(case):
     tensors = models.tensors_of(models.load_vectors()[0]["tensors"][case])
     models.write_folder(root / case, case, tensors)
     hf.copy_tokenizer(words, root / case)
     return root / case
+
   return folder_of
 
 
@@ -300,8 +343,9 @@ def test_an_adapter_written_for_peft_is_read_as_the_merged_model(case, targets, 
   peft.save(tmp_path / "out", config, adapter, spec, base=str(folder_of(case)))
   read = hf.load(tmp_path / "out")
   assert read.config == config
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6),
-               read.params, lora.merge(base, adapter, spec))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-6), read.params, lora.merge(base, adapter, spec)
+  )
   settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
   count = len(targets) if targets else 3
   if case in ("gpt2", "neox"):  # one tensor for query, key and value: their ranks add up
@@ -315,9 +359,19 @@ def test_an_adapter_written_for_peft_is_read_as_the_merged_model(case, targets, 
 
 def test_a_trained_adapter_is_exported_alone_and_merged(trained, given, sft, tmp_path):
   done = subprocess.run(
-      [sys.executable, "-m", "dpojax.export", f"--workdir={trained}", f"--out={tmp_path / 'adapter'}",
-       "--lora"],
-      cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+    [
+      sys.executable,
+      "-m",
+      "dpojax.export",
+      f"--workdir={trained}",
+      f"--out={tmp_path / 'adapter'}",
+      "--lora",
+    ],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("the adapter of step 8")
   assert writer.export(trained, tmp_path / "whole").step == 8
@@ -325,17 +379,20 @@ def test_a_trained_adapter_is_exported_alone_and_merged(trained, given, sft, tmp
   assert settings["base_model_name_or_path"] == sft
   policy = checkpoint.load_policy(trained).params
   for folder, atol in (("whole", 0), ("adapter", 0.01)):  # this one is on the base in float32
-    start = weights.with_tokenizer(config_of(
-        given, tmp_path / folder, **{"model.param_dtype": "float32"}))
+    start = weights.with_tokenizer(config_of(given, tmp_path / folder, **{"model.param_dtype": "float32"}))
     assert start.tokenizer == str(tmp_path / folder)
     tokenization.load_tokenizer(start.tokenizer)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol),
-                 weights.read(start, "model.checkpoint").params, policy)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=atol),
+      weights.read(start, "model.checkpoint").params,
+      policy,
+    )
 
 
 def test_an_adapter_that_peft_could_not_load_is_not_written(second, sft, tmp_path):
   def refused(error, message):
     return pytest.raises(error, match=re.compile(message, re.DOTALL))
+
   with refused(hf.HuggingFaceError, "which is no Hugging Face model that PEFT could load.*--base"):
     writer.export_adapter(second, tmp_path / "out")
   writer.export_adapter(second, tmp_path / "out", base="org/name")
@@ -350,7 +407,9 @@ def test_an_adapter_that_peft_could_not_load_is_not_written(second, sft, tmp_pat
     peft.save(tmp_path / "reward", config, adapter_of(config), LORA, base="org/name")
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({"peft_type": "IA3"}, "\"peft_type\": 'IA3', which is not supported; merge the adapter"),
     ({"use_dora": True}, '"use_dora": True'),
     ({"modules_to_save": ["lm_head"]}, '"modules_to_save"'),
@@ -359,7 +418,8 @@ def test_an_adapter_that_peft_could_not_load_is_not_written(second, sft, tmp_pat
     ("layer", "changes model.layers.7.mlp.down_proj.weight, of which the base has none"),
     ("shape", r"is \[16, 25\] outputs and inputs, of rank 3 and 3, but the tensor is \[16, 24\]"),
     ("file", "adapter_model.safetensors"),
-])
+  ],
+)
 def test_an_adapter_that_is_not_supported_is_named(change, message, folder_of, tmp_path):
   config, _ = hf.load(folder_of("mistral"))
   folder = tmp_path / "adapter"
@@ -386,15 +446,13 @@ def test_an_adapter_that_is_not_supported_is_named(change, message, folder_of, t
     hf.load(folder)
 
 
-def test_a_rank_stabilised_adapter_and_patterns_of_alpha_are_read_as_peft_means_them(
-    folder_of, tmp_path):
+def test_a_rank_stabilised_adapter_and_patterns_of_alpha_are_read_as_peft_means_them(folder_of, tmp_path):
   config, base = hf.load(folder_of("mistral"))
   adapter, folder = adapter_of(config), tmp_path / "adapter"
   peft.save(folder, config, adapter, LORA, base=str(folder_of("mistral")))
   about = folder / "adapter_config.json"
   settings = json.loads(about.read_text())
-  about.write_text(json.dumps(settings | {
-      "use_rslora": True, "alpha_pattern": {"down_proj": 7}}))
+  about.write_text(json.dumps(settings | {"use_rslora": True, "alpha_pattern": {"down_proj": 7}}))
   got = hf.load(folder).params["layers"]
   for name, alpha in (("up", 5.0), ("down", 7.0)):
     spec = lora.Lora(3, alpha * 3**0.5)  # alpha / sqrt(rank) is (alpha sqrt(rank)) / rank

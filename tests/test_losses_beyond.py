@@ -60,32 +60,47 @@ def alphapo(p, r, n, b):
 FIXED_MEAN = None  # of the margins; beta-DPO takes it as a number
 KL = Pair(*(np.full(6, value) for value in (0.7, 0.2)))
 AUTHORS = {
-    "dpop": (dpop, lambda x, b: losses.dpop_loss(x.policy, x.reference, beta=b, weight=5.0)),
-    "cal_dpo": (cal_dpo, lambda x, b: losses.cal_dpo_loss(x.policy, x.reference, beta=b, weight=0.5)),
-    "bdpo": (bdpo, lambda x, b: losses.bdpo_loss(x.policy, x.reference, beta=b)),
-    "mappo": (lambda p, r, n, b: -log_sigmoid(b * (p[0] - r[0]) - 0.3 * b * (p[1] - r[1])),
-              lambda x, b: losses.mappo_loss(x.policy, x.reference, beta=b, gap=0.3)),
-    "gpo_exponential": (lambda p, r, n, b: np.exp(-b * (p[0] - r[0] - p[1] + r[1])),
-                        lambda x, b: losses.gpo_exponential_loss(x.policy, x.reference, beta=b)),
-    "gpo_truncated_quadratic": (
-        lambda p, r, n, b: np.maximum(0, 1 - b * (p[0] - r[0] - p[1] + r[1])) ** 2,
-        lambda x, b: losses.gpo_truncated_quadratic_loss(x.policy, x.reference, beta=b)),
-    "gpo_savage": (lambda p, r, n, b: (1 + np.exp(b * (p[0] - r[0] - p[1] + r[1]))) ** -2.0,
-                   lambda x, b: losses.gpo_savage_loss(x.policy, x.reference, beta=b)),
-    "r_dpo": (lambda p, r, n, b: -log_sigmoid(
-        b * ((p[0] - p[1]) - (r[0] - r[1])) + 0.02 * (n[0] - n[1])),
-              lambda x, b: losses.r_dpo_loss(x.policy, x.reference, x.lengths, beta=b, alpha=0.02)),
-    "h_dpo": (lambda p, r, n, b: -log_sigmoid(
-        0.9 * b * p[0] - b * r[0] - 0.9 * b * p[1] + b * r[1]),
-              lambda x, b: losses.h_dpo_loss(x.policy, x.reference, beta=b, alpha=0.9)),
-    "tdpo1": (tdpo, lambda x, b: losses.tdpo1_loss(x.policy, x.reference, KL, beta=b)),
-    "tdpo2": (functools.partial(tdpo, alpha=0.5),
-              lambda x, b: losses.tdpo2_loss(x.policy, x.reference, KL, beta=b)),
-    "beta_dpo": (beta_dpo, lambda x, b: losses.beta_dpo_loss(
-        x.policy, x.reference, beta=b, alpha=0.6, center=0.1)),
-    "alphapo": (alphapo, lambda x, b: losses.alphapo_loss(x.means, beta=b, gamma=0.1, alpha=0.25)),
-    "xpo": (lambda p, r, n, b: -log_sigmoid(b * (p[0] - r[0] - p[1] + r[1])) + 1e-2 * p[1],
-            lambda x, b: losses.xpo_loss(x.policy, x.reference, x.policy.rejected, beta=b, alpha=1e-2)),
+  "dpop": (dpop, lambda x, b: losses.dpop_loss(x.policy, x.reference, beta=b, weight=5.0)),
+  "cal_dpo": (cal_dpo, lambda x, b: losses.cal_dpo_loss(x.policy, x.reference, beta=b, weight=0.5)),
+  "bdpo": (bdpo, lambda x, b: losses.bdpo_loss(x.policy, x.reference, beta=b)),
+  "mappo": (
+    lambda p, r, n, b: -log_sigmoid(b * (p[0] - r[0]) - 0.3 * b * (p[1] - r[1])),
+    lambda x, b: losses.mappo_loss(x.policy, x.reference, beta=b, gap=0.3),
+  ),
+  "gpo_exponential": (
+    lambda p, r, n, b: np.exp(-b * (p[0] - r[0] - p[1] + r[1])),
+    lambda x, b: losses.gpo_exponential_loss(x.policy, x.reference, beta=b),
+  ),
+  "gpo_truncated_quadratic": (
+    lambda p, r, n, b: np.maximum(0, 1 - b * (p[0] - r[0] - p[1] + r[1])) ** 2,
+    lambda x, b: losses.gpo_truncated_quadratic_loss(x.policy, x.reference, beta=b),
+  ),
+  "gpo_savage": (
+    lambda p, r, n, b: (1 + np.exp(b * (p[0] - r[0] - p[1] + r[1]))) ** -2.0,
+    lambda x, b: losses.gpo_savage_loss(x.policy, x.reference, beta=b),
+  ),
+  "r_dpo": (
+    lambda p, r, n, b: -log_sigmoid(b * ((p[0] - p[1]) - (r[0] - r[1])) + 0.02 * (n[0] - n[1])),
+    lambda x, b: losses.r_dpo_loss(x.policy, x.reference, x.lengths, beta=b, alpha=0.02),
+  ),
+  "h_dpo": (
+    lambda p, r, n, b: -log_sigmoid(0.9 * b * p[0] - b * r[0] - 0.9 * b * p[1] + b * r[1]),
+    lambda x, b: losses.h_dpo_loss(x.policy, x.reference, beta=b, alpha=0.9),
+  ),
+  "tdpo1": (tdpo, lambda x, b: losses.tdpo1_loss(x.policy, x.reference, KL, beta=b)),
+  "tdpo2": (
+    functools.partial(tdpo, alpha=0.5),
+    lambda x, b: losses.tdpo2_loss(x.policy, x.reference, KL, beta=b),
+  ),
+  "beta_dpo": (
+    beta_dpo,
+    lambda x, b: losses.beta_dpo_loss(x.policy, x.reference, beta=b, alpha=0.6, center=0.1),
+  ),
+  "alphapo": (alphapo, lambda x, b: losses.alphapo_loss(x.means, beta=b, gamma=0.1, alpha=0.25)),
+  "xpo": (
+    lambda p, r, n, b: -log_sigmoid(b * (p[0] - r[0] - p[1] + r[1])) + 1e-2 * p[1],
+    lambda x, b: losses.xpo_loss(x.policy, x.reference, x.policy.rejected, beta=b, alpha=1e-2),
+  ),
 }
 
 
@@ -95,9 +110,11 @@ def test_values_and_slopes_are_the_authors(name, beta, monkeypatch):
   """At the inputs of the golden vectors; slopes against central differences of the NumPy formula."""
   formula, loss = AUTHORS[name]
   with jax.enable_x64(True):
+
     def total(shift):
       values = loss(inputs(shift, "float64"), beta)
       return values.sum(), values
+
     grads, got = jax.grad(total, has_aux=True)(jnp.zeros((2, 6)))
   policy, reference, lengths = (np.asarray(VECTORS[key]) for key in ("policy", "reference", "lengths"))
   p, r = policy.sum(-1), reference.sum(-1)
@@ -113,17 +130,17 @@ def test_values_and_slopes_are_the_authors(name, beta, monkeypatch):
 
 
 NEUTRAL = {
-    "dpop": lambda p, r: losses.dpop_loss(p, r, beta=0.3, weight=0.0),
-    "mappo": lambda p, r: losses.mappo_loss(p, r, beta=0.3, gap=1.0),
-    "bdpo": lambda p, r: losses.bdpo_loss(p, r, beta=0.3, mix=1 - 1e-9),
-    "r_dpo": lambda p, r: losses.r_dpo_loss(
-        p, r, Pair(jnp.arange(4.0), jnp.arange(4.0)), beta=0.3, alpha=2.0),
-    "h_dpo": lambda p, r: losses.h_dpo_loss(p, r, beta=0.3, alpha=1.0),
-    "tdpo1": lambda p, r: losses.tdpo1_loss(p, r, Pair(jnp.ones(4), jnp.ones(4)), beta=0.3),
-    "tdpo2": lambda p, r: losses.tdpo2_loss(p, r, Pair(jnp.ones(4), jnp.zeros(4)), beta=0.3, alpha=0.0),
-    "beta_dpo": lambda p, r: losses.beta_dpo_loss(p, r, beta=0.3, alpha=0.0, center=5.0),
-    "epsilon_dpo": lambda p, r: losses.epsilon_dpo_loss(p, r, r, p, beta=0.3, epsilon=0.0),
-    "xpo": lambda p, r: losses.xpo_loss(p, r, p.chosen, beta=0.3, alpha=0.0)}
+  "dpop": lambda p, r: losses.dpop_loss(p, r, beta=0.3, weight=0.0),
+  "mappo": lambda p, r: losses.mappo_loss(p, r, beta=0.3, gap=1.0),
+  "bdpo": lambda p, r: losses.bdpo_loss(p, r, beta=0.3, mix=1 - 1e-9),
+  "r_dpo": lambda p, r: losses.r_dpo_loss(p, r, Pair(jnp.arange(4.0), jnp.arange(4.0)), beta=0.3, alpha=2.0),
+  "h_dpo": lambda p, r: losses.h_dpo_loss(p, r, beta=0.3, alpha=1.0),
+  "tdpo1": lambda p, r: losses.tdpo1_loss(p, r, Pair(jnp.ones(4), jnp.ones(4)), beta=0.3),
+  "tdpo2": lambda p, r: losses.tdpo2_loss(p, r, Pair(jnp.ones(4), jnp.zeros(4)), beta=0.3, alpha=0.0),
+  "beta_dpo": lambda p, r: losses.beta_dpo_loss(p, r, beta=0.3, alpha=0.0, center=5.0),
+  "epsilon_dpo": lambda p, r: losses.epsilon_dpo_loss(p, r, r, p, beta=0.3, epsilon=0.0),
+  "xpo": lambda p, r: losses.xpo_loss(p, r, p.chosen, beta=0.3, alpha=0.0),
+}
 
 
 def four_pairs(rng):
@@ -135,8 +152,10 @@ def four_pairs(rng):
 def test_a_neutral_knob_gives_dpo_and_its_gradient(name, rng):
   with jax.enable_x64(True):
     policy, reference = four_pairs(rng)
-    got, want = (jax.value_and_grad(lambda p, f=f: f(p, reference).sum())(policy) for f in (
-        NEUTRAL[name], lambda p, r: losses.dpo_loss(p, r, beta=0.3)))
+    got, want = (
+      jax.value_and_grad(lambda p, f=f: f(p, reference).sum())(policy)
+      for f in (NEUTRAL[name], lambda p, r: losses.dpo_loss(p, r, beta=0.3))
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
 
 
@@ -144,20 +163,24 @@ def test_alphapo_goes_to_simpo_as_alpha_goes_to_0():
   means = Pair(jnp.asarray([-0.5, -2.0]), jnp.asarray([-1.0, -1.5]))
   with jax.enable_x64(True):
     means = jax.tree.map(lambda x: x.astype("float64"), means)
-    np.testing.assert_allclose(losses.alphapo_loss(means, beta=2.5, gamma=0.5, alpha=1e-6),
-                               losses.simpo_loss(means, beta=2.5, gamma=0.5), rtol=1e-5)
+    np.testing.assert_allclose(
+      losses.alphapo_loss(means, beta=2.5, gamma=0.5, alpha=1e-6),
+      losses.simpo_loss(means, beta=2.5, gamma=0.5),
+      rtol=1e-5,
+    )
 
 
 # Where policy and reference agree: (value, push on chosen, push on rejected) of beta.
 
 
 START = {
-    "dpop": lambda b: (np.log(2), b / 2, -b / 2),
-    "cal_dpo": lambda b: (np.log(2) + 1 / (2 * b**2), 0.5 + 1 / b, -0.5 - 1 / b),
-    "bdpo": lambda b: (np.log(2), b / 2, -b / 4),
-    "gpo_exponential": lambda b: (1, b, -b),
-    "gpo_truncated_quadratic": lambda b: (1, 2 * b, -2 * b),
-    "gpo_savage": lambda b: (1 / 4, b / 4, -b / 4)}
+  "dpop": lambda b: (np.log(2), b / 2, -b / 2),
+  "cal_dpo": lambda b: (np.log(2) + 1 / (2 * b**2), 0.5 + 1 / b, -0.5 - 1 / b),
+  "bdpo": lambda b: (np.log(2), b / 2, -b / 4),
+  "gpo_exponential": lambda b: (1, b, -b),
+  "gpo_truncated_quadratic": lambda b: (1, 2 * b, -2 * b),
+  "gpo_savage": lambda b: (1 / 4, b / 4, -b / 4),
+}
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5])
@@ -165,8 +188,7 @@ START = {
 def test_where_policy_is_reference(name, beta):
   with jax.enable_x64(True):
     here = Pair(jnp.full((), -20.0), jnp.full((), -25.0))
-    value, slopes = jax.value_and_grad(
-        lambda p: losses.PAIRWISE_LOSSES[name](p, here, beta=beta))(here)
+    value, slopes = jax.value_and_grad(lambda p: losses.PAIRWISE_LOSSES[name](p, here, beta=beta))(here)
     np.testing.assert_allclose((value, *(-s for s in slopes)), START[name](beta), rtol=1e-9)
 
 
@@ -183,9 +205,18 @@ LEVELS = st.floats(-8, 8, width=32)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(chosen=LEVELS, rejected=LEVELS, more=st.floats(0.25, 4, width=32), beta=st.sampled_from([0.05, 0.5]),
-       name=st.sampled_from(sorted({*NEUTRAL, "gpo_exponential", "gpo_truncated_quadratic", "gpo_savage"}
-                                   - {"xpo", "beta_dpo", "epsilon_dpo", "tdpo1", "tdpo2", "r_dpo"})))
+@given(
+  chosen=LEVELS,
+  rejected=LEVELS,
+  more=st.floats(0.25, 4, width=32),
+  beta=st.sampled_from([0.05, 0.5]),
+  name=st.sampled_from(
+    sorted(
+      {*NEUTRAL, "gpo_exponential", "gpo_truncated_quadratic", "gpo_savage"}
+      - {"xpo", "beta_dpo", "epsilon_dpo", "tdpo1", "tdpo2", "r_dpo"}
+    )
+  ),
+)
 def test_a_likelier_chosen_and_a_less_likely_rejected_response_never_cost(name, chosen, rejected, more, beta):
   knobs = {"mappo": {"gap": 0.4}, "h_dpo": {"alpha": 0.8}}.get(name, {})
   loss = losses.h_dpo_loss if name == "h_dpo" else losses.PAIRWISE_LOSSES[name]
@@ -249,9 +280,18 @@ def test_mappo_lowers_the_rejected_response_gap_times_as_hard_and_a_gap_may_be_o
 
 def test_savage_gives_up_a_pair_far_on_the_wrong_side_and_the_others_do_not():
   with jax.enable_x64(True):
-    near, far = ([pushes(functools.partial(loss, beta=1.0), h, 0.0)[0] for loss in (
-        losses.gpo_savage_loss, losses.dpo_loss, losses.gpo_exponential_loss,
-        losses.gpo_truncated_quadratic_loss)] for h in (-1.0, -20.0))
+    near, far = (
+      [
+        pushes(functools.partial(loss, beta=1.0), h, 0.0)[0]
+        for loss in (
+          losses.gpo_savage_loss,
+          losses.dpo_loss,
+          losses.gpo_exponential_loss,
+          losses.gpo_truncated_quadratic_loss,
+        )
+      ]
+      for h in (-1.0, -20.0)
+    )
     assert far[0] < 1e-6 * near[0]
     assert all(f > n for f, n in zip(far[1:], near[1:]))
 
@@ -274,11 +314,19 @@ def test_the_optimum_of_h_dpo_is_the_policy_of_its_objective(alpha, rng):
     best = jax.nn.log_softmax(reference / alpha + rewards / (alpha * beta))
     first, second = (jnp.asarray(i) for i in np.nonzero(~np.eye(count, dtype=bool)))
     chance = jax.nn.sigmoid(jnp.asarray(rewards)[first] - jnp.asarray(rewards)[second])
+
     def expected(logits):
       policy = jax.nn.log_softmax(logits)
-      return jnp.sum(chance * losses.h_dpo_loss(
-          Pair(policy[first], policy[second]), Pair(reference[first], reference[second]), beta=beta,
-          alpha=alpha))
+      return jnp.sum(
+        chance
+        * losses.h_dpo_loss(
+          Pair(policy[first], policy[second]),
+          Pair(reference[first], reference[second]),
+          beta=beta,
+          alpha=alpha,
+        )
+      )
+
     np.testing.assert_allclose(jax.grad(expected)(best), 0, atol=1e-10)
     entropy = -jnp.sum(jnp.exp(best) * best)
     sharper = jax.nn.log_softmax(reference / (alpha / 2) + rewards / (alpha / 2 * beta))
@@ -300,11 +348,13 @@ def test_tdpo1_sends_a_gradient_through_both_kls_and_tdpo2_through_the_rejected_
 
 def test_beta_dpo_raises_beta_for_wide_batches_lowers_it_for_narrow_ones_and_keeps_it_above_0():
   zero = Pair(jnp.zeros(4), jnp.zeros(4))
+
   def beta(mean):
     """Read off the loss of a margin of 1 beside one that makes the mean."""
     policy = Pair(jnp.asarray([1.0, 4 * mean - 1, 0, 0]), jnp.zeros(4))
     loss = losses.beta_dpo_loss(policy, zero, beta=0.1, alpha=0.5, center=1.0)[0]
     return float(-np.log(np.expm1(loss)))
+
   for mean in (0.0, 1.0, 3.0):
     np.testing.assert_allclose(beta(mean), 0.1 * (1 + 0.5 * (mean - 1)), rtol=1e-4)
   np.testing.assert_allclose(beta(-9.0), 1e-3, rtol=1e-2)
@@ -326,8 +376,13 @@ def test_the_filter_of_beta_dpo_draws_a_share_without_replacement_in_proportion_
   where = jnp.asarray([True, True, True, False])
   noise = jnp.asarray(rng.random((4000, 4)), jnp.float32)
   kept = losses.beta_dpo_filter(
-      jnp.broadcast_to(margins, noise.shape), noise, center=0.0, spread=1.0, share=0.4,
-      where=jnp.broadcast_to(where, noise.shape))
+    jnp.broadcast_to(margins, noise.shape),
+    noise,
+    center=0.0,
+    spread=1.0,
+    share=0.4,
+    where=jnp.broadcast_to(where, noise.shape),
+  )
   np.testing.assert_array_equal(kept.sum(-1), 1)  # 0.4 of the three that are there, rounded down
   chances = np.exp(-np.square(np.array([0.0, 1.0, 3.0])) / 2)
   np.testing.assert_allclose(kept.mean(0)[:3], chances / chances.sum(), atol=0.03)
@@ -339,7 +394,8 @@ def test_the_filter_counts_and_keeps_nothing_of_an_empty_batch():
   for share, count in ((0.0, 0), (0.5, 2), (1.0, 5)):
     assert losses.beta_dpo_filter(margins, noise, center=0.0, spread=1.0, share=share).sum() == count
   nothing = losses.beta_dpo_filter(
-      margins, noise, center=0.0, spread=1.0, share=1.0, where=jnp.zeros(5, bool))
+    margins, noise, center=0.0, spread=1.0, share=1.0, where=jnp.zeros(5, bool)
+  )
   assert not nothing.any()
 
 
@@ -386,11 +442,14 @@ def test_the_weights_of_dr_dpo_give_the_gradient_of_its_loss(seed, tau):
   with jax.enable_x64(True):
     margins = jnp.asarray(rng.normal(size=6, scale=3))
     loss = lambda h: -jax.nn.log_sigmoid(h)
+
     def robust(h):
       return -tau * jnp.log(jnp.mean(jnp.exp(-loss(h) / tau), where=where))
+
     def weighted(h):
       values = loss(h)
       return jnp.mean(losses.dr_dpo_weights(values, tau=tau, where=where) * values, where=where)
+
     np.testing.assert_allclose(jax.grad(weighted)(margins), jax.grad(robust)(margins), rtol=1e-9)
     weights = losses.dr_dpo_weights(loss(margins), tau=tau, where=where)
     np.testing.assert_allclose(jnp.mean(weights, where=where), 1.0, rtol=1e-9)
@@ -399,6 +458,5 @@ def test_the_weights_of_dr_dpo_give_the_gradient_of_its_loss(seed, tau):
 def test_the_weights_of_dr_dpo_go_to_1_as_tau_grows_and_nothing_is_weighed_where_nothing_is():
   values = jnp.asarray([0.1, 5.0, np.nan])
   where = jnp.asarray([True, True, False])
-  np.testing.assert_allclose(
-      losses.dr_dpo_weights(values, tau=1e4, where=where), [1, 1, 0], atol=1e-3)
+  np.testing.assert_allclose(losses.dr_dpo_weights(values, tau=1e4, where=where), [1, 1, 0], atol=1e-3)
   assert not losses.dr_dpo_weights(values, tau=1.0, where=jnp.zeros(3, bool)).any()

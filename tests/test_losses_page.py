@@ -63,14 +63,14 @@ def test_every_name_the_vectors_of_trl_have_is_on_the_page():
 
 def slope_of_chosen(loss, chosen, rejected, **knobs):
   zero = jnp.zeros(())
-  return jax.grad(lambda w: loss(
-      Pair(w, jnp.float64(rejected)), Pair(zero, zero), beta=0.1, **knobs))(jnp.float64(chosen))
+  return jax.grad(lambda w: loss(Pair(w, jnp.float64(rejected)), Pair(zero, zero), beta=0.1, **knobs))(
+    jnp.float64(chosen)
+  )
 
 
 def test_apo_down_rests_the_chosen_response_halfway_to_the_rejected():
   with jax.enable_x64(True):
-    left, middle, right = (
-        slope_of_chosen(losses.apo_down_loss, h, -6.0) for h in (-3.5, -3.0, -2.5))
+    left, middle, right = (slope_of_chosen(losses.apo_down_loss, h, -6.0) for h in (-3.5, -3.0, -2.5))
     assert left < 0 < right
     np.testing.assert_allclose(middle, 0, atol=1e-12)
 

@@ -24,8 +24,10 @@ for _case in VECTORS["cases"]:
   CASES.setdefault("-".join(_words), []).append(_case)
 
 DIVERGENCES = {
-    "forward_kl": losses.forward_kl, "js_divergence": losses.js_divergence,
-    "alpha_divergence": losses.alpha_divergence}
+  "forward_kl": losses.forward_kl,
+  "js_divergence": losses.js_divergence,
+  "alpha_divergence": losses.alpha_divergence,
+}
 
 
 class Inputs(NamedTuple):
@@ -52,11 +54,19 @@ def inputs(shift, dtype):
   """Each response's summed log-prob raised by shift [2, 6], spread evenly over its tokens."""
   mask = np.arange(5) < LENGTHS[..., None]
   policy, reference, squares = (
-      jnp.asarray(VECTORS[name], dtype) for name in ("policy", "reference", "log_sum_square_probs"))
+    jnp.asarray(VECTORS[name], dtype) for name in ("policy", "reference", "log_sum_square_probs")
+  )
   policy = policy + jnp.where(mask, (shift / LENGTHS)[..., None], 0)
   sums = lambda tokens: Pair(*tokens.sum(-1))
-  return Inputs(sums(policy), sums(reference), Pair(*jnp.asarray(LENGTHS)), Pair(*policy),
-                Pair(*reference), Pair(*jnp.asarray(mask)), Pair(*squares))
+  return Inputs(
+    sums(policy),
+    sums(reference),
+    Pair(*jnp.asarray(LENGTHS)),
+    Pair(*policy),
+    Pair(*reference),
+    Pair(*jnp.asarray(mask)),
+    Pair(*squares),
+  )
 
 
 def zeros(pair):
@@ -68,11 +78,17 @@ def sigmoid(x, beta, options):
   if "f_divergence_type" in options:
     # TRL's coefficient c is 1 minus the paper's alpha: t^(c - 1) = t^-alpha.
     return losses.f_dpo_loss(
-        x.policy, x.reference, beta=beta, divergence=DIVERGENCES[options["f_divergence_type"]],
-        alpha=1 - options.get("f_alpha_divergence_coef", 0.5))
+      x.policy,
+      x.reference,
+      beta=beta,
+      divergence=DIVERGENCES[options["f_divergence_type"]],
+      alpha=1 - options.get("f_alpha_divergence_coef", 0.5),
+    )
   if "ld_alpha" in options:
-    policy, reference = (losses.ld_dpo_log_probs(tokens, x.mask, alpha=options["ld_alpha"])
-                         for tokens in (x.policy_tokens, x.reference_tokens))
+    policy, reference = (
+      losses.ld_dpo_log_probs(tokens, x.mask, alpha=options["ld_alpha"])
+      for tokens in (x.policy_tokens, x.reference_tokens)
+    )
     return losses.dpo_loss(policy, reference, beta=beta)
   loss = losses.dpo_loss(x.policy, x.reference, beta=beta)
   if "use_weighting" in options:  # TRL does not cap the weights at 1
@@ -82,12 +98,17 @@ def sigmoid(x, beta, options):
 
 def alignment(x):
   """Mean over tokens of log pi(y_t) - log sum_v pi(v)^2, what `wpo_weights` takes."""
-  return Pair(*(jnp.sum(p - s, axis=-1, where=m) / n for p, s, m, n in zip(
-      x.policy_tokens, x.log_sum_square_probs, x.mask, x.lengths)))
+  return Pair(
+    *(
+      jnp.sum(p - s, axis=-1, where=m) / n
+      for p, s, m, n in zip(x.policy_tokens, x.log_sum_square_probs, x.mask, x.lengths)
+    )
+  )
 
 
 def against_reference(loss, *, mean=False, knob="label_smoothing", name="label_smoothing"):
   """The loss of policy and reference, or of f'(pi / pi_ref) and zeros; of sums or of means."""
+
   def composed(x, beta, options):
     pairs = x.policy, x.reference
     if "f_divergence_type" in options:
@@ -96,6 +117,7 @@ def against_reference(loss, *, mean=False, knob="label_smoothing", name="label_s
     if mean:
       pairs = [losses.length_normalize(pair, x.lengths) for pair in pairs]
     return loss(*pairs, beta=beta, **({name: options[knob]} if knob in options else {}))
+
   return composed
 
 
@@ -115,34 +137,34 @@ def kto(kl):
     desirable = jnp.broadcast_to(jnp.array([[True], [False]]), (2, 6))
     point = -kl if "negative_kl" in options else kl
     return losses.kto_loss(jnp.stack(x.log_ratios), desirable, point, beta=beta, **weights)
+
   return composed
 
 
 COMPOSITIONS = {
-    "dpo-sigmoid": sigmoid,
-    "dpo-sigmoid_norm": against_reference(losses.dpo_loss, mean=True),
-    "dpo-hinge": against_reference(losses.hinge_loss),
-    "dpo-ipo": against_reference(losses.ipo_loss, mean=True),
-    "dpo-robust": against_reference(losses.robust_dpo_loss),
-    "dpo-exo_pair": against_reference(losses.exo_pair_loss),
-    "dpo-nca_pair": against_reference(losses.nca_pair_loss),
-    "dpo-bco_pair": against_reference(losses.bco_pair_loss),
-    "dpo-sppo_hard": against_reference(losses.sppo_hard_loss),
-    "dpo-apo_zero": against_reference(losses.apo_zero_loss),
-    "dpo-apo_down": against_reference(losses.apo_down_loss),
-    "dpo-discopop": against_reference(losses.discopop_loss, knob="discopop_tau", name="tau"),
-    "dpo-aot": against_reference(losses.aot_loss),
-    "dpo-aot_unpaired": against_reference(losses.aot_unpaired_loss),
-    "dpo-sft": lambda x, beta, _: losses.nll_loss(x.policy.chosen) / x.lengths.chosen.mean(),
-    "cpo-sigmoid": lambda x, beta, o: losses.cpo_loss(x.policy, beta=beta, **o),
-    "cpo-hinge": lambda x, beta, _: losses.hinge_loss(x.policy, zeros(x.policy), beta=beta),
-    "cpo-ipo": lambda x, beta, _: losses.ipo_loss(x.means, zeros(x.means), beta=beta),
-    "cpo-simpo": simpo,
-    # TRL's NLL term is over prompt and response; here it is left away on both sides.
-    "orpo-orpo": lambda x, beta, _: (
-        losses.orpo_loss(x.means, weight=beta) - losses.nll_loss(x.means.chosen)),
-    "kto-kto": kto(np.mean(VECTORS["kl_log_ratios"])),
-    "kto-apo_zero_unpaired": kto(0.0),
+  "dpo-sigmoid": sigmoid,
+  "dpo-sigmoid_norm": against_reference(losses.dpo_loss, mean=True),
+  "dpo-hinge": against_reference(losses.hinge_loss),
+  "dpo-ipo": against_reference(losses.ipo_loss, mean=True),
+  "dpo-robust": against_reference(losses.robust_dpo_loss),
+  "dpo-exo_pair": against_reference(losses.exo_pair_loss),
+  "dpo-nca_pair": against_reference(losses.nca_pair_loss),
+  "dpo-bco_pair": against_reference(losses.bco_pair_loss),
+  "dpo-sppo_hard": against_reference(losses.sppo_hard_loss),
+  "dpo-apo_zero": against_reference(losses.apo_zero_loss),
+  "dpo-apo_down": against_reference(losses.apo_down_loss),
+  "dpo-discopop": against_reference(losses.discopop_loss, knob="discopop_tau", name="tau"),
+  "dpo-aot": against_reference(losses.aot_loss),
+  "dpo-aot_unpaired": against_reference(losses.aot_unpaired_loss),
+  "dpo-sft": lambda x, beta, _: losses.nll_loss(x.policy.chosen) / x.lengths.chosen.mean(),
+  "cpo-sigmoid": lambda x, beta, o: losses.cpo_loss(x.policy, beta=beta, **o),
+  "cpo-hinge": lambda x, beta, _: losses.hinge_loss(x.policy, zeros(x.policy), beta=beta),
+  "cpo-ipo": lambda x, beta, _: losses.ipo_loss(x.means, zeros(x.means), beta=beta),
+  "cpo-simpo": simpo,
+  # TRL's NLL term is over prompt and response; here it is left away on both sides.
+  "orpo-orpo": lambda x, beta, _: losses.orpo_loss(x.means, weight=beta) - losses.nll_loss(x.means.chosen),
+  "kto-kto": kto(np.mean(VECTORS["kl_log_ratios"])),
+  "kto-apo_zero_unpaired": kto(0.0),
 }
 
 
@@ -152,9 +174,11 @@ def test_losses_and_gradients_are_trls(name, dtype, tolerance):
   with jax.enable_x64(dtype == "float64"):
     for case in CASES[name]:
       compose = COMPOSITIONS[f"{case['trainer']}-{case['name']}"]
+
       def total(shift, case=case, compose=compose):
         values = compose(inputs(shift, dtype), case["beta"], case["options"])
         return values.sum(), values
+
       grads, values = jax.grad(total, has_aux=True)(jnp.zeros((2, 6), dtype))
       want, want_grads = np.asarray(case["losses"]), np.asarray(case["grads"])
       if not want.ndim:  # the mean of a batch
@@ -182,22 +206,28 @@ def test_label_smoothing_is_used_by_the_reference_implementation_and_not_by_trl(
   """The reference implementation, Tunix and MaxText smooth DPO; TRL's `sigmoid` ignores the knob."""
   h = np.asarray(x.log_ratios.chosen - x.log_ratios.rejected)
   np.testing.assert_allclose(
-      losses.dpo_loss(x.policy, x.reference, beta=0.3, label_smoothing=0.1),
-      -0.9 * log_sigmoid(0.3 * h) - 0.1 * log_sigmoid(-0.3 * h), rtol=1e-9)
-  plain, smoothed = ([case["losses"] for case in CASES[name]] for name in (
-      "dpo-sigmoid", "dpo-sigmoid-label_smoothing=0.1"))
+    losses.dpo_loss(x.policy, x.reference, beta=0.3, label_smoothing=0.1),
+    -0.9 * log_sigmoid(0.3 * h) - 0.1 * log_sigmoid(-0.3 * h),
+    rtol=1e-9,
+  )
+  plain, smoothed = (
+    [case["losses"] for case in CASES[name]] for name in ("dpo-sigmoid", "dpo-sigmoid-label_smoothing=0.1")
+  )
   assert plain == smoothed
 
 
 def test_ipo_of_sums_is_the_reference_implementations_and_of_means_trls(x):
-  sums, means = (losses.ipo_loss(policy, reference, beta=0.3) for policy, reference in (
+  sums, means = (
+    losses.ipo_loss(policy, reference, beta=0.3)
+    for policy, reference in (
       (x.policy, x.reference),
-      [losses.length_normalize(pair, x.lengths) for pair in (x.policy, x.reference)]))
+      [losses.length_normalize(pair, x.lengths) for pair in (x.policy, x.reference)],
+    )
+  )
   chosen, rejected = (np.asarray(r) for r in x.log_ratios)
   lengths = [np.asarray(n) for n in x.lengths]
   np.testing.assert_allclose(sums, (chosen - rejected - 1 / 0.6) ** 2, rtol=1e-9)
-  np.testing.assert_allclose(
-      means, (chosen / lengths[0] - rejected / lengths[1] - 1 / 0.6) ** 2, rtol=1e-9)
+  np.testing.assert_allclose(means, (chosen / lengths[0] - rejected / lengths[1] - 1 / 0.6) ** 2, rtol=1e-9)
   assert np.max(np.abs(sums - means)) > 0.1
 
 
@@ -214,8 +244,7 @@ def test_bco_pair_of_delta_0_is_trls_and_of_the_mean_reward_easydels(x):
   chosen, rejected = (0.3 * np.asarray(r) for r in x.log_ratios)
   delta = np.mean([chosen, rejected])
   paired = losses.bco_pair_loss(x.policy, x.reference, beta=0.3, delta=delta)
-  np.testing.assert_allclose(
-      paired, -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected), rtol=1e-9)
+  np.testing.assert_allclose(paired, -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected), rtol=1e-9)
   desirable = jnp.array([[True] * 6, [False] * 6])
   unpaired = losses.bco_loss(jnp.stack(x.log_ratios), desirable, beta=0.3, delta=delta)
   np.testing.assert_allclose(paired, unpaired.sum(0), rtol=1e-9)
@@ -225,8 +254,10 @@ def test_simpos_gamma_is_trls_and_beta_times_the_ratio_of_simpos_own_code(x):
   ratio, beta = 0.25, 2.0
   logits = np.asarray(x.means.chosen - x.means.rejected)
   np.testing.assert_allclose(
-      losses.simpo_loss(x.means, beta=beta, gamma=beta * ratio),
-      -log_sigmoid(beta * (logits - ratio)), rtol=1e-9)
+    losses.simpo_loss(x.means, beta=beta, gamma=beta * ratio),
+    -log_sigmoid(beta * (logits - ratio)),
+    rtol=1e-9,
+  )
 
 
 def test_wpo_weights_are_trls_capped_at_1(x):
@@ -240,7 +271,8 @@ def test_sft_is_a_sum_in_the_reference_implementation_and_a_token_mean_in_trl(x)
   tokens = np.asarray(VECTORS["policy"])[0]
   np.testing.assert_allclose(per_sequence.mean(), -tokens.sum() / 6, rtol=1e-9)
   np.testing.assert_allclose(
-      per_sequence.sum() / x.lengths.chosen.sum(), CASES["dpo-sft"][0]["losses"], rtol=1e-9)
+    per_sequence.sum() / x.lengths.chosen.sum(), CASES["dpo-sft"][0]["losses"], rtol=1e-9
+  )
 
 
 def test_discopop_is_finite_where_its_formula_in_float32_is_infinity_times_0():

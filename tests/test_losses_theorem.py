@@ -42,8 +42,7 @@ def optimum(rewards, reference, beta):
 
 def objective(policy, rewards, reference, beta):
   """E_pi[r] - beta KL(pi || pi_ref) of each prompt (Eq. 3)."""
-  return jnp.sum(jnp.exp(policy) * losses.kl_penalized_reward(
-      rewards, policy, reference, beta=beta), axis=-1)
+  return jnp.sum(jnp.exp(policy) * losses.kl_penalized_reward(rewards, policy, reference, beta=beta), axis=-1)
 
 
 def total_variation(p, q):
@@ -56,13 +55,12 @@ def every_pair(values):
 
 
 SAMPLING = {
-    "uniform": lambda rng, reference: jnp.ones((PROMPTS, RESPONSES, RESPONSES)),
-    "skewed": lambda rng, reference: jnp.asarray(
-        np.exp(2 * rng.normal(size=(PROMPTS, RESPONSES, RESPONSES)))),
-    "drawn from the reference": lambda rng, reference: jnp.exp(
-        reference[:, :, None] + reference[:, None, :]),
-    "a chain of neighbours": lambda rng, reference: jnp.broadcast_to(
-        jnp.eye(RESPONSES, k=1), (PROMPTS, RESPONSES, RESPONSES)),
+  "uniform": lambda rng, reference: jnp.ones((PROMPTS, RESPONSES, RESPONSES)),
+  "skewed": lambda rng, reference: jnp.asarray(np.exp(2 * rng.normal(size=(PROMPTS, RESPONSES, RESPONSES)))),
+  "drawn from the reference": lambda rng, reference: jnp.exp(reference[:, :, None] + reference[:, None, :]),
+  "a chain of neighbours": lambda rng, reference: jnp.broadcast_to(
+    jnp.eye(RESPONSES, k=1), (PROMPTS, RESPONSES, RESPONSES)
+  ),
 }
 """How often a pair (i, j) is shown: [3, 6, 6], in either order and of any total."""
 
@@ -92,10 +90,12 @@ def newton(loss, start, steps):
 @functools.partial(jax.jit, static_argnums=0)
 def train(loss_fn, rewards, reference, sampling, betas):
   """Trained log-policies [betas, 3, 6]."""
+
   def one(beta):
     with_beta = functools.partial(loss_fn, beta=beta)
     loss = lambda logits: expected_loss(with_beta, logits, rewards, reference, sampling)
     return newton(loss, reference, 30)
+
   return jax.vmap(one)(betas)
 
 
@@ -109,8 +109,10 @@ def test_dpo_on_exact_preferences_converges_to_the_optimal_policy(sampling, worl
     assert total_variation(policy, optimum(rewards, reference, beta)).max() < 1e-4
     # The maximum of the KL-constrained objective is the soft value beta log Z.
     np.testing.assert_allclose(
-        objective(policy, rewards, reference, beta),
-        beta * jax.nn.logsumexp(reference + rewards / beta, axis=-1), rtol=1e-6)
+      objective(policy, rewards, reference, beta),
+      beta * jax.nn.logsumexp(reference + rewards / beta, axis=-1),
+      rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -119,8 +121,10 @@ def test_the_objective_is_its_maximum_less_beta_kl_to_the_optimum(beta, world, r
   policy = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(PROMPTS, RESPONSES))))
   best = optimum(rewards, reference, beta)
   np.testing.assert_allclose(
-      objective(policy, rewards, reference, beta),
-      objective(best, rewards, reference, beta) - beta * losses.token_kl(policy, best), rtol=1e-9)
+    objective(policy, rewards, reference, beta),
+    objective(best, rewards, reference, beta) - beta * losses.token_kl(policy, best),
+    rtol=1e-9,
+  )
 
 
 def test_dpo_by_gradient_steps_on_an_autoregressive_policy_converges_too(rng):
@@ -128,14 +132,17 @@ def test_dpo_by_gradient_steps_on_an_autoregressive_policy_converges_too(rng):
   vocabulary, beta = 3, 0.5
   responses = jnp.asarray(np.indices((vocabulary, vocabulary)).reshape(2, -1).T)
   rewards = jnp.asarray(rng.normal(size=(1, vocabulary**2)))
-  draw = lambda: {"first": jnp.asarray(rng.normal(size=vocabulary)),
-                  "second": jnp.asarray(rng.normal(size=(vocabulary, vocabulary)))}
+  draw = lambda: {
+    "first": jnp.asarray(rng.normal(size=vocabulary)),
+    "second": jnp.asarray(rng.normal(size=(vocabulary, vocabulary))),
+  }
 
   def log_probs(params):
     def one(response):  # a prompt of one token, then the response
       tokens = jnp.concatenate([jnp.zeros(1, response.dtype), response])
       logits = jnp.stack([params["first"], params["second"][response[0]], jnp.zeros(vocabulary)])
       return sequence_log_prob(logits, tokens, jnp.array([False, True, True]))
+
     return jax.vmap(one)(responses)[None]
 
   params = draw()
@@ -143,7 +150,8 @@ def test_dpo_by_gradient_steps_on_an_autoregressive_policy_converges_too(rng):
   tx = optax.adam(optax.cosine_decay_schedule(0.1, 2000))
   uniform = jnp.ones((1, vocabulary**2, vocabulary**2))
   loss = lambda params: expected_loss(
-      functools.partial(losses.dpo_loss, beta=beta), log_probs(params), rewards, reference, uniform)
+    functools.partial(losses.dpo_loss, beta=beta), log_probs(params), rewards, reference, uniform
+  )
 
   def step(carry, _):
     params, state = carry
@@ -159,12 +167,16 @@ def test_dpo_by_gradient_steps_on_an_autoregressive_policy_converges_too(rng):
 def test_robust_dpo_on_flipped_labels_converges_to_the_same_policy(world):
   """Labels flipped with probability 0.2 pull DPO off the optimum, and robust DPO not."""
   rewards, reference = world
+
   def on_flipped_labels(loss_fn):
     def loss(policy, reference, *, beta):
-      return (0.8 * loss_fn(policy, reference, beta=beta)
-              + 0.2 * loss_fn(Pair(*policy[::-1]), Pair(*reference[::-1]), beta=beta))
+      return 0.8 * loss_fn(policy, reference, beta=beta) + 0.2 * loss_fn(
+        Pair(*policy[::-1]), Pair(*reference[::-1]), beta=beta
+      )
+
     uniform = jnp.ones((PROMPTS, RESPONSES, RESPONSES))
     return train(loss, rewards, reference, uniform, jnp.asarray([1.0]))[0]
+
   best = optimum(rewards, reference, 1.0)
   robust = on_flipped_labels(functools.partial(losses.robust_dpo_loss, label_smoothing=0.2))
   assert total_variation(robust, best).max() < 1e-4
@@ -178,8 +190,12 @@ def test_f_dpo_converges_to_the_optimum_of_its_divergence(divergence, world):
   rewards = 0.3 * rewards  # with its bounded f', Jensen-Shannon reaches only so far
   tx = optax.adam(optax.cosine_decay_schedule(0.05, 3000))
   loss = lambda logits: expected_loss(
-      functools.partial(losses.f_dpo_loss, beta=1.0, divergence=divergence), logits, rewards,
-      reference, jnp.ones((1, RESPONSES, RESPONSES)))
+    functools.partial(losses.f_dpo_loss, beta=1.0, divergence=divergence),
+    logits,
+    rewards,
+    reference,
+    jnp.ones((1, RESPONSES, RESPONSES)),
+  )
 
   def step(carry, _):
     logits, state = carry
@@ -199,8 +215,10 @@ def test_dpo_on_exact_rankings_converges_to_the_optimal_policy(rng):
   rankings = np.array(list(itertools.permutations(range(4))))
   chances = jnp.exp(-losses.plackett_luce_loss(rewards[0][rankings]))
   np.testing.assert_allclose(chances.sum(), 1, rtol=1e-9)
-  loss = lambda logits: jnp.sum(chances * losses.dpo_plackett_luce_loss(
-      jax.nn.log_softmax(logits)[0][rankings], reference[0][rankings], beta=0.5))
+  loss = lambda logits: jnp.sum(
+    chances
+    * losses.dpo_plackett_luce_loss(jax.nn.log_softmax(logits)[0][rankings], reference[0][rankings], beta=0.5)
+  )
   policy = jax.jit(lambda x: newton(loss, x, 30))(reference)
   assert total_variation(policy, optimum(rewards, reference, 0.5)).max() < 1e-4
 
@@ -212,7 +230,8 @@ def test_pairs_that_leave_two_groups_unconnected_leave_their_balance_open(world)
   group = jnp.arange(RESPONSES) < 3
   apart = jnp.broadcast_to(group[:, None] == group[None, :], (PROMPTS, RESPONSES, RESPONSES))
   loss = lambda logits: expected_loss(
-      functools.partial(losses.dpo_loss, beta=1.0), logits, rewards, reference, apart.astype(float))
+    functools.partial(losses.dpo_loss, beta=1.0), logits, rewards, reference, apart.astype(float)
+  )
   moved = jax.nn.log_softmax(best + 2.0 * group[None])
   np.testing.assert_allclose(loss(moved), loss(best), rtol=1e-9)
   assert total_variation(moved, best).max() > 0.1
@@ -226,16 +245,15 @@ def test_a_reward_of_the_prompt_changes_neither_preferences_nor_the_optimum(worl
   rewards, reference = world
   shifted = rewards + jnp.asarray(rng.normal(size=(PROMPTS, 1)))
   np.testing.assert_allclose(
-      losses.plackett_luce_loss(shifted), losses.plackett_luce_loss(rewards), rtol=1e-9)
+    losses.plackett_luce_loss(shifted), losses.plackett_luce_loss(rewards), rtol=1e-9
+  )
   pairwise = lambda r: losses.bradley_terry_loss(*every_pair(r))
   np.testing.assert_allclose(pairwise(shifted), pairwise(rewards), rtol=1e-9)
-  np.testing.assert_allclose(
-      optimum(shifted, reference, 0.3), optimum(rewards, reference, 0.3), rtol=1e-9)
+  np.testing.assert_allclose(optimum(shifted, reference, 0.3), optimum(rewards, reference, 0.3), rtol=1e-9)
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_implicit_reward_of_the_optimum_is_the_one_of_its_class_that_needs_no_normaliser(
-    beta, world):
+def test_the_implicit_reward_of_the_optimum_is_the_one_of_its_class_that_needs_no_normaliser(beta, world):
   """Theorem 1: r - beta log Z is in r's class, is its own projection, and has sum 1 (Eq. 9)."""
   rewards, reference = world
   project = lambda r: losses.implicit_reward(optimum(r, reference, beta), reference, beta=beta)
@@ -258,7 +276,6 @@ def test_reward_and_kl_both_fall_as_beta_rises(world):
 def test_deterministic_labels_drive_dpo_without_end_and_ipo_to_a_stop():
   h = jnp.asarray([1.0, 10.0, 100.0])
   zero = jnp.zeros_like(h)
-  slope = lambda loss: jax.grad(
-      lambda h: loss(Pair(h, zero), Pair(zero, zero), beta=0.1).sum())(h)
+  slope = lambda loss: jax.grad(lambda h: loss(Pair(h, zero), Pair(zero, zero), beta=0.1).sum())(h)
   assert (slope(losses.dpo_loss) < 0).all()
   np.testing.assert_allclose(slope(losses.ipo_loss), 2 * (h - 5.0))

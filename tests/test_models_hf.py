@@ -35,10 +35,12 @@ def tensors_of(case):
 def folder_of(tmp_path_factory):
   """Returns `folder_of(case)`: the case as a Hugging Face folder."""
   root = tmp_path_factory.mktemp("models")
+
   @functools.cache
   def folder_of(case):
     models.write_folder(root / case, case, tensors_of(case))
     return root / case
+
   return folder_of
 
 
@@ -51,8 +53,7 @@ def rows_of(num_responses):
   else:
     examples = [(array(ids[:prompt]), [array(ids[prompt:])]) for ids, prompt in SEQUENCES]
     row = np.arange(4)
-  return packing.fill(
-      examples, row, 4, SHAPE, num_responses=num_responses, example=range(len(examples)))
+  return packing.fill(examples, row, 4, SHAPE, num_responses=num_responses, example=range(len(examples)))
 
 
 def tokens_of(rows, num_responses):
@@ -60,9 +61,9 @@ def tokens_of(rows, num_responses):
   places = []
   for sequence in range(len(SEQUENCES)):
     example, branch = divmod(sequence, num_responses)
-    (r, number), = np.argwhere(rows.example == example)
+    ((r, number),) = np.argwhere(rows.example == example)
     here = (rows.comparison[r] == number + 1) & np.isin(rows.branch[r], (0, branch + 1))
-    at, = np.nonzero(here)
+    (at,) = np.nonzero(here)
     places += [(r, i) for i in at[np.argsort(rows.positions[r, at])]]
   return tuple(np.transpose(places))
 
@@ -73,31 +74,34 @@ def weights_of(rows, num_responses):
   there = number < SHAPE.comparisons
   example = np.take_along_axis(rows.example, np.where(there, number, 0), axis=1)
   position = np.take_along_axis(rows.positions, rows.source, axis=1) + 1
-  return np.where(there, models.weight(example * num_responses + response, position), 0.0).astype(
-      np.float32)
+  return np.where(there, models.weight(example * num_responses + response, position), 0.0).astype(np.float32)
 
 
 def make_score(config):
   """Returns the loss of the vectors with its gradient, the hidden states and the logits."""
   apply = transformer.make_apply(config)
+
   def score(params, rows, weights):
     outputs = apply(params, rows)
     predicting = jnp.take_along_axis(outputs.hidden, rows.source[..., None], axis=1)
     loss = jnp.sum(weights * token_log_probs(predicting, outputs.head, rows.target))
     return loss, (outputs.hidden, logits_of(outputs.hidden, outputs.head))
+
   return jax.jit(jax.value_and_grad(score, has_aux=True))
 
 
 def written(folder, config, params, **options):
   """Saves params, or gradients of them, and returns the tensors of the folder."""
   hf.save(folder, config, params, **options)
-  return {name: tensor for file in folder.glob("*.safetensors")
-          for name, tensor in safetensors.numpy.load_file(file).items()}
+  return {
+    name: tensor
+    for file in folder.glob("*.safetensors")
+    for name, tensor in safetensors.numpy.load_file(file).items()
+  }
 
 
 @pytest.mark.parametrize("case", models.CASES)
-def test_packed_rows_give_the_hidden_states_logits_and_gradients_of_transformers(
-    case, folder_of, tmp_path):
+def test_packed_rows_give_the_hidden_states_logits_and_gradients_of_transformers(case, folder_of, tmp_path):
   """And so does each sequence alone."""
   config, params = hf.load(folder_of(case))
   score = make_score(config)
@@ -117,9 +121,10 @@ def test_packed_rows_give_the_hidden_states_logits_and_gradients_of_transformers
 @pytest.mark.parametrize("case", models.CASES)
 def test_export_of_an_import_is_the_folder_bit_for_bit(case, dtype, tmp_path):
   """In shards, with config.json as it was; norms in float16 where the rest is bfloat16."""
-  stored = {name: tensor.astype(
-      "float16" if dtype == "bfloat16" and "norm" in name else jnp.dtype(dtype))
-            for name, tensor in tensors_of(case).items()}
+  stored = {
+    name: tensor.astype("float16" if dtype == "bfloat16" and "norm" in name else jnp.dtype(dtype))
+    for name, tensor in tensors_of(case).items()
+  }
   models.write_folder(tmp_path / "in", case, stored, someone="else's key")
   (tmp_path / "in" / "generation_config.json").write_text('{"do_sample": true}')
   config, params = hf.load(tmp_path / "in", scan_layers=case != "gemma2")
@@ -131,19 +136,31 @@ def test_export_of_an_import_is_the_folder_bit_for_bit(case, dtype, tmp_path):
     np.testing.assert_array_equal(got[name], tensor)
   for file in ("config.json", "generation_config.json"):
     assert json.loads((tmp_path / "out" / file).read_text()) == json.loads(
-        (tmp_path / "in" / file).read_text())
+      (tmp_path / "in" / file).read_text()
+    )
   again = jax.tree.leaves(hf.load(tmp_path / "out", scan_layers=case != "gemma2").params)
   jax.tree.map(np.testing.assert_array_equal, again, jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("case, rename, others", [
-    ("gpt2", lambda name: name.removeprefix("transformer."),
-     {"h.0.attn.bias": (1, 1, 4, 4), "h.1.attn.masked_bias": ()}),
-    ("neox", lambda name: name.replace("lm_head", "embed_out"),
-     {"gpt_neox.layers.0.attention.bias": (1, 1, 4, 4),
-      "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (2,)}),
+@pytest.mark.parametrize(
+  "case, rename, others",
+  [
+    (
+      "gpt2",
+      lambda name: name.removeprefix("transformer."),
+      {"h.0.attn.bias": (1, 1, 4, 4), "h.1.attn.masked_bias": ()},
+    ),
+    (
+      "neox",
+      lambda name: name.replace("lm_head", "embed_out"),
+      {
+        "gpt_neox.layers.0.attention.bias": (1, 1, 4, 4),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (2,),
+      },
+    ),
     ("llama3", str, {"lm_head.weight": (29, 16)}),
-])
+  ],
+)
 def test_names_of_older_folders_are_read_and_written_again(case, rename, others, folder_of, tmp_path):
   stored = {rename(name): tensor for name, tensor in tensors_of(case).items()}
   extra = {name: np.zeros(shape, np.float32) for name, shape in others.items()}
@@ -159,9 +176,11 @@ def test_names_of_older_folders_are_read_and_written_again(case, rename, others,
 def test_layers_one_by_one_compute_what_scanned_periods_do(folder_of):
   """Of 5 layers with a pattern of 2: two periods and one layer more."""
   rows = rows_of(2)
+
   def hidden(**changes):
     config, params = hf.load(folder_of("gemma3"), **changes)
     return jax.jit(transformer.make_apply(config))(params, rows).hidden, params
+
   scanned, params = hidden()
   assert set(params["layers"]) == {"block_0", "block_1"} and "layer_4" in params
   unrolled, params = hidden(scan_layers=False, remat="full")
@@ -173,12 +192,15 @@ def test_params_are_read_where_they_are_placed(folder_of):
   """Every device reads its part only, and the parts are the parameters."""
   devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
   shares = []
+
   def place(path, leaf, read):
     def counted(index):
       part = read(index)
       shares.append(part.size / np.prod(leaf.shape))
       return part
-    return devices.place_part(path, leaf, counted)
+
+    return devices.place_shard(path, leaf, counted)
+
   for case in ("neox", "gptj"):
     want = hf.load(folder_of(case)).params
     params = hf.load(folder_of(case), place=place).params
@@ -199,16 +221,19 @@ def test_reading_and_writing_hold_one_tensor_at_a_time(tmp_path):
   params = worlds.params_of(config)
   sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
   assert sum(sizes) > 4 * max(sizes)
+
   def peak_of(work):
     tracemalloc.start()
     work()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
+
   whole = lambda read, leaf: read((slice(None),) * len(leaf.shape))
   assert peak_of(lambda: hf.save(tmp_path, config, params)) < 1.2 * max(sizes)
-  assert peak_of(lambda: hf.load(
-      tmp_path, place=lambda path, leaf, read: whole(read, leaf).sum())) < 1.2 * max(sizes)
+  assert peak_of(
+    lambda: hf.load(tmp_path, place=lambda path, leaf, read: whole(read, leaf).sum())
+  ) < 1.2 * max(sizes)
 
 
 def test_params_can_be_bfloat16(folder_of):
@@ -253,29 +278,46 @@ def test_published_models_have_their_published_number_of_parameters(name):
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]["parameters"]
 
 
-@pytest.mark.parametrize("case, changes, message", [
-    ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "a GPT2DoubleHeadsModel of type 'gpt2', "
-     "which is not supported; supported are GPT2LMHeadModel, GPTJForCausalLM"),
+@pytest.mark.parametrize(
+  "case, changes, message",
+  [
+    (
+      "gpt2",
+      {"architectures": ["GPT2DoubleHeadsModel"]},
+      "a GPT2DoubleHeadsModel of type 'gpt2', "
+      "which is not supported; supported are GPT2LMHeadModel, GPTJForCausalLM",
+    ),
     ("gpt2", {"model_type": "opt", "architectures": None}, "a model of type 'opt'"),
-    ("gpt2", {"activation_function": "relu"}, "\"activation_function\": 'relu', which is not "
-     "supported; supported are 'gelu_new'"),
+    (
+      "gpt2",
+      {"activation_function": "relu"},
+      "\"activation_function\": 'relu', which is not supported; supported are 'gelu_new'",
+    ),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, '"scale_attn_by_inverse_layer_idx": True'),
     ("gptj", {"n_head": "2"}, '"n_head": .2.; it must be an integer from 0 to 4096'),
     ("llama1", {"rope_scaling": {"type": "llama3"}}, "makes no model: KeyError.'low_freq_factor'"),
     ("llama1", {"rope_scaling": {"type": "longrope"}}, "rotary positions of type 'longrope'"),
-    ("llama1", {"rope_scaling": None, "partial_rotary_factor": 0.5, "rope_parameters": {
-        "partial_rotary_factor": 0.5}}, '"partial_rotary_factor": 0.5, which this family'),
-    ("llama1", {"quantization_config": {"bits": 4}}, '"quantization_config": {\'bits\': 4}'),
+    (
+      "llama1",
+      {"rope_scaling": None, "partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.5}},
+      '"partial_rotary_factor": 0.5, which this family',
+    ),
+    ("llama1", {"quantization_config": {"bits": 4}}, "\"quantization_config\": {'bits': 4}"),
     ("llama1", {"num_key_value_heads": 3}, "model.heads is 4 and model.kv_heads 3"),
     ("gemma2", {"layer_types": ["chunked_attention"] * 4}, '"layer_types"'),
     ("gemma3", {"use_bidirectional_attention": True}, '"use_bidirectional_attention": True'),
     ("gemma3", {"attn_logit_softcapping": 50.0}, '"attn_logit_softcapping": 50.0'),
-    ("mistral", {"intermediate_size": 32}, r"tensor model.layers.0.mlp.down_proj.weight is "
-     r"\[16, 24\] but config.json makes it \[16, 32\]"),
+    (
+      "mistral",
+      {"intermediate_size": 32},
+      r"tensor model.layers.0.mlp.down_proj.weight is "
+      r"\[16, 24\] but config.json makes it \[16, 32\]",
+    ),
     ("mistral", {"num_hidden_layers": 3}, "missing are model.layers.2.input_layernorm.weight.*4 more"),
     ("mistral", {"num_hidden_layers": 1}, "unknown are model.layers.1.input_layernorm.weight"),
     ("mistral", {"tie_word_embeddings": True}, "lm_head.weight is not the input embedding"),
-])
+  ],
+)
 def test_what_is_not_supported_is_named(case, changes, message, tmp_path):
   models.write_folder(tmp_path / "in", case, tensors_of(case), **changes)
   with pytest.raises(hf.HuggingFaceError, match=message):
@@ -285,6 +327,7 @@ def test_what_is_not_supported_is_named(case, changes, message, tmp_path):
 def test_missing_and_damaged_files_are_named(folder_of, tmp_path):
   def refused(message):
     return pytest.raises(hf.HuggingFaceError, match=message)
+
   with refused("model 'org/name' is no folder and cannot be fetched from the hub .* while there is"):
     hf.load("org/name")
   with refused("config.json does not exist"):

@@ -39,15 +39,19 @@ def test_a_reward_is_the_head_on_the_last_token_of_its_response(rng):
   got = np.asarray(objectives.response_rewards(apply(params, rows), rows, num_responses=2))
   position = jnp.arange(20)[None]
   one = jnp.ones_like(position)
-  hidden_of = jax.jit(lambda tokens: transformer.Transformer(config).apply(
-      {"params": params}, tokens[None], position, one, 0 * one)[0])
+  hidden_of = jax.jit(
+    lambda tokens: transformer.Transformer(config).apply(
+      {"params": params}, tokens[None], position, one, 0 * one
+    )[0]
+  )
   for i, (prompt, responses) in enumerate(examples):
     where = tuple(np.argwhere(np.asarray(rows.example) == i)[0])
     for k, response in enumerate(responses):
       ids = np.concatenate([prompt, response])
       hidden = hidden_of(np.pad(ids, (0, 20 - len(ids))))
       np.testing.assert_allclose(
-          got[where][k], hidden[len(ids) - 1] @ params["reward_head"], rtol=1e-4, atol=1e-5)
+        got[where][k], hidden[len(ids) - 1] @ params["reward_head"], rtol=1e-4, atol=1e-5
+      )
 
 
 def test_a_reward_model_with_a_fresh_head_starts_at_log_2_and_learns(rng):

@@ -32,8 +32,11 @@ def hold():
 
   def start(path, *seconds):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), *map(str, seconds)], cwd=conftest.ROOT,
-        stdout=subprocess.PIPE, text=True)
+      [sys.executable, "-c", HOLD, str(path), *map(str, seconds)],
+      cwd=conftest.ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
     started.append(process)
     return process
 
@@ -46,8 +49,11 @@ def hold():
 def test_a_second_owner_is_refused_by_the_name_of_the_first(hold, tmp_path):
   first = hold(tmp_path / "run")
   assert first.stdout.readline() == "mine\n"
-  with pytest.raises(InUseError, match=rf"^it is in use by another process \(pid {first.pid} on \S+, since "
-                                       r"20\d\d-.*: \S*python\S* -c .*\); wait for its end"):
+  with pytest.raises(
+    InUseError,
+    match=rf"^it is in use by another process \(pid {first.pid} on \S+, since "
+    r"20\d\d-.*: \S*python\S* -c .*\); wait for its end",
+  ):
     with owned(tmp_path / "run", "it"):
       raise AssertionError("owned twice")
 
@@ -88,8 +94,16 @@ for _ in range(20):
     os.unlink(sys.argv[1] + "/inside")
 """
   code = code.replace("import os,", "from dpojax import ownership\nownership._LOOK_EVERY = 0.001\nimport os,")
-  many = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=conftest.ROOT,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+  many = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, str(tmp_path)],
+      cwd=conftest.ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for _ in range(4)
+  ]
   for process in many:
     assert process.communicate(timeout=60)[1] == ""
 
@@ -106,8 +120,11 @@ with owned(sys.argv[1], "it"):
   os._exit(0)
 """
   parent = subprocess.Popen(
-      [sys.executable, "-c", code, str(tmp_path / "run")], cwd=conftest.ROOT, stdout=subprocess.PIPE,
-      start_new_session=True)
+    [sys.executable, "-c", code, str(tmp_path / "run")],
+    cwd=conftest.ROOT,
+    stdout=subprocess.PIPE,
+    start_new_session=True,
+  )
   try:
     parent.communicate(timeout=30)
     with owned(tmp_path / "run", "it"):
@@ -119,6 +136,7 @@ with owned(sys.argv[1], "it"):
 def test_a_file_system_without_locks_is_told_and_refuses_nothing(tmp_path, monkeypatch, capsys):
   def no_locks(*_):
     raise OSError(errno.ENOLCK, "No locks available")
+
   monkeypatch.setattr(fcntl, "flock", no_locks)
   with owned(tmp_path / "run", "it"), owned(tmp_path / "run", "it"):
     pass

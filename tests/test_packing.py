@@ -15,8 +15,7 @@ def alone_log_prob(config, params, tokens, first, length):
   """Summed log-prob of tokens[first:length], from the plain causal logits of that one sequence."""
   positions = jnp.arange(tokens.shape[0])[None]
   one = jnp.ones_like(positions)
-  hidden = transformer.Transformer(config).apply(
-      {"params": params}, tokens[None], positions, one, 0 * one)
+  hidden = transformer.Transformer(config).apply({"params": params}, tokens[None], positions, one, 0 * one)
   logits = jnp.einsum("ld,vd->lv", hidden[0], transformer.output_head(params))
   chosen = jax.nn.log_softmax(logits)[jnp.arange(len(tokens) - 1), tokens[1:]]
   place = jnp.arange(1, len(tokens))
@@ -49,8 +48,7 @@ def test_packed_rows_equal_single_sequences(make_config, num_responses, rng):
     return jnp.sum(scores * weights), scores
 
   longest = max(len(p) + max(map(len, rs)) for p, rs in examples)
-  alone = jax.jit(jax.value_and_grad(
-      lambda params, *sequence: alone_log_prob(config, params, *sequence)))
+  alone = jax.jit(jax.value_and_grad(lambda params, *sequence: alone_log_prob(config, params, *sequence)))
   want, want_grads = np.zeros_like(weights), jax.tree.map(jnp.zeros_like, params)
   for i, (prompt, responses) in enumerate(examples):
     for k, response in enumerate(responses):
@@ -62,8 +60,11 @@ def test_packed_rows_equal_single_sequences(make_config, num_responses, rng):
   (_, got), got_grads = jax.value_and_grad(packed, has_aux=True)(params)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(want_grads))
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(
-      g, w, rtol=1e-5, atol=1e-5 * np.abs(w).max() + 1e-7 * largest), got_grads, want_grads)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * np.abs(w).max() + 1e-7 * largest),
+    got_grads,
+    want_grads,
+  )
 
 
 def test_responses_never_see_each_other_nor_other_comparisons(rng):
@@ -71,12 +72,12 @@ def test_responses_never_see_each_other_nor_other_comparisons(rng):
   params = worlds.params_of(config)
   apply = transformer.make_apply(config)
   examples = worlds.comparisons(rng, 6, 2)
-  changed = [(prompt, [responses[0], (responses[1] + 1) % worlds.VOCAB])
-             for prompt, responses in examples]
+  changed = [(prompt, [responses[0], (responses[1] + 1) % worlds.VOCAB]) for prompt, responses in examples]
   changed[0] = ((examples[0][0] + 1) % worlds.VOCAB, changed[0][1])
   before, after = (
-      objectives.response_log_probs(apply(params, rows), rows, num_responses=2).sums
-      for rows in (worlds.packed(examples, 64), worlds.packed(changed, 64)))
+    objectives.response_log_probs(apply(params, rows), rows, num_responses=2).sums
+    for rows in (worlds.packed(examples, 64), worlds.packed(changed, 64))
+  )
   np.testing.assert_array_equal(before[..., 0], after[..., 0])
   assert np.any(before[..., 1] != after[..., 1])
 
@@ -100,9 +101,11 @@ def test_every_step_holds_exactly_batch_size_comparisons_and_no_row_overflows(rn
 def test_a_plan_is_a_function_of_seed_and_epoch(rng):
   lengths = random_lengths(rng, 200)
   first = packing.plan(lengths, 0, 0, 8, 256)
-  for again, same in ((packing.plan(lengths, 0, 0, 8, 256), True),
-                      (packing.plan(lengths, 1, 0, 8, 256), False),
-                      (packing.plan(lengths, 0, 1, 8, 256), False)):
+  for again, same in (
+    (packing.plan(lengths, 0, 0, 8, 256), True),
+    (packing.plan(lengths, 1, 0, 8, 256), False),
+    (packing.plan(lengths, 0, 1, 8, 256), False),
+  ):
     assert np.array_equal(first.index, again.index) == same
 
 
@@ -141,9 +144,14 @@ def test_a_process_fills_its_rows_only(rng):
   lengths = worlds.lengths_of(examples)
   plan = packing.plan_in_order(lengths, 12, 64, row_multiple=4)
   whole, parts = (
-      [packing.fill(examples, plan.row[0], count, plan.shape, num_responses=2, example=range(12),
-                    first_row=first) for first, count in spans]
-      for spans in ([(0, plan.rows[0])], [(0, plan.rows[0] // 2), (plan.rows[0] // 2,) * 2]))
+    [
+      packing.fill(
+        examples, plan.row[0], count, plan.shape, num_responses=2, example=range(12), first_row=first
+      )
+      for first, count in spans
+    ]
+    for spans in ([(0, plan.rows[0])], [(0, plan.rows[0] // 2), (plan.rows[0] // 2,) * 2])
+  )
   joined = jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
   jax.tree.map(np.testing.assert_array_equal, whole[0], joined)
 
@@ -155,10 +163,18 @@ def test_of_a_masked_response_the_scored_tokens_alone_are_scored(rng):
   masks = [[rng.random(len(response)) < 0.5 for response in responses] for _, responses in examples]
   plan = packing.plan_in_order(worlds.lengths_of(examples), 4, 64)
   rows = packing.fill(
-      [(*example, mask) for example, mask in zip(examples, masks)], plan.row[0], int(plan.rows[0]), plan.shape,
-      num_responses=2, example=range(4))
-  scores = jax.jit(lambda params: objectives.response_log_probs(
-      transformer.make_apply(config)(params, rows), rows, num_responses=2).sums)(params)
+    [(*example, mask) for example, mask in zip(examples, masks)],
+    plan.row[0],
+    int(plan.rows[0]),
+    plan.shape,
+    num_responses=2,
+    example=range(4),
+  )
+  scores = jax.jit(
+    lambda params: (
+      objectives.response_log_probs(transformer.make_apply(config)(params, rows), rows, num_responses=2).sums
+    )
+  )(params)
   got = by_example(scores, rows, 4)
   alone = jax.jit(lambda *sequence: alone_log_prob(config, params, *sequence))
   for i, ((prompt, responses), of) in enumerate(zip(examples, masks)):

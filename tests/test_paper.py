@@ -18,10 +18,23 @@ from tests import test_evaluate, worlds
 
 URL = "--judge=http://127.0.0.1:9/v1"
 SIZES = {  # of every run here: what `tests.worlds.run_config` changes, and one device's step
-    "model.dtype": "float32", "model.remat": "none", "parallel.fsdp": 1, "rows_at_once": 0, "row_length": 64,
-    "data.max_length": 32, "data.max_prompt_length": 16, "data.eval_size": 8, "batch_size": 16,
-    "steps": 2, "eval_every": 0, "checkpoint_every": 2, "optimizer.warmup_steps": 0,
-    "optimizer.learning_rate": 3e-3, "check_memory": False, "data.unique_prompts": False}
+  "model.dtype": "float32",
+  "model.remat": "none",
+  "parallel.fsdp": 1,
+  "rows_at_once": 0,
+  "row_length": 64,
+  "data.max_length": 32,
+  "data.max_prompt_length": 16,
+  "data.eval_size": 8,
+  "batch_size": 16,
+  "steps": 2,
+  "eval_every": 0,
+  "checkpoint_every": 2,
+  "optimizer.warmup_steps": 0,
+  "optimizer.learning_rate": 3e-3,
+  "check_memory": False,
+  "data.unique_prompts": False,
+}
 REWARD = {"steps": 2, "eval_every": 2, "checkpoint_every": 2, "data.eval_size": 8}
 
 
@@ -99,6 +112,7 @@ def test_the_plan_of_hh_is_the_papers(capsys):
 
 # Every line, in small.
 
+
 def reviews(rng, count):
   sentence = lambda: f"the {rng.choice(worlds.NOUNS)} is {rng.choice(worlds.GOOD + worlds.BAD)}"
   return [{"text": " ".join(sentence() for _ in range(3)), "label": 1} for _ in range(count)]
@@ -107,12 +121,33 @@ def reviews(rng, count):
 def test_imdb_runs_from_reviews_to_the_frontier(runs, small, tmp_path, rng, capsys):
   paths = [worlds.write_jsonl(tmp_path / f"{name}.jsonl", reviews(rng, 40)) for name in ("train", "test")]
   arguments = [
-      *small, f"--sft.model.checkpoint={runs.sft}", "--dpo.reference.mode=inline",
-      f"--reviews={paths[0]}", f"--test_reviews={paths[1]}", "--reward=tests.test_evaluate:kindness",
-      "--prefixes=30", "--test_prefixes=8", "--max_new_tokens=6", "--prompts_at_once=8",
-      "--betas=0.1", "--alphas=0.1", "--target_kls=3", "--preferred_ft_seeds=0", "--ppo_measure_every=1",
-      *flags_of({"steps": 1, "prompts_per_step": 16, "num_samples": 4, "epochs": 1, "minibatches": 1,
-                 "rows_at_once": 0}, "ppo")]
+    *small,
+    f"--sft.model.checkpoint={runs.sft}",
+    "--dpo.reference.mode=inline",
+    f"--reviews={paths[0]}",
+    f"--test_reviews={paths[1]}",
+    "--reward=tests.test_evaluate:kindness",
+    "--prefixes=30",
+    "--test_prefixes=8",
+    "--max_new_tokens=6",
+    "--prompts_at_once=8",
+    "--betas=0.1",
+    "--alphas=0.1",
+    "--target_kls=3",
+    "--preferred_ft_seeds=0",
+    "--ppo_measure_every=1",
+    *flags_of(
+      {
+        "steps": 1,
+        "prompts_per_step": 16,
+        "num_samples": 4,
+        "epochs": 1,
+        "minibatches": 1,
+        "rows_at_once": 0,
+      },
+      "ppo",
+    ),
+  ]
   imdb.main(arguments)
   out, folder = capsys.readouterr().out, tmp_path / "run"
   lines = read_lines(folder / "frontier.jsonl")
@@ -133,9 +168,11 @@ def test_imdb_runs_from_reviews_to_the_frontier(runs, small, tmp_path, rng, caps
 
 def comparisons(rng, count, before=""):
   """Records of questions; every third has something before it."""
+
   def record(i, each):
     start = f"{before if i % 3 == 0 else ''}\n\nHuman: {i} {each['prompt']}\n\nAssistant:"
     return each | {"prompt": start}
+
   return [record(i, each) for i, each in enumerate(worlds.pairs(rng, count))]
 
 
@@ -145,20 +182,42 @@ EARLIER = "\n\nHuman: what of it?\n\nAssistant: the plot"
 def test_tldr_runs_from_comparisons_to_both_tables(runs, small, serve, tmp_path, rng, capsys):
   server = serve(kinder)
   pairs = worlds.write_jsonl(tmp_path / "pairs.jsonl", comparisons(rng, 40, EARLIER))
-  posts = worlds.write_jsonl(tmp_path / "posts.jsonl", [
-      {"prompt": f"the {noun} is", "label": ("warm", "cold")[i % 2]} for i, noun in enumerate(worlds.NOUNS)])
-  news = worlds.write_jsonl(tmp_path / "news.jsonl", [
-      {"article": " ".join(worlds.NOUNS * 3), "highlights": "the plot is warm"} for _ in range(9)])
+  posts = worlds.write_jsonl(
+    tmp_path / "posts.jsonl",
+    [{"prompt": f"the {noun} is", "label": ("warm", "cold")[i % 2]} for i, noun in enumerate(worlds.NOUNS)],
+  )
+  news = worlds.write_jsonl(
+    tmp_path / "news.jsonl",
+    [{"article": " ".join(worlds.NOUNS * 3), "highlights": "the plot is warm"} for _ in range(9)],
+  )
   arguments = [
-      *small, "--config.data.source=jsonl", f"--config.data.path={pairs}", f"--sft={runs.sft}",
-      f"--zero_shot={runs.sft}", f"--also=Longer DPO={runs.dpo}", f"--test={posts}", f"--judge={server.url}",
-      "--judge_model=m", "--prompts=8", "--beta=0.1", "--temperatures=1", "--best_of=2", "--max_new_tokens=4",
-      "--prompts_at_once=8"]
+    *small,
+    "--config.data.source=jsonl",
+    f"--config.data.path={pairs}",
+    f"--sft={runs.sft}",
+    f"--zero_shot={runs.sft}",
+    f"--also=Longer DPO={runs.dpo}",
+    f"--test={posts}",
+    f"--judge={server.url}",
+    "--judge_model=m",
+    "--prompts=8",
+    "--beta=0.1",
+    "--temperatures=1",
+    "--best_of=2",
+    "--max_new_tokens=4",
+    "--prompts_at_once=8",
+  ]
   tldr.main(arguments)
   out, folder = capsys.readouterr().out, tmp_path / "run"
   lines = read_lines(folder / "win_rate.jsonl")
   assert [line["method"] for line in lines] == [
-      "DPO", "SFT", "Preferred-FT", "GPT-J", "Longer DPO", "Best of 2"]
+    "DPO",
+    "SFT",
+    "Preferred-FT",
+    "GPT-J",
+    "Longer DPO",
+    "Best of 2",
+  ]
   for line in lines:
     rate, n = line["win_rate"], line["n"]
     assert n == 8 and line["left_out"] == 0
@@ -181,17 +240,35 @@ def test_tldr_runs_from_comparisons_to_both_tables(runs, small, serve, tmp_path,
 
 def test_hh_runs_from_dialogues_to_three_figures(runs, small, serve, tmp_path, rng, capsys):
   def dialogues(name, count):
-    return worlds.write_jsonl(tmp_path / f"{name}.jsonl", [
+    return worlds.write_jsonl(
+      tmp_path / f"{name}.jsonl",
+      [
         {key: each["prompt"] + each[key] for key in ("chosen", "rejected")}
-        for each in comparisons(rng, count, EARLIER)])
+        for each in comparisons(rng, count, EARLIER)
+      ],
+    )
 
   server = serve(kinder)
-  hh.main([
-      *small, f"--sft.model.checkpoint={runs.sft}", f"--train={dialogues('train', 40)}",
-      f"--test={dialogues('test', 12)}", f"--judge={server.url}", "--judge_model=m",
-      f"--base={runs.sft}", "--dpo_steps=4", "--judged_step=4", "--every=2", "--prompts=8",
-      "--temperatures=1", "--training_temperatures=1", "--best_of=1,2", "--max_new_tokens=4",
-      "--prompts_at_once=8"])
+  hh.main(
+    [
+      *small,
+      f"--sft.model.checkpoint={runs.sft}",
+      f"--train={dialogues('train', 40)}",
+      f"--test={dialogues('test', 12)}",
+      f"--judge={server.url}",
+      "--judge_model=m",
+      f"--base={runs.sft}",
+      "--dpo_steps=4",
+      "--judged_step=4",
+      "--every=2",
+      "--prompts=8",
+      "--temperatures=1",
+      "--training_temperatures=1",
+      "--best_of=1,2",
+      "--max_new_tokens=4",
+      "--prompts_at_once=8",
+    ]
+  )
   out, folder = capsys.readouterr().out, tmp_path / "run"
   left, right, best = (read_lines(folder / f"{name}.jsonl") for name in ("win_rate", "training", "best_of_n"))
   assert [line["method"] for line in left] == ["DPO", "Preferred-FT", "Pythia, 2 shots", "Best of 2"]
@@ -206,6 +283,7 @@ def test_hh_runs_from_dialogues_to_three_figures(runs, small, serve, tmp_path, r
 
 
 # The parts.
+
 
 def test_a_prefix_has_2_to_8_tokens_that_the_tokenizer_finds_again(words, rng):
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(words)
@@ -223,7 +301,16 @@ def test_pairs_are_all_of_a_prompts_samples_but_those_of_equal_reward():
   pairs = imdb.label(records, np.array([0.1, 0.4, 0.3, 0.2, 0.5, 0.5, 0.5, 0.9]))
   assert len(pairs) == 6 + 3
   assert ["".join((each["chosen"], each["rejected"])) for each in pairs] == [
-      "ba", "ca", "da", "bc", "bd", "cd", "da", "db", "dc"]
+    "ba",
+    "ca",
+    "da",
+    "bc",
+    "bd",
+    "cd",
+    "da",
+    "db",
+    "dc",
+  ]
 
 
 def test_the_best_evaluation_is_that_of_the_checkpoint_that_is_kept(tmp_path):
@@ -240,16 +327,22 @@ def test_the_best_evaluation_is_that_of_the_checkpoint_that_is_kept(tmp_path):
 
 def test_an_answer_to_shots_ends_where_the_next_turn_begins(tmp_path):
   prompts = worlds.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "plain"}])
-  samples = worlds.write_jsonl(tmp_path / "samples.jsonl", [
-      {"index": 0, "prompt": "shots plain", "response": " yes\n\nHuman: and\n\nAssistant: no"}])
-  record, = read_lines(tmp_path / hh.first_turn(stages.Given(tmp_path), "cut", samples, prompts))
+  samples = worlds.write_jsonl(
+    tmp_path / "samples.jsonl",
+    [{"index": 0, "prompt": "shots plain", "response": " yes\n\nHuman: and\n\nAssistant: no"}],
+  )
+  (record,) = read_lines(tmp_path / hh.first_turn(stages.Given(tmp_path), "cut", samples, prompts))
   assert record == {"index": 0, "prompt": "plain", "response": " yes"}
 
 
-@pytest.mark.parametrize("record, prompt, response", [
+@pytest.mark.parametrize(
+  "record, prompt, response",
+  [
     ({"prompt": "POST: a\nTL;DR:", "label": "b"}, "POST: a\nTL;DR:", " b"),
     ({"article": "a long day.", "highlights": "b"}, "a long day.\n\nTL;DR:", " b"),
-    ({"prompt": "a", "responses": [" b"]}, "a", " b")])
+    ({"prompt": "a", "responses": [" b"]}, "a", " b"),
+  ],
+)
 def test_test_examples_are_read_in_the_forms_they_are_published_in(record, prompt, response, tmp_path):
   path = worlds.write_jsonl(tmp_path / "test.jsonl", [record])
   assert list(stages.read_examples(path)) == [Example(prompt, (response,))]
@@ -277,7 +370,9 @@ def test_an_experiment_goes_on_only_with_the_settings_it_has(tmp_path):
     again(2)
 
 
-@pytest.mark.parametrize("module, arguments, message", [
+@pytest.mark.parametrize(
+  "module, arguments, message",
+  [
     (imdb, ["--dpo.learning_rate=1"], "--dpo.learning_rate=1 is no argument; keys of configs are set by"),
     (imdb, ["--ppo.loss=dpo"], "--ppo.loss=dpo is no argument"),
     (imdb, ["--prefix=3"], "--prefix=3 is no argument"),
@@ -287,17 +382,23 @@ def test_an_experiment_goes_on_only_with_the_settings_it_has(tmp_path):
     (tldr, [], "--test is missing"),
     (tldr, ["--also=dpo", "--dry_run"], "--also is 'dpo'; give NAME=MODEL"),
     (tldr, ["--test={few}"], "there are 2, fewer than --prompts=256; lower it"),
-    (tldr, ["--test={broken}"], 'line 1: "prompt" is missing')])
+    (tldr, ["--test={broken}"], 'line 1: "prompt" is missing'),
+  ],
+)
 def test_what_cannot_be_used_is_one_line(module, arguments, message, tmp_path):
-  files = {"few": worlds.write_jsonl(tmp_path / "few.jsonl", [{"prompt": "a", "label": "b"}] * 2),
-           "broken": worlds.write_jsonl(tmp_path / "broken.jsonl", [{"responses": ["b"]}])}
+  files = {
+    "few": worlds.write_jsonl(tmp_path / "few.jsonl", [{"prompt": "a", "label": "b"}] * 2),
+    "broken": worlds.write_jsonl(tmp_path / "broken.jsonl", [{"responses": ["b"]}]),
+  }
   with pytest.raises(SystemExit, match=re.escape(message)):
     module.main([f"--workdir={tmp_path / 'run'}", *(each.format(**files) for each in arguments)])
 
 
 def test_a_judge_without_a_verdict_is_an_error(tmp_path):
-  paths = [worlds.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "a", "responses": [name]}])
-           for name in ("ours", "theirs")]
+  paths = [
+    worlds.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "a", "responses": [name]}])
+    for name in ("ours", "theirs")
+  ]
   given = stages.Given(tmp_path, judge={"judge": "tests.test_paper:undecided"})
   with pytest.raises(judging.JudgeError, match="gave no verdict"):
     stages.judged(given, "a", {"method": "m", "temperature": 1.0}, *paths, "dialogue")
@@ -310,9 +411,11 @@ def undecided(prompt, a, b):
 
 def test_the_true_reward_is_the_score_of_the_label_positive():
   said = []
+
   def classify(texts):
     said.extend(texts)
     return [[{"label": "NEGATIVE", "score": 0.25}, {"label": "POSITIVE", "score": 0.75}]]
+
   assert siebert.positive(classify, "the plot is warm") == 0.75 and said == ["the plot is warm"]
   with pytest.raises(ConfigError, match="has the labels JOY, not POSITIVE"):
     siebert.positive(lambda texts: [[{"label": "joy", "score": 1.0}]], "")
@@ -332,13 +435,27 @@ def save_classifier(folder):
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   transformers.PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-      cls_token="<s>", sep_token="</s>").save_pretrained(folder)
+    tokenizer_object=tokenizer,
+    bos_token="<s>",
+    eos_token="</s>",
+    pad_token="<pad>",
+    unk_token="<unk>",
+    cls_token="<s>",
+    sep_token="</s>",
+  ).save_pretrained(folder)
   torch.manual_seed(0)
-  transformers.RobertaForSequenceClassification(transformers.RobertaConfig(
-      vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-      max_position_embeddings=520, id2label={0: "NEGATIVE", 1: "POSITIVE"},
-      label2id={"NEGATIVE": 0, "POSITIVE": 1})).save_pretrained(folder)
+  transformers.RobertaForSequenceClassification(
+    transformers.RobertaConfig(
+      vocab_size=8,
+      hidden_size=16,
+      num_hidden_layers=1,
+      num_attention_heads=2,
+      intermediate_size=16,
+      max_position_embeddings=520,
+      id2label={0: "NEGATIVE", 1: "POSITIVE"},
+      label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )
+  ).save_pretrained(folder)
 
 
 def test_the_true_reward_is_read_from_a_folder_where_torch_is_installed(monkeypatch, tmp_path):

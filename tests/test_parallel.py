@@ -35,14 +35,14 @@ def assert_same_step(got, loss, one_device):
   np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
   gradient = jax.tree.map(lambda b, w: b - w, before, want)
   largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * largest, rtol=1e-5),
-               got, want)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * largest, rtol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("strategy, data, fsdp, tensor, rows_at_once", [
-    *((*lift, 0) for lift in LIFTS), (*LIFTS[0], 1), (*LIFTS[3], 2)])
-def test_a_lift_gives_the_step_of_one_device(
-    strategy, data, fsdp, tensor, rows_at_once, one_device):
+@pytest.mark.parametrize(
+  "strategy, data, fsdp, tensor, rows_at_once",
+  [*((*lift, 0) for lift in LIFTS), (*LIFTS[0], 1), (*LIFTS[3], 2)],
+)
+def test_a_lift_gives_the_step_of_one_device(strategy, data, fsdp, tensor, rows_at_once, one_device):
   devices = parallel.make_parallel(strategy, data=data, fsdp=fsdp, tensor=tensor)
   state, metrics = sgd_step.lifted(devices, rows_at_once=rows_at_once)
   got, loss = jax.device_get(devices.collect((state.params, metrics["loss"])))
@@ -65,25 +65,40 @@ def test_losses_over_the_whole_step_are_those_of_one_device(loss):
 
 
 @pytest.mark.parametrize("strategy, data, fsdp, tensor", [LIFTS[0], LIFTS[1], LIFTS[3]])
-def test_two_processes_give_the_step_of_one_device(
-    strategy, data, fsdp, tensor, one_device, tmp_path):
+def test_two_processes_give_the_step_of_one_device(strategy, data, fsdp, tensor, one_device, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{free.getsockname()[1]}"
   environment = os.environ | {
-      "XLA_FLAGS": f"{conftest.QUICK_COMPILES} --xla_force_host_platform_device_count=4",
-      "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    "XLA_FLAGS": f"{conftest.QUICK_COMPILES} --xla_force_host_platform_device_count=4",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+  }
   processes = [
-      subprocess.Popen(
-          [sys.executable, "-m", "tests.sgd_step", strategy, str(data), str(fsdp), str(tensor),
-           str(tmp_path / f"{i}.npz"), coordinator, "2", str(i)],
-          cwd=conftest.ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-      for i in range(2)]
+    subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "tests.sgd_step",
+        strategy,
+        str(data),
+        str(fsdp),
+        str(tensor),
+        str(tmp_path / f"{i}.npz"),
+        coordinator,
+        "2",
+        str(i),
+      ],
+      cwd=conftest.ROOT,
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
   for process in processes:
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
-  names = [jax.tree_util.keystr(path)
-           for path, _ in jax.tree_util.tree_leaves_with_path(one_device[1])]
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(one_device[1])]
   for i in range(2):
     saved = np.load(tmp_path / f"{i}.npz")
     got = jax.tree.unflatten(jax.tree.structure(one_device[1]), [saved[name] for name in names])
@@ -95,9 +110,13 @@ def test_fsdp_and_tensor_cut_the_parameters():
   tx = optax.adam(1e-3)
   state = step.init_state(params, tx)
   whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-  share = {(data, fsdp, tensor): parallel.device_bytes(
-      parallel.Mesh(data=data, fsdp=fsdp, tensor=tensor).place(state)) / whole
-           for data, fsdp, tensor in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))}
+  share = {
+    (data, fsdp, tensor): parallel.device_bytes(
+      parallel.Mesh(data=data, fsdp=fsdp, tensor=tensor).place(state)
+    )
+    / whole
+    for data, fsdp, tensor in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
+  }
   assert share[8, 1, 1] == 1.0
   # Norm scales, a few thousandths of the parameters, are on every device.
   assert share[1, 8, 1] < 1 / 8 + 0.02
@@ -137,5 +156,7 @@ print((resident() - before) / 2**28)
 
 @pytest.mark.parametrize("numbers, kept", [(2**20, 1), (2**29, 0)])
 def test_freed_buffers_are_kept_under_a_small_state_and_given_back_under_a_large_one(numbers, kept):
-  run = subprocess.run([sys.executable, "-c", RESIDENT, str(numbers)], capture_output=True, text=True, check=True)
+  run = subprocess.run(
+    [sys.executable, "-c", RESIDENT, str(numbers)], capture_output=True, text=True, check=True
+  )
   assert float(run.stdout) == pytest.approx(kept, abs=0.1)

@@ -20,7 +20,8 @@ LENGTHS = np.random.default_rng(0).integers(2, 12, (200, 3))
 
 def config_of(**changes):
   return worlds.run_config(
-      "dpo", "words", "pairs.jsonl", "cache", **{"model.vocab_size": 20, "eval_every": 0} | changes)
+    "dpo", "words", "pairs.jsonl", "cache", **{"model.vocab_size": 20, "eval_every": 0} | changes
+  )
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,14 @@ def folder(tmp_path_factory):
   """A folder with the config.json of a Llama, and nothing else."""
   published = json.loads((conftest.ROOT / "tests" / "published_models.json").read_text())
   small = published["meta-llama/Llama-3.2-1B"]["config"] | {
-      "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 96,
-      "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "vocab_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+  }
   path = tmp_path_factory.mktemp("llama")
   (path / "config.json").write_text(json.dumps(small))
   return str(path)
@@ -63,8 +70,7 @@ def test_a_mesh_cuts_what_every_replica_holds_whole():
 
 def test_an_adapter_needs_one_model_and_the_config_json_is_enough(folder):
   shapes = {"model.checkpoint": folder, "model.vocab_size": 0}
-  full, adapter = (plan.plan(config_of(**shapes, **rank), LENGTHS)
-                   for rank in ({}, {"lora.rank": 2}))
+  full, adapter = (plan.plan(config_of(**shapes, **rank), LENGTHS) for rank in ({}, {"lora.rank": 2}))
   assert full.trained == full.frozen == adapter.frozen
   assert adapter.trained < full.trained / 5 and adapter.optimizer < full.optimizer / 5
   assert adapter.peak < full.peak and adapter.flops == pytest.approx(full.flops * 3 / 4)
@@ -72,16 +78,21 @@ def test_an_adapter_needs_one_model_and_the_config_json_is_enough(folder):
 
 def test_parts_and_recomputing_need_less():
   long = np.random.default_rng(0).integers(10, 20, (200, 3))
-  of = lambda **changes: plan.plan(config_of(
-      row_length=64, batch_size=64, **{"model.layers": 4, "parallel.strategy": "mesh"} | changes), long)
-  temporaries = [of(**changes).temporaries for changes in (
-      {}, {"model.remat": "full"}, {"model.remat": "full", "rows_at_once": 1})]
+  of = lambda **changes: plan.plan(
+    config_of(row_length=64, batch_size=64, **{"model.layers": 4, "parallel.strategy": "mesh"} | changes),
+    long,
+  )
+  temporaries = [
+    of(**changes).temporaries
+    for changes in ({}, {"model.remat": "full"}, {"model.remat": "full", "rows_at_once": 1})
+  ]
   assert temporaries == sorted(temporaries, reverse=True)
 
 
 def test_necessary_flops_are_those_of_the_formula():
   model = model_config.llama_style(
-      vocab_size=100, width=8, layers=2, heads=2, max_positions=32, tie_embeddings=True)
+    vocab_size=100, width=8, layers=2, heads=2, max_positions=32, tie_embeddings=True
+  )
   lengths = np.array([[2, 1, 3]])
   matrices = 4 * 8 * 8 + 3 * 8 * model.mlp_width
   seen = (1 + 2) + (2 + 1) + (2 + 1 + 2 + 2 + 2 + 3)  # by each token of the prompt and the responses
@@ -89,7 +100,8 @@ def test_necessary_flops_are_those_of_the_formula():
   assert plan.necessary_flops(model, lengths, 4) == 4 * forward
   plain = dataclasses.replace(model, mlp="gelu", reward_head=True)
   assert plan.necessary_flops(plain, lengths, 3) == 3 * (
-      forward - 2 * 2 * 6 * 8 * model.mlp_width - 2 * 8 * 100 * 4)
+    forward - 2 * 2 * 6 * 8 * model.mlp_width - 2 * 8 * 100 * 4
+  )
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(words, tmp_path, monkeypatch):
@@ -115,43 +127,70 @@ def test_lengths_are_means_and_keep_to_what_a_row_holds():
 
 def command(*arguments):
   return subprocess.run(
-      [sys.executable, "-m", "dpojax.plan", *arguments], cwd=conftest.ROOT, capture_output=True,
-      text=True, timeout=240)
+    [sys.executable, "-m", "dpojax.plan", *arguments],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
 
 
 def test_the_command_prints_the_plan_of_simulated_devices(folder):
   small = [f"--config.model.checkpoint={folder}", "--config.row_length=512", "--config.batch_size=16"]
   result = command(
-      "--config=configs/llama3.py:full", *small, "--config.data.path=x", "--config.data.max_length=256",
-      "--config.data.max_prompt_length=128", "--devices=8", "--chip=h100", "--lengths=60,30,30")
+    "--config=configs/llama3.py:full",
+    *small,
+    "--config.data.path=x",
+    "--config.data.max_length=256",
+    "--config.data.max_prompt_length=128",
+    "--devices=8",
+    "--chip=h100",
+    "--lengths=60,30,30",
+  )
   assert result.returncode == 0, result.stderr
   assert "compiled for    8 cpu device(s)" in result.stdout
   assert "fits its 74.5 GiB" in result.stdout and "peak" in result.stdout
-  result = command("--config=configs/llama3.py:full", "--config.model.checkpoint=/nowhere",
-                   "--config.data.path=x", "--lengths=60,30,30")
+  result = command(
+    "--config=configs/llama3.py:full",
+    "--config.model.checkpoint=/nowhere",
+    "--config.data.path=x",
+    "--lengths=60,30,30",
+  )
   assert result.returncode == 1 and "error: /nowhere is not the workdir of a run" in result.stderr
 
 
 def test_a_second_process_finds_what_the_first_has_compiled(words, tmp_path):
   path = worlds.write_jsonl(tmp_path / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 60))
   config = worlds.run_config(
-      "sft", words, path, tmp_path / "cache", steps=1, eval_every=0, checkpoint_every=0,
-      compile_cache=str(tmp_path / "compiled"))
+    "sft",
+    words,
+    path,
+    tmp_path / "cache",
+    steps=1,
+    eval_every=0,
+    checkpoint_every=0,
+    compile_cache=str(tmp_path / "compiled"),
+  )
   (tmp_path / "config.json").write_text(config_lib.to_json(config))
   code = (
-      "import sys, jax, pathlib\n"
-      "from dpojax import config, train\n"
-      "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
-      "events = []\n"
-      "jax.monitoring.register_event_listener(lambda name, **_: events.append(name))\n"
-      "train.run(config.from_json(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2])\n"
-      "print('hits', events.count('/jax/compilation_cache/cache_hits'),\n"
-      "      'misses', events.count('/jax/compilation_cache/cache_misses'))\n")
+    "import sys, jax, pathlib\n"
+    "from dpojax import config, train\n"
+    "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+    "events = []\n"
+    "jax.monitoring.register_event_listener(lambda name, **_: events.append(name))\n"
+    "train.run(config.from_json(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2])\n"
+    "print('hits', events.count('/jax/compilation_cache/cache_hits'),\n"
+    "      'misses', events.count('/jax/compilation_cache/cache_misses'))\n"
+  )
   counts = []
   for name in ("one", "two"):
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "config.json"), str(tmp_path / name)],
-        cwd=conftest.ROOT, capture_output=True, text=True, timeout=240)
+      [sys.executable, "-c", code, str(tmp_path / "config.json"), str(tmp_path / name)],
+      cwd=conftest.ROOT,
+      capture_output=True,
+      text=True,
+      timeout=240,
+    )
     assert result.returncode == 0, result.stderr
     words_of = result.stdout.split()[-4:]
     counts.append((int(words_of[1]), int(words_of[3])))

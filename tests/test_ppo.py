@@ -34,9 +34,11 @@ def tiny(seed=0):
 
 
 RESPONSES = [
-    np.array(ids, np.int32) for length in range(1, ROOM + 1)
-    for ids in itertools.product(range(VOCAB), repeat=length)
-    if STOP not in ids[:-1] and (ids[-1] == STOP or length == ROOM)]
+  np.array(ids, np.int32)
+  for length in range(1, ROOM + 1)
+  for ids in itertools.product(range(VOCAB), repeat=length)
+  if STOP not in ids[:-1] and (ids[-1] == STOP or length == ROOM)
+]
 """Every response there can be."""
 
 PROMPTS, LENGTHS = np.array([[1, 2], [3, 0], [2, 4], [4, 0]], np.int32), np.array([2, 1, 2, 1])
@@ -48,38 +50,59 @@ def exact_log_probs(config, params):
   every = lambda x: np.broadcast_to(x, (len(PROMPTS), *x.shape))
   rows = rollouts.rows_of(PROMPTS, LENGTHS, every(tokens), every(counts))
   apply = transformer.make_apply(config)
-  score = jax.jit(lambda params, rows: response_log_probs(
-      apply(params, rows), rows, num_responses=len(RESPONSES)).sums[:, 0])
+  score = jax.jit(
+    lambda params, rows: response_log_probs(apply(params, rows), rows, num_responses=len(RESPONSES)).sums[
+      :, 0
+    ]
+  )
   return np.asarray(score(params, rows), np.float64)
 
 
 def table_reward(prompts, responses):
   """Pays for each 1, and for 2 behind the prompt's last id 2."""
-  return np.array([np.sum(r == 1) * 0.6 - 0.5 * np.sum(r == 3) + 0.4 * (p[-1] == 2) * (r[0] == 2)
-                   for p, r in zip(prompts, responses)])
+  return np.array(
+    [
+      np.sum(r == 1) * 0.6 - 0.5 * np.sum(r == 3) + 0.4 * (p[-1] == 2) * (r[0] == 2)
+      for p, r in zip(prompts, responses)
+    ]
+  )
 
 
 def every_reward():
   """The reward of every response to every prompt, [4, N]."""
-  return np.stack([table_reward([prompt[:n]] * len(RESPONSES), RESPONSES)
-                   for prompt, n in zip(PROMPTS, LENGTHS)])
+  return np.stack(
+    [table_reward([prompt[:n]] * len(RESPONSES), RESPONSES) for prompt, n in zip(PROMPTS, LENGTHS)]
+  )
 
 
 def reward_and_kl(log_probs, reference):
   """Exact mean reward and KL to the reference, over prompts."""
   chances = np.exp(log_probs)
-  return ((chances * every_reward()).sum(1).mean(),
-          (chances * (log_probs - reference)).sum(1).mean())
+  return ((chances * every_reward()).sum(1).mean(), (chances * (log_probs - reference)).sum(1).mean())
 
 
 def settings(**changes):
-  return ppo.Settings(**dict(
-      steps=18, prompts_per_step=32, num_samples=16, max_new_tokens=ROOM, epochs=2, minibatches=2,
-      beta=0.5, normalize_rewards=False, learning_rate=6e-3, critic_learning_rate=2e-2,
-      schedule="linear", value_clip=1.0) | changes)
+  return ppo.Settings(
+    **dict(
+      steps=18,
+      prompts_per_step=32,
+      num_samples=16,
+      max_new_tokens=ROOM,
+      epochs=2,
+      minibatches=2,
+      beta=0.5,
+      normalize_rewards=False,
+      learning_rate=6e-3,
+      critic_learning_rate=2e-2,
+      schedule="linear",
+      value_clip=1.0,
+    )
+    | changes
+  )
 
 
 # The functions.
+
 
 def responses_of(rng):
   """Five responses of 1 to 6 tokens: three arrays [5, 6], and lengths."""
@@ -94,8 +117,7 @@ def test_advantages_are_a_plain_loops(rng):
     for t in range(length):
       for later in range(t, length):
         following = values[i, later + 1] if later + 1 < length else 0.0
-        want[i, t] += (0.9 * 0.7) ** (later - t) * (
-            rewards[i, later] + 0.9 * following - values[i, later])
+        want[i, t] += (0.9 * 0.7) ** (later - t) * (rewards[i, later] + 0.9 * following - values[i, later])
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -111,8 +133,7 @@ def test_advantages_at_lambda_1_are_returns_less_values(rng):
 def test_every_token_pays_for_its_log_ratio_and_the_last_one_earns_the_score(rng):
   log_probs, reference, _, lengths = responses_of(rng)
   scores = rng.normal(size=5)
-  got = jax.vmap(lambda *x: ppo_losses.token_rewards(*x, beta=0.3))(
-      scores, log_probs, reference, lengths)
+  got = jax.vmap(lambda *x: ppo_losses.token_rewards(*x, beta=0.3))(scores, log_probs, reference, lengths)
   want = np.zeros((5, 6))
   for i, length in enumerate(lengths):
     for t in range(length):
@@ -143,7 +164,8 @@ def test_moments_of_parts_are_those_of_the_whole_and_whitening_uses_the_marked(r
   assert moments.deviation() == pytest.approx(values.std(), rel=1e-5)
   got = np.asarray(ppo_losses.whiten(values, where))
   np.testing.assert_allclose(
-      got[where], (values[where] - values[where].mean()) / values[where].std(), rtol=1e-4, atol=1e-5)
+    got[where], (values[where] - values[where].mean()) / values[where].std(), rtol=1e-4, atol=1e-5
+  )
   assert not np.any(got[~where])
 
 
@@ -166,15 +188,16 @@ def test_the_first_gradient_is_reinforce_with_advantages(rng):
   def clipped(params):
     loss, metrics = objective.evaluate(params, (), experience)
     return loss.value(), metrics
+
   got, metrics = jax.jit(jax.grad(clipped, has_aux=True))(params)
   assert metrics["policy/ratio"].value() == pytest.approx(1, abs=1e-6)
   assert metrics["policy/clipfrac"].value() == 0
-  want = jax.jit(jax.grad(
-      lambda params: -(log_probs(params) * advantages).sum() / where.sum()))(params)
+  want = jax.jit(jax.grad(lambda params: -(log_probs(params) * advantages).sum() / where.sum()))(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 
 # The loop.
+
 
 def test_a_fixed_beta_approaches_the_closed_form_optimum():
   config, params = tiny()
@@ -186,8 +209,15 @@ def test_a_fixed_beta_approaches_the_closed_form_optimum():
 
   seen = []
   trained, history = ppo.train(
-      config, params, PROMPTS, LENGTHS, table_reward, settings(), stop_id=STOP,
-      callback=lambda step, params, metrics: seen.append((step, metrics)))
+    config,
+    params,
+    PROMPTS,
+    LENGTHS,
+    table_reward,
+    settings(),
+    stop_id=STOP,
+    callback=lambda step, params, metrics: seen.append((step, metrics)),
+  )
   after = exact_log_probs(config, trained)
   reward, kl = reward_and_kl(after, reference)
   value = lambda reward, kl: reward - 0.5 * kl
@@ -207,24 +237,50 @@ def test_under_a_reward_model_scores_rise_and_an_adaptive_beta_holds_its_kl():
   config, params = tiny()
   judge = dataclasses.replace(config, reward_head=True)
   reward = rollouts.LearnedReward(
-      judge, worlds.params_of(judge, seed=5), parallel.Mesh(), num_samples=16, prompt_width=2,
-      max_new_tokens=ROOM)
+    judge,
+    worlds.params_of(judge, seed=5),
+    parallel.Mesh(),
+    num_samples=16,
+    prompt_width=2,
+    max_new_tokens=ROOM,
+  )
   trained, history = ppo.train(
-      config, params, PROMPTS, LENGTHS, reward,
-      settings(steps=28, beta=0.7, target_kl=0.3, kl_gain=0.4, normalize_rewards=True,
-               learning_rate=4e-3, schedule="constant", rows_at_once=2, prompts_at_once=16),
-      stop_id=STOP)
+    config,
+    params,
+    PROMPTS,
+    LENGTHS,
+    reward,
+    settings(
+      steps=28,
+      beta=0.7,
+      target_kl=0.3,
+      kl_gain=0.4,
+      normalize_rewards=True,
+      learning_rate=4e-3,
+      schedule="constant",
+      rows_at_once=2,
+      prompts_at_once=16,
+    ),
+    stop_id=STOP,
+  )
   of = lambda name: np.array([line[f"objective/{name}"] for line in history])
   assert of("kl")[:14].max() > 0.6 and abs(of("kl")[-12:].mean() - 0.3) < 0.1
   assert of("beta")[-12:].mean() > 0.8
   assert of("scores")[-12:].mean() > of("scores")[0] + 0.3 * of("scores_std")[0]
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(beta=-1.0), "beta is -1.0"), (dict(minibatches=3), "minibatches is 3"),
-    (dict(lam=1.5), "lam is 1.5"), (dict(beta=0.0, target_kl=1.0), "beta is 0 and target_kl"),
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(beta=-1.0), "beta is -1.0"),
+    (dict(minibatches=3), "minibatches is 3"),
+    (dict(lam=1.5), "lam is 1.5"),
+    (dict(beta=0.0, target_kl=1.0), "beta is 0 and target_kl"),
     (dict(prompts_per_step=12, minibatches=1), "make it a multiple of 8"),
-    (dict(prompts_at_once=4), "prompts_at_once is 4"), (dict(schedule="step"), "schedule is 'step'")])
+    (dict(prompts_at_once=4), "prompts_at_once is 4"),
+    (dict(schedule="step"), "schedule is 'step'"),
+  ],
+)
 def test_settings_that_cannot_run_are_refused(changes, message):
   config, params = tiny()
   with pytest.raises(ValueError, match=message):
@@ -234,11 +290,15 @@ def test_settings_that_cannot_run_are_refused(changes, message):
 def test_prompts_and_rewards_that_cannot_be_used_are_refused():
   ids = [np.array([1])] * 2
   for prompts, lengths, message in (
-      (PROMPTS, LENGTHS[:2], "give ids"), (PROMPTS, LENGTHS * 0, "prompt 0 has length 0")):
+    (PROMPTS, LENGTHS[:2], "give ids"),
+    (PROMPTS, LENGTHS * 0, "prompt 0 has length 0"),
+  ):
     with pytest.raises(ValueError, match=message):
       rollouts.check_prompts(prompts, lengths)
-  for reward, message in ((lambda p, r: np.zeros((2, 1)), r"returned \(2, 1\) for 2"),
-                          (lambda p, r: [0.0, float("nan")], "response 1 is nan")):
+  for reward, message in (
+    (lambda p, r: np.zeros((2, 1)), r"returned \(2, 1\) for 2"),
+    (lambda p, r: [0.0, float("nan")], "response 1 is nan"),
+  ):
     with pytest.raises(ValueError, match=message):
       rollouts.checked_scores(reward, ids, ids)
 
@@ -252,16 +312,36 @@ def test_an_epoch_is_about_each_prompt_once():
 
 # The run.
 
+
 def run_config(runs, folder, **changes):
   config = importlib.import_module("configs.ppo").get_config()
   with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict({
-        "model.checkpoint": runs.sft, "ppo.reward": runs.reward, "data.path": runs.pairs,
-        "data.cache_dir": str(folder / "cache"), "data.max_length": 32, "data.eval_size": 16,
-        "data.max_prompt_length": 4, "row_length": 64, "steps": 3, "batch_size": 16,
-        "eval_every": 3, "checkpoint_every": 1, "checkpoint_keep": 9, "ppo.num_samples": 4,
-        "ppo.max_new_tokens": 6, "ppo.epochs": 2, "ppo.minibatches": 2, "ppo.target_kl": 0.0,
-        "optimizer.learning_rate": 5e-3, "ppo.critic_learning_rate": 5e-3, "parallel.fsdp": 2} | changes)
+    config.update_from_flattened_dict(
+      {
+        "model.checkpoint": runs.sft,
+        "ppo.reward": runs.reward,
+        "data.path": runs.pairs,
+        "data.cache_dir": str(folder / "cache"),
+        "data.max_length": 32,
+        "data.eval_size": 16,
+        "data.max_prompt_length": 4,
+        "row_length": 64,
+        "steps": 3,
+        "batch_size": 16,
+        "eval_every": 3,
+        "checkpoint_every": 1,
+        "checkpoint_keep": 9,
+        "ppo.num_samples": 4,
+        "ppo.max_new_tokens": 6,
+        "ppo.epochs": 2,
+        "ppo.minibatches": 2,
+        "ppo.target_kl": 0.0,
+        "optimizer.learning_rate": 5e-3,
+        "ppo.critic_learning_rate": 5e-3,
+        "parallel.fsdp": 2,
+      }
+      | changes
+    )
   return config
 
 
@@ -269,8 +349,9 @@ TIMES = ("time", "samples_per_second", "tokens_per_second")
 
 
 def lines(workdir):
-  return [{name: value for name, value in line.items() if name not in TIMES}
-          for line in read_metrics(workdir)]
+  return [
+    {name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(workdir)
+  ]
 
 
 def wordy(prompt, response):
@@ -280,8 +361,7 @@ def wordy(prompt, response):
 
 def test_a_run_learns_and_continues_after_a_kill_to_the_same_numbers(runs, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  config = run_config(runs, tmp_path, **{
-      "ppo.reward": "tests.test_ppo:wordy", "ppo.critic": runs.reward})
+  config = run_config(runs, tmp_path, **{"ppo.reward": "tests.test_ppo:wordy", "ppo.critic": runs.reward})
   result = ppo.run(config, whole)
   first = next(line for line in lines(whole) if line["split"] == "eval")
   assert first["step"] == 0 and abs(first["objective/kl"]) < 1e-5
@@ -309,7 +389,9 @@ def test_a_reward_model_gives_ids_what_it_gives_their_text(runs, tmp_path):
   assert got[0] > got[1] and got[2] > got[3]
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     ({"ppo.reward": ""}, "config.ppo.reward is empty"),
     ({"ppo.minibatches": 5}, "config.ppo.minibatches is 5 and batch_size 16"),
     ({"lora.rank": 4}, "config.lora.rank is 4, which PPO does not take"),
@@ -317,7 +399,9 @@ def test_a_reward_model_gives_ids_what_it_gives_their_text(runs, tmp_path):
     ({"ppo.num_samples": "4"}, "config.ppo.num_samples is '4'; it must be of type int"),
     ({"ppo.taget_kl": 3.0}, "config.ppo.taget_kl is not a key; did you mean target_kl"),
     ({"ppo.reward": "tests.test_ppo:missing"}, "missing cannot be imported"),
-    ({"objective": "dpo"}, "dpojax.ppo runs objective='ppo'")])
+    ({"objective": "dpo"}, "dpojax.ppo runs objective='ppo'"),
+  ],
+)
 def test_a_config_that_cannot_run_is_refused(changes, message, runs, tmp_path):
   with pytest.raises(ConfigError, match=message):
     ppo.run(run_config(runs, tmp_path, **changes), tmp_path / "run")

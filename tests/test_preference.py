@@ -18,13 +18,26 @@ from tests import worlds
 CONFIG = worlds.llama(layers=1)
 BETA = 0.3
 KNOBS = {
-    "robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
-    "aot": {"label_smoothing": 0.1}, "bco_pair": {"delta": 0.2}, "discopop": {"tau": 0.1},
-    "f_dpo_alpha_divergence": {"alpha": 0.3}, "simpo": {"gamma": 0.5}, "orpo": {"weight": 0.7},
-    "unlikelihood": {"alpha": 0.2}, "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
-    "dpop": {"weight": 5.0}, "cal_dpo": {"weight": 0.5}, "bdpo": {"mix": 0.3}, "mappo": {"gap": 0.4},
-    "h_dpo": {"alpha": 0.9}, "r_dpo": {"alpha": 0.1}, "tdpo2": {"alpha": 0.3},
-    "epsilon_dpo": {"epsilon": 0.2}, "alphapo": {"gamma": 0.5, "alpha": 0.25}}
+  "robust_dpo": {"label_smoothing": 0.1},
+  "exo_pair": {"label_smoothing": 0.1},
+  "aot": {"label_smoothing": 0.1},
+  "bco_pair": {"delta": 0.2},
+  "discopop": {"tau": 0.1},
+  "f_dpo_alpha_divergence": {"alpha": 0.3},
+  "simpo": {"gamma": 0.5},
+  "orpo": {"weight": 0.7},
+  "unlikelihood": {"alpha": 0.2},
+  "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+  "dpop": {"weight": 5.0},
+  "cal_dpo": {"weight": 0.5},
+  "bdpo": {"mix": 0.3},
+  "mappo": {"gap": 0.4},
+  "h_dpo": {"alpha": 0.9},
+  "r_dpo": {"alpha": 0.1},
+  "tdpo2": {"alpha": 0.3},
+  "epsilon_dpo": {"epsilon": 0.2},
+  "alphapo": {"gamma": 0.5, "alpha": 0.25},
+}
 NAMES = sorted(preference.LOSSES)
 
 
@@ -36,8 +49,12 @@ def objective(*names, weights=(), knobs=None, **options):
   if knobs is None:
     knobs = {knob: value for name in names for knob, value in KNOBS.get(name, {}).items()}
   return preference.preference_objective(
-      transformer.make_apply(CONFIG), preference.make_terms(names, weights, knobs), beta=BETA,
-      num_responses=4 if "dpo_plackett_luce" in names else 2, **options)
+    transformer.make_apply(CONFIG),
+    preference.make_terms(names, weights, knobs),
+    beta=BETA,
+    num_responses=4 if "dpo_plackett_luce" in names else 2,
+    **options,
+  )
 
 
 def evaluate(objective, params, reference, rows):
@@ -76,8 +93,13 @@ def single_sequences(params, examples, longest=24):
     return jax.nn.log_softmax(hidden @ transformer.output_head(params).T)
 
   shape = (len(examples), len(examples[0][1]), longest)
-  out = Single(np.zeros(shape), np.zeros(shape, bool), np.zeros(shape),
-               np.zeros((*shape, CONFIG.vocab_size)), np.zeros(shape, int))
+  out = Single(
+    np.zeros(shape),
+    np.zeros(shape, bool),
+    np.zeros(shape),
+    np.zeros((*shape, CONFIG.vocab_size)),
+    np.zeros(shape, int),
+  )
   for i, (prompt, responses) in enumerate(examples):
     for k, response in enumerate(responses):
       ids = np.concatenate([prompt, response]).astype(int)
@@ -87,7 +109,7 @@ def single_sequences(params, examples, longest=24):
         out.tokens[i, k, t] = every[place - 1, ids[place]]
         out.every[i, k, t], out.targets[i, k, t] = every[place - 1], ids[place]
         out.collisions[i, k, t] = np.log(np.exp(2 * every[place - 1]).sum())
-      out.mask[i, k, :len(places)] = True
+      out.mask[i, k, : len(places)] = True
   return out
 
 
@@ -137,10 +159,12 @@ def by_formula(name, policy, reference):
     moved = [pair(mixed_sums(policy, reference, share)) for share in (0.2, -0.2)]
     margins = [np.asarray(m.chosen - m.rejected) for m in (moved[0], pair(policy.sums), moved[1])]
     steps = np.sign(margins[1] - margins[0]) * (
-        np.sign(margins[1] - margins[0]) == np.sign(margins[2] - margins[1]))
+      np.sign(margins[1] - margins[0]) == np.sign(margins[2] - margins[1])
+    )
     assert {-1, 1} <= set(steps)
     return losses.dpo_loss(
-        pair(policy.sums), pair(reference.sums), beta=jnp.asarray(BETA / (1 + 0.2 * steps)))
+      pair(policy.sums), pair(reference.sums), beta=jnp.asarray(BETA / (1 + 0.2 * steps))
+    )
   return entry.function(pair(policy.sums), pair(reference.sums), **knobs)
 
 
@@ -158,8 +182,7 @@ def test_a_packed_loss_is_the_formula_on_single_sequences(name, rng):
 def test_a_step_down_the_gradient_lowers_every_loss(name, rng):
   params = worlds.params_of(CONFIG, 0)
   rows = worlds.packed(worlds.comparisons(rng, 9, num_responses_of(name)), 64)
-  total = jax.jit(jax.value_and_grad(
-      lambda p: objective(name).evaluate(p, params, rows)[0].value()))
+  total = jax.jit(jax.value_and_grad(lambda p: objective(name).evaluate(p, params, rows)[0].value()))
   before, grads = total(params)
   norm = float(optax.tree.norm(grads))
   moved = jax.tree.map(lambda p, g: p - np.float32(1e-3 / norm) * g, params, grads)
@@ -180,20 +203,24 @@ def test_length_normalize_gives_the_loss_mean_log_probs(rng):
   np.testing.assert_allclose(got, jnp.mean(want), rtol=1e-4)
   margins = policy.means - frozen.means
   np.testing.assert_allclose(
-      metrics["rewards/margins"], BETA * (margins[:, 0] - margins[:, 1]).mean(), rtol=1e-4)
+    metrics["rewards/margins"], BETA * (margins[:, 0] - margins[:, 1]).mean(), rtol=1e-4
+  )
 
 
 def test_ld_alpha_discounts_tokens_behind_the_shorter_response(rng):
   params, reference, rows, policy, frozen = two_models(rng)
+
   def discounted(single):
     lengths = single.mask.sum(-1)
     weights = np.where(np.arange(24) < lengths.min(-1)[:, None], 1.0, 0.25)[:, None]
     return pair((single.tokens * weights * single.mask).sum(-1))
+
   got, _ = evaluate(objective("dpo", ld_alpha=0.25), params, reference, rows)
   want = losses.dpo_loss(discounted(policy), discounted(frozen), beta=BETA)
   np.testing.assert_allclose(got, jnp.mean(want), rtol=1e-4)
-  plain, whole = (evaluate(objective("dpo", **o), params, reference, rows)[0]
-                  for o in ({}, {"ld_alpha": 1.0}))
+  plain, whole = (
+    evaluate(objective("dpo", **o), params, reference, rows)[0] for o in ({}, {"ld_alpha": 1.0})
+  )
   np.testing.assert_allclose(whole, plain, rtol=1e-6)
   assert abs(got - plain) > 1e-3 * abs(plain)
 
@@ -226,13 +253,14 @@ def test_dr_dpo_gives_the_gradient_of_the_batchs_log_mean_exp(rng):
   robust = objective("dpo", dr_dpo=1.0)
   got, _ = evaluate(robust, params, reference, rows)
   np.testing.assert_allclose(got, np.mean(weights * values), rtol=1e-4)
+
   def whole(p):
     each = _losses(p, reference, rows)
     return -jnp.log(jnp.mean(jnp.exp(-each), where=jnp.asarray(rows.example >= 0)))
+
   want = jax.jit(jax.grad(whole))(params)
   got = jax.jit(jax.grad(lambda p: robust.evaluate(p, reference, rows)[0].value()))(params)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(
-      g, w, atol=1e-4 * np.abs(w).max() + 1e-6), got, want)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4 * np.abs(w).max() + 1e-6), got, want)
 
 
 def test_a_beta_that_moves_is_that_of_its_step_in_loss_and_metrics(rng):
@@ -246,15 +274,17 @@ def test_a_beta_that_moves_is_that_of_its_step_in_loss_and_metrics(rng):
     np.testing.assert_allclose(metrics["beta"].value(), beta, rtol=1e-6)
     margins = policy.sums - frozen.sums
     np.testing.assert_allclose(
-        metrics["rewards/margins"].value(), beta * (margins[:, 0] - margins[:, 1]).mean(), rtol=1e-4)
+      metrics["rewards/margins"].value(), beta * (margins[:, 0] - margins[:, 1]).mean(), rtol=1e-4
+    )
   assert not objective("dpo").moves and "beta" not in evaluate(objective("dpo"), params, reference, rows)[1]
 
 
 WITHOUT_OWN_BETA = {"aot", "aot_unpaired"}
 
 
-@pytest.mark.parametrize("name", [
-    n for n in NAMES if preference.LOSSES[n].takes_beta() and n not in WITHOUT_OWN_BETA])
+@pytest.mark.parametrize(
+  "name", [n for n in NAMES if preference.LOSSES[n].takes_beta() and n not in WITHOUT_OWN_BETA]
+)
 def test_every_comparison_may_bring_a_beta_of_its_own(name, rng):
   """One step of several betas is the mean of steps of one each."""
   params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
@@ -264,11 +294,14 @@ def test_every_comparison_may_bring_a_beta_of_its_own(name, rng):
   betas = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], np.float32)
   with_knobs = lambda examples, betas: _packed_with(examples, {"beta": betas})
   got, metrics = evaluate(objective(name), params, reference, with_knobs(examples, betas))
-  each = [evaluate(objective(name), params, reference, with_knobs([example], betas[i:i + 1]))[0]
-          for i, example in enumerate(examples)]
+  each = [
+    evaluate(objective(name), params, reference, with_knobs([example], betas[i : i + 1]))[0]
+    for i, example in enumerate(examples)
+  ]
   if name == "bco":  # delta is the step's mean log-ratio at each pair's own beta
-    each = [evaluate(objective(name), params, reference, with_knobs(examples, np.full(6, b)))[0]
-            for b in betas]
+    each = [
+      evaluate(objective(name), params, reference, with_knobs(examples, np.full(6, b)))[0] for b in betas
+    ]
   np.testing.assert_allclose(got, np.mean(each), rtol=2e-4)
   np.testing.assert_allclose(metrics["beta"], betas.mean(), rtol=1e-5)
 
@@ -296,8 +329,14 @@ def _packed_with(examples, knobs):
   lengths = worlds.lengths_of(examples)
   plan = packing.plan_in_order(lengths, len(examples), 64)
   return packing.fill(
-      examples, plan.row[0], int(plan.rows[0]) + 1, plan.shape, num_responses=len(examples[0][1]),
-      example=range(len(examples)), knobs=knobs)
+    examples,
+    plan.row[0],
+    int(plan.rows[0]) + 1,
+    plan.shape,
+    num_responses=len(examples[0][1]),
+    example=range(len(examples)),
+    knobs=knobs,
+  )
 
 
 @pytest.mark.parametrize("name", ["tdpo1", "tdpo2", "epsilon_dpo"])
@@ -313,30 +352,36 @@ def test_losses_of_every_token_refuse_a_reference_of_stored_log_probs(name, rng)
 def test_losses_of_every_token_start_as_dpo(name, rng):
   params = worlds.params_of(CONFIG)
   rows = worlds.packed(worlds.comparisons(rng, 5, 2), 64)
-  of = lambda name: jax.jit(jax.value_and_grad(
-      lambda p: objective(name).evaluate(p, params, rows)[0].value()))(params)
+  of = lambda name: jax.jit(
+    jax.value_and_grad(lambda p: objective(name).evaluate(p, params, rows)[0].value())
+  )(params)
   (got, got_grads), (want, want_grads) = of(name), of("dpo")
   np.testing.assert_allclose(got, want, rtol=1e-6)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(
-      g, w, atol=1e-5 * np.abs(w).max() + 1e-7), got_grads, want_grads)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * np.abs(w).max() + 1e-7), got_grads, want_grads
+  )
 
 
 def test_wpo_weighs_each_pair_without_a_gradient_through_the_weight(rng):
   params, reference, rows, policy, frozen = two_models(rng)
-  alignment = (np.where(policy.mask, policy.tokens - policy.collisions, 0).sum(-1)
-               / policy.mask.sum(-1))
+  alignment = np.where(policy.mask, policy.tokens - policy.collisions, 0).sum(-1) / policy.mask.sum(-1)
   weights = np.minimum(1, np.exp(alignment.sum(-1)))
   assert weights.min() < 0.9
   values = losses.dpo_loss(pair(policy.sums), pair(frozen.sums), beta=BETA)
   got, _ = evaluate(objective("dpo", wpo=True), params, reference, rows)
   np.testing.assert_allclose(got, (weights * values).mean(), rtol=1e-4)
 
-  gradient = lambda objective: jax.jit(jax.grad(
-      lambda p: objective.evaluate(p, reference, rows)[0].total))(params)
+  gradient = lambda objective: jax.jit(jax.grad(lambda p: objective.evaluate(p, reference, rows)[0].total))(
+    params
+  )
   want = jax.jit(jax.grad(lambda p: jnp.sum(_by_example(rows, weights) * _losses(p, reference, rows))))(
-      params)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(
-      g, w, atol=1e-4 * np.abs(w).max() + 1e-6), gradient(objective("dpo", wpo=True)), want)
+    params
+  )
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4 * np.abs(w).max() + 1e-6),
+    gradient(objective("dpo", wpo=True)),
+    want,
+  )
 
 
 def _by_example(rows, values):
@@ -346,9 +391,10 @@ def _by_example(rows, values):
 
 def _losses(params, reference, rows):
   apply = transformer.make_apply(CONFIG)
-  policy, frozen = (objectives.pair_of(
-      objectives.response_log_probs(apply(p, rows), rows, num_responses=2).sums)
-      for p in (params, reference))
+  policy, frozen = (
+    objectives.pair_of(objectives.response_log_probs(apply(p, rows), rows, num_responses=2).sums)
+    for p in (params, reference)
+  )
   return losses.dpo_loss(policy, frozen, beta=BETA)
 
 
@@ -356,12 +402,21 @@ def test_losses_add_with_their_weights_and_are_told_apart(rng):
   params, reference, rows, *_ = two_models(rng)
   names, weights = ("dpo", "nll_mean", "kto"), (1.0, 0.2, 0.5)
   rows = worlds.packed(worlds.comparisons(rng, 9, 3), 64)
-  parts = [evaluate(preference.preference_objective(
-      transformer.make_apply(CONFIG), preference.make_terms([name]), beta=BETA), params, reference,
-      rows)[0] for name in ("kto",)]
+  parts = [
+    evaluate(
+      preference.preference_objective(
+        transformer.make_apply(CONFIG), preference.make_terms([name]), beta=BETA
+      ),
+      params,
+      reference,
+      rows,
+    )[0]
+    for name in ("kto",)
+  ]
   loss, metrics = evaluate(objective(*names, weights=weights, knobs={}), params, reference, rows)
   np.testing.assert_allclose(
-      loss, sum(w * metrics[f"loss/{name}"] for name, w in zip(names, weights)), rtol=1e-5)
+    loss, sum(w * metrics[f"loss/{name}"] for name, w in zip(names, weights)), rtol=1e-5
+  )
   np.testing.assert_allclose(metrics["loss/kto"], parts[0], rtol=1e-5)
 
 
@@ -378,15 +433,20 @@ def test_without_a_reference_dpo_is_cpo_and_nothing_is_compared(rng):
 def test_a_response_that_is_not_there_counts_nothing(rng):
   params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
   nothing = np.zeros(0, int)
-  examples = [(prompt, [good, nothing, other] if i % 3 else [nothing, bad, other])
-              for i, (prompt, (good, bad, other)) in enumerate(
-                  worlds.comparisons(rng, 9, 3, empty_prompts=False))]
+  examples = [
+    (prompt, [good, nothing, other] if i % 3 else [nothing, bad, other])
+    for i, (prompt, (good, bad, other)) in enumerate(worlds.comparisons(rng, 9, 3, empty_prompts=False))
+  ]
   policy, frozen = (single_sequences(p, examples) for p in (params, reference))
   ratios = policy.sums - frozen.sums
   desirable = np.arange(9) % 3 > 0
   values = losses.kto_loss(
-      np.where(desirable, ratios[:, 0], ratios[:, 1]), desirable,
-      jnp.full(9, max(0.0, ratios[:, 2].mean())), beta=BETA, **KNOBS["kto"])
+    np.where(desirable, ratios[:, 0], ratios[:, 1]),
+    desirable,
+    jnp.full(9, max(0.0, ratios[:, 2].mean())),
+    beta=BETA,
+    **KNOBS["kto"],
+  )
   rows = worlds.packed(examples, 64)
   loss, metrics = evaluate(objective("kto"), params, reference, rows)
   np.testing.assert_allclose(loss, values.mean(), rtol=1e-4)
@@ -396,12 +456,14 @@ def test_a_response_that_is_not_there_counts_nothing(rng):
 
 def test_a_ranking_may_be_shorter_than_the_longest(rng):
   params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
-  examples = [(prompt, responses[:3] + [responses[3][:0]] if i % 2 else responses)
-              for i, (prompt, responses) in enumerate(
-                  worlds.comparisons(rng, 8, 4, empty_prompts=False))]
+  examples = [
+    (prompt, responses[:3] + [responses[3][:0]] if i % 2 else responses)
+    for i, (prompt, responses) in enumerate(worlds.comparisons(rng, 8, 4, empty_prompts=False))
+  ]
   policy, frozen = (single_sequences(p, examples).sums for p in (params, reference))
-  want = [losses.dpo_plackett_luce_loss(p[:k], f[:k], beta=BETA)
-          for p, f, k in zip(policy, frozen, [4, 3] * 4)]
+  want = [
+    losses.dpo_plackett_luce_loss(p[:k], f[:k], beta=BETA) for p, f, k in zip(policy, frozen, [4, 3] * 4)
+  ]
   got, _ = evaluate(objective("dpo_plackett_luce"), params, reference, worlds.packed(examples, 64))
   np.testing.assert_allclose(got, np.mean(want), rtol=1e-4)
 
@@ -409,13 +471,17 @@ def test_a_ranking_may_be_shorter_than_the_longest(rng):
 def test_a_borrowed_response_is_another_comparisons_and_fits():
   rng = np.random.default_rng(0)
   examples = worlds.comparisons(rng, 20, 2, empty_prompts=False)
+
   class Data:
     lengths = worlds.lengths_of(examples)
     example = np.arange(20)
+
     def __len__(self):
       return 20
+
     def __getitem__(self, i):
       return examples[i]
+
   subset = loader.mismatched(loader.all_of(Data()), seed=0, max_length=14)
   used = []
   for i in range(20):
@@ -424,7 +490,8 @@ def test_a_borrowed_response_is_another_comparisons_and_fits():
     assert 0 < len(borrowed) and len(prompt) + len(borrowed) <= 14
     partner = int(subset.partner[i])
     assert partner != i and any(
-        np.array_equal(borrowed, response[:len(borrowed)]) for response in examples[partner][1])
+      np.array_equal(borrowed, response[: len(borrowed)]) for response in examples[partner][1]
+    )
     used.append(partner)
   assert sorted(used) == list(range(20))
 
@@ -441,19 +508,27 @@ def test_rewards_are_beta_times_the_log_ratios_of_policy_and_reference(rng):
   params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
   rows = worlds.packed(worlds.comparisons(rng, 9, 2), 64)
   apply = transformer.make_apply(CONFIG)
-  scores = [np.asarray(objectives.response_log_probs(apply(p, rows), rows, num_responses=2).sums)[
-      np.asarray(rows.example) >= 0] for p in (params, reference)]
+  scores = [
+    np.asarray(objectives.response_log_probs(apply(p, rows), rows, num_responses=2).sums)[
+      np.asarray(rows.example) >= 0
+    ]
+    for p in (params, reference)
+  ]
   ratios = scores[0] - scores[1]
   loss, metrics = evaluate(objective("dpo"), params, reference, rows)
   rewards = BETA * ratios
   want = {
-      "loss": np.log1p(np.exp(rewards[:, 1] - rewards[:, 0])).mean(),
-      "rewards/chosen": rewards[:, 0].mean(), "rewards/rejected": rewards[:, 1].mean(),
-      "rewards/margins": (rewards[:, 0] - rewards[:, 1]).mean(),
-      "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).mean(),
-      "logps/chosen": scores[0][:, 0].mean(), "logps/rejected": scores[0][:, 1].mean(),
-      "log_ratios/chosen": ratios[:, 0].mean(), "log_ratios/rejected": ratios[:, 1].mean(),
-      "log_ratios/abs": np.abs(ratios).mean()}
+    "loss": np.log1p(np.exp(rewards[:, 1] - rewards[:, 0])).mean(),
+    "rewards/chosen": rewards[:, 0].mean(),
+    "rewards/rejected": rewards[:, 1].mean(),
+    "rewards/margins": (rewards[:, 0] - rewards[:, 1]).mean(),
+    "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).mean(),
+    "logps/chosen": scores[0][:, 0].mean(),
+    "logps/rejected": scores[0][:, 1].mean(),
+    "log_ratios/chosen": ratios[:, 0].mean(),
+    "log_ratios/rejected": ratios[:, 1].mean(),
+    "log_ratios/abs": np.abs(ratios).mean(),
+  }
   assert metrics.keys() == want.keys()
   for name in want:
     np.testing.assert_allclose(metrics[name], want[name], rtol=1e-4, err_msg=name)

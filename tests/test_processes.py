@@ -13,8 +13,12 @@ from dpojax.runtime.errors import UserError
 
 def passed_on(text):
   done = subprocess.run(
-      [sys.executable, "-I", "-S", stderr_filter.__file__], input=text, capture_output=True, text=True,
-      timeout=60)
+    [sys.executable, "-I", "-S", stderr_filter.__file__],
+    input=text,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
   assert not done.stdout
   return done.stderr
 
@@ -57,9 +61,14 @@ def test_versions_are_those_that_are_installed():
   assert processes.versions()["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-@pytest.mark.parametrize("error, raised, text", [
-    (UserError("mend it"), SystemExit, "error: mend it"), (KeyError("a defect"), KeyError, "'a defect'"),
-    (KeyboardInterrupt(), KeyboardInterrupt, "")])
+@pytest.mark.parametrize(
+  "error, raised, text",
+  [
+    (UserError("mend it"), SystemExit, "error: mend it"),
+    (KeyError("a defect"), KeyError, "'a defect'"),
+    (KeyboardInterrupt(), KeyboardInterrupt, ""),
+  ],
+)
 def test_a_command_of_one_process_ends_by_a_line_or_by_the_error_itself(error, raised, text):
   with pytest.raises(raised) as caught:
     with command():

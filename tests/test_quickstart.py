@@ -9,7 +9,9 @@ from experiments import quickstart
 from experiments import quickstart_world as world
 
 
-@pytest.mark.parametrize("text, score", [
+@pytest.mark.parametrize(
+  "text, score",
+  [
     ("the film is brilliant .", 1.6),
     ("the film is awful .", -1.6),
     ("the film is not brilliant .", -0.7 * 1.6),
@@ -18,7 +20,8 @@ from experiments import quickstart_world as world
     ("i loved the plot but the music was flat .", 1.5 - 1.5 * 0.7),
     ("the film is .", 0.0),
     ("the film is not the plot is clever .", 1.0),
-])
+  ],
+)
 def test_the_true_reward_follows_its_rule(text, score):
   np.testing.assert_allclose(world.true_reward(text), 1 / (1 + np.exp(-score)), rtol=1e-12)
 
@@ -34,11 +37,15 @@ def test_the_grammar_speaks_its_vocabulary_and_prefixes_are_2_to_8_words(rng):
 
 def test_pairs_are_labelled_by_the_true_reward_and_ties_left_out():
   records = quickstart.preferences(
-      ["the film"], [["is fine .", "is bad .", "is bad .", "is good ."]],
-      np.array([[0.5, 0.2, 0.2, 0.9]]))
+    ["the film"], [["is fine .", "is bad .", "is bad .", "is good ."]], np.array([[0.5, 0.2, 0.2, 0.9]])
+  )
   assert [(r["chosen"], r["rejected"]) for r in records] == [
-      (" is fine .", " is bad ."), (" is fine .", " is bad ."), (" is good .", " is fine ."),
-      (" is good .", " is bad ."), (" is good .", " is bad .")]
+    (" is fine .", " is bad ."),
+    (" is fine .", " is bad ."),
+    (" is good .", " is fine ."),
+    (" is good .", " is bad ."),
+    (" is good .", " is bad ."),
+  ]
 
 
 def test_the_quickstart_in_small_raises_the_true_reward(tmp_path):

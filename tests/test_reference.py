@@ -43,17 +43,23 @@ def no_reference_pass(*_, **__):
   raise AssertionError("the reference was computed again")
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"data.shuffle_labels": True}, {"parallel.strategy": "mesh", "parallel.fsdp": 2},
-    {"row_length": 32, "rows_at_once": 1}], ids=["pmap", "shuffled", "mesh", "parts"])
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"data.shuffle_labels": True},
+    {"parallel.strategy": "mesh", "parallel.fsdp": 2},
+    {"row_length": 32, "rows_at_once": 1},
+  ],
+  ids=["pmap", "shuffled", "mesh", "parts"],
+)
 def test_a_stored_reference_gives_the_inline_run(changes, settings, tmp_path):
   train.run(worlds.run_config("dpo", **settings | changes), tmp_path / "inline")
   train.run(stored(settings | changes), tmp_path / "stored")
   assert_same_run(tmp_path / "inline", tmp_path / "stored")
 
 
-def test_the_next_run_of_a_sweep_finds_it_and_another_start_does_not(
-    settings, tmp_path, monkeypatch):
+def test_the_next_run_of_a_sweep_finds_it_and_another_start_does_not(settings, tmp_path, monkeypatch):
   train.run(stored(settings), tmp_path / "first")
   with monkeypatch.context() as patch:
     patch.setattr(reference, "make_score_step", lambda *_, **__: no_reference_pass)
@@ -70,8 +76,14 @@ def examples(count=50):
   rng = np.random.default_rng(0)
   lengths = np.stack([rng.integers(2, 6, count) for _ in range(3)], axis=1).astype(np.int32)
   offsets = np.concatenate([[0], lengths.sum(1).cumsum()])
-  return Tokenized(lengths, np.arange(offsets[-1], dtype=np.int32), offsets,
-                   np.arange(count, dtype=np.int32) * 3 + 1, {}, "fingerprint")
+  return Tokenized(
+    lengths,
+    np.arange(offsets[-1], dtype=np.int32),
+    offsets,
+    np.arange(count, dtype=np.int32) * 3 + 1,
+    {},
+    "fingerprint",
+  )
 
 
 class Scorer:
@@ -92,7 +104,8 @@ class Scorer:
 def compute(folder, scorer, identity=None):
   make_loader = lambda subset: loader.Loader(subset, seed=0, batch_size=5, row_length=32)
   return reference.stored_log_probs(
-      loader.all_of(examples()), identity or {"weights": "w"}, folder, scorer, make_loader)
+    loader.all_of(examples()), identity or {"weights": "w"}, folder, scorer, make_loader
+  )
 
 
 WANT = (np.arange(50) * 3 + 1)[:, None] + np.array([0.25, 0.5])
@@ -117,9 +130,16 @@ def test_of_two_at_once_one_computes_and_the_other_reads_what_it_made(tmp_path, 
   assert f"waiting for the stored reference {tmp_path}/" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content: content[:200], lambda content: b"", lambda content: content[:100] + b"\0" + content[101:],
-    lambda content: bytes(len(content)), lambda content: content.replace(content[-40:], bytes(40))])
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda content: content[:200],
+    lambda content: b"",
+    lambda content: content[:100] + b"\0" + content[101:],
+    lambda content: bytes(len(content)),
+    lambda content: content.replace(content[-40:], bytes(40)),
+  ],
+)
 def test_a_damaged_file_is_named_and_computed_again(damage, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(reference, "_FLUSH", 4)
   whole, again, then = Scorer(), Scorer(), Scorer()
@@ -136,8 +156,11 @@ def test_a_damaged_file_is_named_and_computed_again(damage, tmp_path, monkeypatc
 
 def test_a_file_of_another_store_is_not_believed(tmp_path, capsys):
   compute(tmp_path / "a", Scorer())
-  compute(tmp_path / "b", lambda batch: (batch.rows.example[..., None] + np.zeros(2, np.float32),
-                                         batch.rows.example), {"weights": "others"})
+  compute(
+    tmp_path / "b",
+    lambda batch: (batch.rows.example[..., None] + np.zeros(2, np.float32), batch.rows.example),
+    {"weights": "others"},
+  )
   (mine,), (theirs,) = ((tmp_path / name).glob("*/*.array_record") for name in "ab")
   mine.unlink()
   theirs.rename(mine.parent / theirs.name)
@@ -147,7 +170,7 @@ def test_a_file_of_another_store_is_not_believed(tmp_path, capsys):
 
 def test_a_store_of_something_else_in_its_place_is_refused(tmp_path):
   compute(tmp_path, Scorer())
-  about, = tmp_path.glob("*/about.json")
+  (about,) = tmp_path.glob("*/about.json")
   about.write_text(json.dumps(json.loads(about.read_text()) | {"weights": "others"}))
   with pytest.raises(reference.StoreError, match="tells of other weights, data or truncation"):
     compute(tmp_path, Scorer())

@@ -11,8 +11,12 @@ import pytest
 from dpojax.losses import Pair
 from experiments.reuse import bare_jax, equinox_model, flax_nnx, logits_only, toy
 
-EXAMPLES = {"bare_jax": bare_jax, "flax_nnx": flax_nnx, "equinox_model": equinox_model,
-            "logits_only": logits_only}
+EXAMPLES = {
+  "bare_jax": bare_jax,
+  "flax_nnx": flax_nnx,
+  "equinox_model": equinox_model,
+  "logits_only": logits_only,
+}
 
 
 @functools.cache
@@ -64,8 +68,10 @@ def test_betas_trained_in_one_vmap_are_those_trained_alone():
 def test_log_probs_from_logits_and_from_hidden_states_are_the_same():
   pairs = toy.preferences(seed=2, size=8)
   np.testing.assert_allclose(
-      logits_only.log_probs(logits_only.params_of(toy.weights()), pairs),
-      bare_jax.log_probs(toy.weights(), pairs), rtol=1e-5)
+    logits_only.log_probs(logits_only.params_of(toy.weights()), pairs),
+    bare_jax.log_probs(toy.weights(), pairs),
+    rtol=1e-5,
+  )
 
 
 def test_the_made_up_preferences_are_what_they_say():
@@ -73,6 +79,5 @@ def test_the_made_up_preferences_are_what_they_say():
   assert isinstance(pairs, Pair) and pairs.chosen.tokens.shape == (128, toy.LENGTH)
   np.testing.assert_array_equal(pairs.chosen.tokens[:, :3], pairs.rejected.tokens[:, :3])
   assert not pairs.chosen.mask[:, :3].any()
-  chosen, rejected = (np.asarray(side.tokens, float).mean(-1, where=np.asarray(side.mask))
-                      for side in pairs)
+  chosen, rejected = (np.asarray(side.tokens, float).mean(-1, where=np.asarray(side.mask)) for side in pairs)
   assert (chosen >= rejected).all() and (chosen > rejected).mean() > 0.9

@@ -27,8 +27,10 @@ DRAW = Draw(num_samples=2, max_new_tokens=6, seed=3)
 def prompts(tmp_path_factory):
   """Prompts of 3 and of 17 words, so that two widths are drawn, and a pair that has a prompt."""
   nouns = worlds.NOUNS * 2
-  records = [{"prompt": f"the {noun} is" if i % 3 else f"the {noun} is the {' the '.join(worlds.NOUNS[:7])}"}
-             for i, noun in enumerate(nouns)]
+  records = [
+    {"prompt": f"the {noun} is" if i % 3 else f"the {noun} is the {' the '.join(worlds.NOUNS[:7])}"}
+    for i, noun in enumerate(nouns)
+  ]
   records.append({"prompt": "the plot is", "chosen": " warm", "rejected": " cold"})
   return worlds.write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", records)
 
@@ -50,7 +52,8 @@ def test_samples_stand_in_the_order_of_the_prompts_with_log_probs_of_both_models
   records = records_of(out)
   texts = [record["prompt"] for record in records_of(prompts)]
   assert [(r["index"], r["sample"], r["prompt"]) for r in records] == [
-      (i, k, text) for i, text in enumerate(texts) for k in range(2)]
+    (i, k, text) for i, text in enumerate(texts) for k in range(2)
+  ]
   ratios = [r["log_prob"] - r["reference_log_prob"] for r in records]
   assert means["kl"] == pytest.approx(np.mean(ratios)) and means["kl"] > 0.1
   assert means["samples"] == 2 * len(texts)
@@ -72,7 +75,7 @@ def test_the_policy_of_dpo_says_kind_words(drawn):
 def test_an_interrupted_file_goes_on_to_the_same_file(share, drawn, runs, prompts, tmp_path):
   whole = drawn[0].read_bytes()
   out = tmp_path / "samples.jsonl"
-  out.write_bytes(whole[:int(share * len(whole))])
+  out.write_bytes(whole[: int(share * len(whole))])
   out.with_suffix(".config.json").write_bytes(drawn[0].with_suffix(".config.json").read_bytes())
   means = files.run(runs.dpo, prompts, str(out), DRAW, batch_size=8)
   assert out.read_bytes() == whole and means == drawn[1]
@@ -86,23 +89,27 @@ def test_a_finished_file_is_left_as_it_is(drawn, runs, prompts, capsys):
 
 
 def test_samples_of_a_run_that_has_no_reference_have_no_log_prob_under_it(runs, prompts, tmp_path):
-  means = files.run(runs.sft, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2, temperature=0.0),
-                     limit=2)
+  means = files.run(
+    runs.sft, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2, temperature=0.0), limit=2
+  )
   assert "kl" not in means
   assert {r["reference_log_prob"] for r in records_of(tmp_path / "out.jsonl")} == {None}
 
 
 def test_a_policy_is_at_no_distance_from_itself(runs, prompts, tmp_path):
-  means = files.run(runs.dpo, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2),
-                     reference=runs.dpo, limit=2)
+  means = files.run(
+    runs.dpo, prompts, str(tmp_path / "out.jsonl"), Draw(max_new_tokens=2), reference=runs.dpo, limit=2
+  )
   assert means["kl"] == 0
 
 
 def test_prompts_with_the_name_of_a_special_token_are_counted_aloud(data_folder, capsys):
   tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "gpt2"))
   encode(["plain", f"a{tokenizer.eos_token}b"], tokenizer, longest=50, keep="end", path="p.jsonl")
-  assert ("1 of 2 prompts of p.jsonl have a special token's name in their text, which is read as "
-          "data.special_tokens='text' says") in capsys.readouterr().out
+  assert (
+    "1 of 2 prompts of p.jsonl have a special token's name in their text, which is read as "
+    "data.special_tokens='text' says"
+  ) in capsys.readouterr().out
   encode(["plain"], tokenizer, longest=50, keep="end", path="p.jsonl")
   assert not capsys.readouterr().out
 
@@ -110,13 +117,16 @@ def test_prompts_with_the_name_of_a_special_token_are_counted_aloud(data_folder,
 def test_a_conversation_is_prompted_as_the_template_has_it(data_folder):
   tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "llama2"))
   tokenizer.chat_template = (
-      "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
-      "{% if add_generation_prompt %}[assistant]{% endif %}")
-  (ids, cut), = tokenization.encode_prompts(
-      [[{"role": "user", "content": "hello"}]], tokenizer, longest=50, keep="end")
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+  )
+  ((ids, cut),) = tokenization.encode_prompts(
+    [[{"role": "user", "content": "hello"}]], tokenizer, longest=50, keep="end"
+  )
   assert not cut and tokenizer.decode(ids) == "[user]hello</s>[assistant]"
   assert ids == tokenizer.apply_chat_template(
-      [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False)
+    [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
+  )
 
 
 @pytest.mark.parametrize("written, stop_ids", [([7, 9], (7, 9)), (7, (7,)), (None, ())])
@@ -130,7 +140,7 @@ def test_a_published_models_own_stop_ids_end_samples_too(written, stop_ids):
 @pytest.mark.parametrize("keep, want", [("end", "<s> d e f"), ("start", "<s> a b c")])
 def test_a_long_prompt_is_cut_as_in_training(keep, want, data_folder):
   tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / "llama2"))
-  (ids, cut), = tokenization.encode_prompts(["a b c d e f"], tokenizer, longest=4, keep=keep)
+  ((ids, cut),) = tokenization.encode_prompts(["a b c d e f"], tokenizer, longest=4, keep=keep)
   assert cut and tokenizer.decode(ids) == want
 
 
@@ -138,22 +148,26 @@ def test_a_long_prompt_is_cut_as_in_training(keep, want, data_folder):
 @pytest.mark.parametrize("response", [" yes, it is.", "yes", "\n\nNo", " na\u00efve \u2603"])
 def test_a_response_is_decoded_with_the_space_it_has_behind_its_prompt(name, response, data_folder):
   tokenizer = tokenization.load_tokenizer(str(data_folder / "tokenizers" / name))
-  (prompt, (ids,)), = tokenization.encode(
-      [tokenization.Example("Is it? Assistant:", (response,))], tokenizer)
+  ((prompt, (ids,)),) = tokenization.encode(
+    [tokenization.Example("Is it? Assistant:", (response,))], tokenizer
+  )
   assert tokenization.decode_response(tokenizer, prompt, ids) == response
 
 
 def test_a_file_goes_on_whatever_ends_of_lines_stand_in_its_prompts(runs, tmp_path):
-  prompts = worlds.write_jsonl(tmp_path / "prompts.jsonl", [
-      {"prompt": f"the film{end}is"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n")])
+  prompts = worlds.write_jsonl(
+    tmp_path / "prompts.jsonl",
+    [{"prompt": f"the film{end}is"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n")],
+  )
   out = tmp_path / "samples.jsonl"
   files.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   whole = out.read_bytes()
   assert [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]] == [
-      each.prompt for each in read_prompts(prompts).values()]
+    each.prompt for each in read_prompts(prompts).values()
+  ]
   files.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   assert out.read_bytes() == whole
-  out.write_bytes(whole[:len(whole) // 2])
+  out.write_bytes(whole[: len(whole) // 2])
   files.run(runs.dpo, prompts, str(out), Draw(max_new_tokens=2), batch_size=8)
   assert out.read_bytes() == whole
 
@@ -161,13 +175,26 @@ def test_a_file_goes_on_whatever_ends_of_lines_stand_in_its_prompts(runs, tmp_pa
 MESSAGES = [{"role": "user", "content": "Q"}]
 
 
-@pytest.mark.parametrize("name, content, prompt", [
-    ("a.jsonl", b'\xef\xbb\xbf{"prompt": "Q"}\r\n', "Q"), ("a.csv", b"prompt,chosen\nQ,a\n", "Q"),
+@pytest.mark.parametrize(
+  "name, content, prompt",
+  [
+    ("a.jsonl", b'\xef\xbb\xbf{"prompt": "Q"}\r\n', "Q"),
+    ("a.csv", b"prompt,chosen\nQ,a\n", "Q"),
     ("a.json", b'[{"prompt": "Q"}]', "Q"),
-    ("a.jsonl", json.dumps({"chosen": [*MESSAGES, {"role": "assistant", "content": "a"}],
-                            "rejected": [*MESSAGES, {"role": "assistant", "content": "b"}]}).encode(), MESSAGES),
+    (
+      "a.jsonl",
+      json.dumps(
+        {
+          "chosen": [*MESSAGES, {"role": "assistant", "content": "a"}],
+          "rejected": [*MESSAGES, {"role": "assistant", "content": "b"}],
+        }
+      ).encode(),
+      MESSAGES,
+    ),
     ("a.jsonl", json.dumps({"input": {"messages": MESSAGES}}).encode(), MESSAGES),
-    ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}', "\n\nAssistant:")])
+    ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}', "\n\nAssistant:"),
+  ],
+)
 def test_prompts_are_read_from_what_can_be_trained_on(name, content, prompt, tmp_path):
   (tmp_path / name).write_bytes(content)
   assert read_prompts(tmp_path / name) == {0: Example(prompt, ())}
@@ -175,8 +202,13 @@ def test_prompts_are_read_from_what_can_be_trained_on(name, content, prompt, tmp
 
 def test_other_settings_do_not_go_into_the_same_file(drawn, runs, prompts):
   with pytest.raises(ConfigError, match="holds samples of temperature 1.0, not 0.5; give another --out"):
-    files.run(runs.dpo, prompts, str(drawn[0]), Draw(
-        num_samples=2, max_new_tokens=6, seed=3, temperature=0.5), batch_size=8)
+    files.run(
+      runs.dpo,
+      prompts,
+      str(drawn[0]),
+      Draw(num_samples=2, max_new_tokens=6, seed=3, temperature=0.5),
+      batch_size=8,
+    )
 
 
 def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
@@ -186,12 +218,16 @@ def test_a_file_of_something_else_is_not_overwritten(runs, prompts, tmp_path):
   assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("text, message", [
+@pytest.mark.parametrize(
+  "text, message",
+  [
     ("", "has no records"),
     ('{"prompt": "a"}\n{"prompt": 1}\n', 'line 2: "prompt" is a number, not a string or a list'),
     ('{"text": "a"}\n', 'line 1: "prompt" is missing'),
     ('{"prompt": "a"\n', "line 1: not JSON"),
-    ('{"prompt": []}\n', 'line 1: "prompt" has no messages')])
+    ('{"prompt": []}\n', 'line 1: "prompt" has no messages'),
+  ],
+)
 def test_bad_prompts_are_named_by_their_line(text, message, tmp_path):
   (tmp_path / "prompts.jsonl").write_text(text)
   with pytest.raises(DataError, match=message):
@@ -207,19 +243,26 @@ def test_records_without_a_prompt_are_left_out_aloud_and_numbers_stay(runs, tmp_
   with pytest.raises(DataError, match='line 2: "prompt" is a number.*; correct the record or drop it'):
     files.run(runs.sft, prompts, str(out), draw)
   files.run(runs.sft, prompts, str(out), draw, on_error="skip")
-  assert f'1 records left out: wrong_type 1; first: {prompts} line 2: "prompt" is a number' in (said := capsys.readouterr().out)
+  assert f'1 records left out: wrong_type 1; first: {prompts} line 2: "prompt" is a number' in (
+    said := capsys.readouterr().out
+  )
   assert f"1 records left out: eos_in_text 1; first: {prompts} prompt 2: the tokenizer makes EOS" in said
-  assert [(line["index"], line["prompt"]) for line in records_of(out)] == [(0, "the film is"), (3, "the plot is")]
+  assert [(line["index"], line["prompt"]) for line in records_of(out)] == [
+    (0, "the film is"),
+    (3, "the plot is"),
+  ]
   whole = out.read_bytes()
-  out.write_bytes(whole[:whole.index(b"\n") + 1])
+  out.write_bytes(whole[: whole.index(b"\n") + 1])
   files.run(runs.sft, prompts, str(out), draw, on_error="skip")
   assert out.read_bytes() == whole
 
 
 def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):
-  for values, message in ((dict(top_p=0.0), "--top_p is 0.0; it must be above 0"),
-                          (dict(temperature=-1.0), "--temperature is -1.0"),
-                          (dict(num_samples=0), "--num_samples is 0")):
+  for values, message in (
+    (dict(top_p=0.0), "--top_p is 0.0; it must be above 0"),
+    (dict(temperature=-1.0), "--temperature is -1.0"),
+    (dict(num_samples=0), "--num_samples is 0"),
+  ):
     with pytest.raises(ConfigError, match=message):
       Draw(**values)
   with pytest.raises(CheckpointError, match="holds no checkpoint of step 7"):
@@ -230,7 +273,11 @@ def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):
 
 def test_an_error_of_the_command_is_one_line(tmp_path):
   result = subprocess.run(
-      [sys.executable, "-m", "dpojax.sample", f"--workdir={tmp_path}", "--prompts=x", "--out=y"],
-      cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+    [sys.executable, "-m", "dpojax.sample", f"--workdir={tmp_path}", "--prompts=x", "--out=y"],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert result.returncode == 1 and result.stderr.count("\n") == 1
   assert result.stderr.startswith("error: ") and "is not the workdir of a run" in result.stderr

@@ -31,17 +31,19 @@ def sampler(config, **options):
 def greedy_without_cache(config, params, prompt, count):
   tokens = list(prompt)
   model = transformer.Transformer(config)
+
   @jax.jit
   def last_logits(padded, length):
     position = jnp.arange(padded.shape[0])[None]
     one = jnp.ones_like(position)
     hidden = model.apply({"params": params}, padded[None], position, one, 0 * one)
     return logits_of(hidden[0, length - 1], transformer.make_head(config, params))
+
   for _ in range(count):
     padded = np.zeros(len(prompt) + count, np.int32)
-    padded[:len(tokens)] = tokens
+    padded[: len(tokens)] = tokens
     tokens.append(int(jnp.argmax(last_logits(padded, len(tokens)))))
-  return tokens[len(prompt):]
+  return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("make_config", [worlds.llama, worlds.gpt2, worlds.gptj])
@@ -67,14 +69,16 @@ def test_log_probs_are_those_of_the_training_primitive(rng):
   """The samples of a prompt are the branches of one comparison."""
   config = worlds.gptj(logit_soft_cap=2.0)
   params, padded = worlds.params_of(config), prompts(rng)
-  drawn = jax.device_get(sampler(config, max_new_tokens=6, num_samples=3, stop_id=7)(
-      params, padded, LENGTHS, jax.random.key(1)))
-  examples = [(padded[i, :LENGTHS[i]], [drawn.tokens[i, k, :drawn.lengths[i, k]] for k in range(3)])
-              for i in range(4)]
-  rows = packing.fill(examples, np.arange(4), 4, packing.RowShape(24, 18, 1), num_responses=3,
-                      example=range(4))
-  scores = objectives.response_log_probs(
-      transformer.make_apply(config)(params, rows), rows, num_responses=3)
+  drawn = jax.device_get(
+    sampler(config, max_new_tokens=6, num_samples=3, stop_id=7)(params, padded, LENGTHS, jax.random.key(1))
+  )
+  examples = [
+    (padded[i, : LENGTHS[i]], [drawn.tokens[i, k, : drawn.lengths[i, k]] for k in range(3)]) for i in range(4)
+  ]
+  rows = packing.fill(
+    examples, np.arange(4), 4, packing.RowShape(24, 18, 1), num_responses=3, example=range(4)
+  )
+  scores = objectives.response_log_probs(transformer.make_apply(config)(params, rows), rows, num_responses=3)
   np.testing.assert_allclose(drawn.log_probs, scores.sums[:, 0], rtol=1e-4)
   np.testing.assert_array_equal(drawn.lengths, scores.lengths[:, 0])
 
@@ -84,9 +88,10 @@ def test_the_stages_of_decoding_join(rng):
   config = worlds.gemma(layer_windows=(3, 70, 0), layers=3)
   params, padded = worlds.params_of(config), prompts(rng)
   got = sampler(config, max_new_tokens=76, num_samples=2)(
-      params, padded[:2], LENGTHS[:2], jax.random.key(0), 0.0)
+    params, padded[:2], LENGTHS[:2], jax.random.key(0), 0.0
+  )
   for i in range(2):
-    want = greedy_without_cache(config, params, padded[i, :LENGTHS[i]], 76)
+    want = greedy_without_cache(config, params, padded[i, : LENGTHS[i]], 76)
     assert got.tokens[i, 0].tolist() == got.tokens[i, 1].tolist() == want
 
 
@@ -107,9 +112,9 @@ def chi_square(tokens, probs):
 def truncated(probs, top_p, top_k):
   """Probabilities with those that top-k and then top-p leave out set to 0, renormalised."""
   order = np.argsort(-probs)
-  kept = order[:top_k or len(probs)]
+  kept = order[: top_k or len(probs)]
   share = probs[kept] / probs[kept].sum()
-  kept = kept[:1 + int(np.sum(np.cumsum(share) < top_p))]
+  kept = kept[: 1 + int(np.sum(np.cumsum(share) < top_p))]
   result = np.zeros_like(probs)
   result[kept] = probs[kept] / probs[kept].sum()
   return result
@@ -129,9 +134,19 @@ def eight_ids():
   return lambda *knobs: sample(params, prompt, np.array([3]), jax.random.key(5), *knobs).tokens, logits
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [
-    (1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (2.0, 0.9, 0), (1.0, 1.0, 3), (0.7, 0.6, 5),
-    (1.0, 1e-6, 0), (1.0, 1.0, 1)])
+@pytest.mark.parametrize(
+  "temperature, top_p, top_k",
+  [
+    (1.0, 1.0, 0),
+    (0.5, 1.0, 0),
+    (1.0, 0.7, 0),
+    (2.0, 0.9, 0),
+    (1.0, 1.0, 3),
+    (0.7, 0.6, 5),
+    (1.0, 1e-6, 0),
+    (1.0, 1.0, 1),
+  ],
+)
 def test_draws_follow_the_softmax_and_its_truncations(temperature, top_p, top_k, eight_ids):
   """Chi-square of 4,096 first tokens of 8 ids; 24.3 is passed by chance once in a thousand."""
   draw, logits = eight_ids
@@ -145,8 +160,9 @@ def test_draws_follow_the_softmax_over_ids_of_several_blocks(rng):
   logits[100:300] = -np.inf
   uniform = jax.random.uniform(jax.random.key(1), (50, 1000))
   wide = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (1000, 500))
-  drawn = jax.jit(lambda uniform: jax.lax.map(
-      lambda each: sampling.draw(wide, each, 1.0, 1.0, 0)[0], uniform))(uniform)
+  drawn = jax.jit(
+    lambda uniform: jax.lax.map(lambda each: sampling.draw(wide, each, 1.0, 1.0, 0)[0], uniform)
+  )(uniform)
   assert chi_square(drawn, softmax(logits)) < 575
 
 
@@ -161,7 +177,8 @@ def test_greedy_takes_the_first_of_the_largest_and_reports_its_log_prob(rows, id
   want = np.argmax(logits, axis=-1)
   np.testing.assert_array_equal(token, want)
   np.testing.assert_allclose(
-      log_prob, jax.nn.log_softmax(logits)[np.arange(rows), want], rtol=1e-5, atol=1e-6)
+    log_prob, jax.nn.log_softmax(logits)[np.arange(rows), want], rtol=1e-5, atol=1e-6
+  )
 
 
 def test_a_sweep_over_temperature_top_p_and_top_k_compiles_once():
@@ -179,8 +196,11 @@ def test_a_sweep_over_temperature_top_p_and_top_k_compiles_once():
 
 @pytest.mark.parametrize("few", [4, 256])
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.float32, (3, 16), elements=st.floats(0, 1, width=32)),
-       st.floats(0.05, 0.99), st.integers(0, 20))
+@given(
+  hnp.arrays(np.float32, (3, 16), elements=st.floats(0, 1, width=32)),
+  st.floats(0.05, 0.99),
+  st.integers(0, 20),
+)
 def test_what_stays_is_the_fewest_likeliest_with_their_ties(few, weights, top_p, top_k):
   """Found among the few largest that are sorted, or, where they are not enough, among all."""
   weights[:, 0] = 1.0
@@ -206,7 +226,7 @@ def test_a_prompt_gets_the_samples_of_its_key_alone_and_beside_longer_ones(rng):
   keys = jax.random.split(jax.random.key(8), 4)
   sample = sampler(config, max_new_tokens=6, num_samples=3)
   together = sample(params, padded, LENGTHS, keys)
-  alone = sample(params, padded[1:2, :LENGTHS[1]], LENGTHS[1:2], keys[1:2])
+  alone = sample(params, padded[1:2, : LENGTHS[1]], LENGTHS[1:2], keys[1:2])
   np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
   np.testing.assert_allclose(alone.log_probs[0], together.log_probs[1], rtol=1e-4)
 
@@ -218,19 +238,21 @@ def test_params_cut_over_a_mesh_give_the_same_samples(rng):
   want = jax.jit(sample)(params, padded, LENGTHS, jax.random.key(4), 0.8, 0.9)
   devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
   rows = devices.place_rows((padded, LENGTHS), 4)
-  got = devices.lift(sample, donate_state=False)(
-      devices.place(params), *rows, jax.random.key(4), 0.8, 0.9)
+  got = devices.lift(sample, donate_state=False)(devices.place(params), *rows, jax.random.key(4), 0.8, 0.9)
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=1e-4)
 
 
 def test_a_sample_ends_with_a_stop_id_and_nothing_follows(rng):
   config, stops = worlds.llama(vocab_size=8), (2, 5)
-  drawn = jax.device_get(sampler(config, max_new_tokens=20, num_samples=16, stop_id=stops)(
-      worlds.params_of(config), prompts(rng) % 8, LENGTHS, jax.random.key(2)))
+  drawn = jax.device_get(
+    sampler(config, max_new_tokens=20, num_samples=16, stop_id=stops)(
+      worlds.params_of(config), prompts(rng) % 8, LENGTHS, jax.random.key(2)
+    )
+  )
   assert len(set(drawn.lengths.ravel())) > 3
   for tokens, length in zip(drawn.tokens.reshape(-1, 20), drawn.lengths.ravel()):
-    assert not np.isin(tokens[:length - 1], stops).any() and not np.any(tokens[length:])
+    assert not np.isin(tokens[: length - 1], stops).any() and not np.any(tokens[length:])
     assert tokens[length - 1] in stops or length == 20
   ended = drawn.tokens.reshape(-1, 20)[np.arange(64), drawn.lengths.ravel() - 1]
   assert set(stops) <= set(ended)
@@ -239,7 +261,8 @@ def test_a_sample_ends_with_a_stop_id_and_nothing_follows(rng):
 def test_samples_of_a_prompt_differ_and_the_key_decides_them(rng):
   config = worlds.llama()
   sample = functools.partial(
-      sampler(config, max_new_tokens=6, num_samples=4), worlds.params_of(config), prompts(rng), LENGTHS)
+    sampler(config, max_new_tokens=6, num_samples=4), worlds.params_of(config), prompts(rng), LENGTHS
+  )
   first, again, other = (sample(jax.random.key(key)).tokens for key in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert np.any(first != other) and np.any(first[:, 0] != first[:, 1])
@@ -249,5 +272,9 @@ def test_samples_longer_than_the_positions_are_refused():
   config = worlds.gpt2(max_positions=8)
   with pytest.raises(ValueError, match="up to 6 tokens and 3 new ones are longer than the 8"):
     jax.eval_shape(
-        sampling.make_sampler(config, max_new_tokens=3), worlds.params_of(config),
-        np.zeros((1, 6), np.int32), np.array([6]), jax.random.key(0))
+      sampling.make_sampler(config, max_new_tokens=3),
+      worlds.params_of(config),
+      np.zeros((1, 6), np.int32),
+      np.array([6]),
+      jax.random.key(0),
+    )

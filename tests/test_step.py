@@ -10,17 +10,19 @@ import optax
 import pytest
 
 from dpojax.training import objectives, step
+from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.objectives import Mean, Objective
-from dpojax.training.parts import Parts
 
 
 def quadratic(scale=1.0):
   """An objective whose loss is the mean of scale * (params - target)^2 over comparisons."""
+
   def evaluate(params, reference, rows):
     values = scale * jnp.sum(jnp.square(rows.target - params["x"][None]), axis=-1)
     there = rows.example[:, 0] >= 0
     loss = Mean(jnp.sum(values, where=there), jnp.sum(there, dtype=jnp.float32))
     return loss, {"loss": loss}
+
   return Objective(evaluate, num_responses=1, needs_reference=False)
 
 
@@ -81,8 +83,9 @@ def test_parts_change_nothing(rows_at_once, empty, rng):
   batch, tx = rows(rng, empty=empty), optax.sgd(0.1)
   state = step.init_state({"x": jnp.zeros(3)}, tx)
   want, want_metrics = step.make_train_step(quadratic(), tx)(state, None, batch)
-  got, metrics = step.make_train_step(quadratic(), tx, parts=Parts(rows_at_once))(
-      state, None, batch)
+  got, metrics = step.make_train_step(quadratic(), tx, micro_batches=MicroBatches(rows_at_once))(
+    state, None, batch
+  )
   np.testing.assert_allclose(got.params["x"], want.params["x"], rtol=1e-6)
   for name in want_metrics:
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-6)
@@ -94,23 +97,23 @@ def test_parts_that_hold_nothing_are_not_computed(rng):
   batch = batch._replace(target=jnp.where(batch.example >= 0, batch.target, jnp.nan))
   whole = quadratic().evaluate({"x": jnp.ones(3)}, None, rows(rng, 4))
   sums = lambda part: jnp.sum(part.target)
-  assert jnp.isfinite(Parts(2).sum(sums, batch)) and jnp.isnan(Parts(8).sum(sums, batch))
+  assert jnp.isfinite(MicroBatches(2).sum(sums, batch)) and jnp.isnan(MicroBatches(8).sum(sums, batch))
   assert jnp.isfinite(whole[0].total)
 
 
 def test_parts_come_back_in_the_order_of_the_rows(rng):
   batch = rows(rng, 24)
   for shards in (1, 2, 4):
-    parts = Parts(3, shards)
-    np.testing.assert_array_equal(parts.map(lambda part: 2 * part.target, batch), 2 * batch.target)
-    assert parts.split(batch).target.shape == (8 // shards, 3 * shards, 3)
+    micro_batches = MicroBatches(3, shards)
+    np.testing.assert_array_equal(micro_batches.map(lambda part: 2 * part.target, batch), 2 * batch.target)
+    assert micro_batches.split(batch).target.shape == (8 // shards, 3 * shards, 3)
 
 
 def test_rows_that_cannot_be_taken_in_parts_are_named(rng):
   tx = optax.sgd(0.1)
   state = step.init_state({"x": jnp.zeros(3)}, tx)
   with pytest.raises(ValueError, match="8 rows on 1 shards cannot be taken 3 at once"):
-    step.make_train_step(quadratic(), tx, parts=Parts(3))(state, None, rows(rng))
+    step.make_train_step(quadratic(), tx, micro_batches=MicroBatches(3))(state, None, rows(rng))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -122,8 +125,9 @@ def test_an_update_that_is_not_finite_is_not_applied_nor_any_after_it(bad, rng):
   after, _ = train_step(held, None, rows(rng))
   assert not held.finite and not after.finite and int(after.step) == 1
   for state in (held, after):
-    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state),
-                 (good.params, good.opt_state))
+    jax.tree.map(
+      np.testing.assert_array_equal, (state.params, state.opt_state), (good.params, good.opt_state)
+    )
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():
@@ -146,18 +150,30 @@ def test_a_mean_adds_over_parts():
 
 def layers(rng):
   """Params of every kind: an embedding, stacked kernels of all projections, a norm, an adapter's pair."""
-  shapes = {"embed": {"embedding": (8, 6)}, "norm": {"scale": (6,)}, "layers": {
-      "query": {"kernel": (2, 6, 3, 4)}, "attention_out": {"kernel": (2, 3, 4, 6)},
-      "up": {"kernel": (2, 6, 10), "bias": (2, 10)}, "down": {"a": (2, 10, 2), "b": (2, 2, 6)}}}
-  return jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes,
-                      is_leaf=lambda x: isinstance(x, tuple))
+  shapes = {
+    "embed": {"embedding": (8, 6)},
+    "norm": {"scale": (6,)},
+    "layers": {
+      "query": {"kernel": (2, 6, 3, 4)},
+      "attention_out": {"kernel": (2, 3, 4, 6)},
+      "up": {"kernel": (2, 6, 10), "bias": (2, 10)},
+      "down": {"a": (2, 10, 2), "b": (2, 2, 6)},
+    },
+  }
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
 
 
 def minimised(name, params, steps=60, learning_rate=0.03, **options):
   """Params and optimizer state after some steps down (params - 1)^2, by the train step."""
+
   def evaluate(params, reference, rows):
     value = sum(jnp.sum(jnp.square(leaf - 1)) for leaf in jax.tree.leaves(params))
     return Mean(value, jnp.ones(())), {"loss": Mean(value, jnp.ones(()))}
+
   tx = step.make_optimizer(name, constant(learning_rate), max_grad_norm=0.0, **options)
   train_step = jax.jit(step.make_train_step(Objective(evaluate, 1, False), tx))
   state = step.init_state(params, tx)
@@ -174,7 +190,8 @@ def test_every_optimizer_goes_down_and_keeps_shapes_and_dtypes(name, rng):
   assert distance(step.average_of(state.params, state.opt_state)) < 0.5 * distance(params)
   for kept in (state.params, step.average_of(state.params, state.opt_state)):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), kept) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), params)
+      lambda x: (x.shape, x.dtype), params
+    )
 
 
 STATES = {"rmsprop": 1, "adamw": 2, "adamw_bfloat16": 1.5, "sgd": 0, "lion": 1, "schedule_free": 2}
@@ -186,8 +203,7 @@ STATES = {"rmsprop": 1, "adamw": 2, "adamw_bfloat16": 1.5, "sgd": 0, "lion": 1, 
 def test_what_an_optimizer_keeps(name, ema):
   params = {"up": {"kernel": jnp.zeros((64, 512))}}
   tx = step.make_optimizer(name, constant(), max_grad_norm=1.0, ema=ema)
-  kept = sum(leaf.size * leaf.dtype.itemsize
-             for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
   assert kept / params["up"]["kernel"].nbytes == pytest.approx(STATES[name] + (ema > 0), abs=1e-3)
 
 
@@ -205,8 +221,11 @@ def test_muon_steps_along_the_polar_factor_of_each_layers_matrix_and_adam_steps_
   params, grads = layers(rng), layers(rng)
   tx = step.make_optimizer("muon", constant(0.1), max_grad_norm=0.0)
   updates, _ = tx.update(grads, tx.init(params), params)
-  flat = {"query": lambda x: x.reshape(2, 6, 12), "attention_out": lambda x: x.reshape(2, 12, 6),
-          "up": lambda x: x}
+  flat = {
+    "query": lambda x: x.reshape(2, 6, 12),
+    "attention_out": lambda x: x.reshape(2, 12, 6),
+    "up": lambda x: x,
+  }
   for name, matrix in flat.items():
     gradient = matrix(np.asarray(grads["layers"][name]["kernel"], np.float64))
     u, _, vt = np.linalg.svd(gradient, full_matrices=False)
@@ -255,7 +274,8 @@ def test_schedule_free_evaluates_the_mean_of_where_its_steps_went(rng):
     params = optax.apply_updates(params, updates)
     places.append(np.asarray(state.z["up"]["kernel"]))
   np.testing.assert_allclose(
-      step.average_of(params, state)["up"]["kernel"], np.mean(places, axis=0), rtol=1e-4)
+    step.average_of(params, state)["up"]["kernel"], np.mean(places, axis=0), rtol=1e-4
+  )
 
 
 def test_without_an_average_params_are_themselves(rng):
@@ -267,8 +287,9 @@ def test_without_an_average_params_are_themselves(rng):
 # Beta by step.
 
 
-@pytest.mark.parametrize("between, want", [
-    ("linear", [4, 4, 2.5, 1, 1]), ("geometric", [4, 4, 2, 1, 1]), ("hold", [4, 4, 4, 1, 1])])
+@pytest.mark.parametrize(
+  "between, want", [("linear", [4, 4, 2.5, 1, 1]), ("geometric", [4, 4, 2, 1, 1]), ("hold", [4, 4, 4, 1, 1])]
+)
 def test_the_factor_of_beta_is_as_its_points_say(between, want):
   factor = step.make_beta_factor((10, 20), (4.0, 1.0), between)
   got = jax.vmap(factor)(jnp.asarray([0, 10, 15, 20, 99]))

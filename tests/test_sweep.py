@@ -24,8 +24,9 @@ def config(tmp_path_factory):
   path = worlds.write_jsonl(folder / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 80))
   args = (str(folder / "tokenizer"), path, folder / "cache")
   train.run(worlds.run_config("sft", *args, steps=2), folder / "sft")
-  return worlds.run_config("dpo", *args, **{
-      "model.checkpoint": str(folder / "sft"), "log_every": 2, "steps": 4})
+  return worlds.run_config(
+    "dpo", *args, **{"model.checkpoint": str(folder / "sft"), "log_every": 2, "steps": 4}
+  )
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,14 @@ def swept(config, tmp_path_factory):
   folder = tmp_path_factory.mktemp("swept")
   seen = []
   table = sweep.run(
-      config, folder, seeds=(0, 1), values=(0.1, 1.0), at_once=2, measure_every=2,
-      measure=lambda member, step, params: seen.append((member, step)) or norm(params))
+    config,
+    folder,
+    seeds=(0, 1),
+    values=(0.1, 1.0),
+    at_once=2,
+    measure_every=2,
+    measure=lambda member, step, params: seen.append((member, step)) or norm(params),
+  )
   return folder, table, seen
 
 
@@ -80,8 +87,14 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(config, swept, tmp_p
   shutil.rmtree(tmp_path / "stopped" / "members_2")
   calls = []
   again = sweep.run(
-      config, tmp_path / "stopped", seeds=(0, 1), values=(0.1, 1.0), at_once=2, measure_every=2,
-      measure=lambda member, step, params: calls.append(member) or norm(params))
+    config,
+    tmp_path / "stopped",
+    seeds=(0, 1),
+    values=(0.1, 1.0),
+    at_once=2,
+    measure_every=2,
+    measure=lambda member, step, params: calls.append(member) or norm(params),
+  )
   assert again == table
   assert {member.number for member in calls} == {2, 3}
   assert sweep.read_table(tmp_path / "stopped") == table
@@ -89,12 +102,15 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(config, swept, tmp_p
   assert sweep.run(config, tmp_path / "stopped", seeds=(0, 1), values=(0.1, 1.0), at_once=2) == table
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (dict(axis="steps", values=(1, 2)), "cannot be over 'steps'"),
     (dict(values=(0.1, 0.1)), "give each once"),
     (dict(values=(0.1, -1.0)), "beta"),
     (dict(seeds=()), "at least one"),
-])
+  ],
+)
 def test_what_cannot_be_swept_is_refused_by_name(config, tmp_path, arguments, message):
   with pytest.raises(ConfigError, match=message):
     sweep.run(config, tmp_path, **arguments)

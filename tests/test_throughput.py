@@ -12,10 +12,22 @@ from dpojax.training import throughput
 from dpojax.training.config import ConfigError
 
 
-@pytest.mark.parametrize("kind, chip", [
-    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"),
-    ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-    ("NVIDIA H100 PCIe", ""), ("NVIDIA H100 NVL", ""), ("cpu", ""), ("NVIDIA GeForce RTX 4090", "")])
+@pytest.mark.parametrize(
+  "kind, chip",
+  [
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA H200", "h200"),
+    ("NVIDIA A100-SXM4-80GB", "a100"),
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5p", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("NVIDIA H100 PCIe", ""),
+    ("NVIDIA H100 NVL", ""),
+    ("cpu", ""),
+    ("NVIDIA GeForce RTX 4090", ""),
+  ],
+)
 def test_a_device_is_known_by_its_kind(kind, chip):
   assert throughput.chip_of(kind) == chip
 

@@ -27,8 +27,9 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 LLAMA_CHAT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} "
-    "{{ eos_token }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}")
+  "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} "
+  "{{ eos_token }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
 USER = {"role": "user", "content": "Which way?"}
 
 
@@ -51,8 +52,7 @@ def tokenizer(request, both):
 def chat(load):
   """GPT-2's tokenizer with ChatML: its EOS is the end of a turn."""
   tokenizer = load("gpt2")
-  tokenizer.add_special_tokens(
-      {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+  tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
   tokenizer.chat_template = CHATML
   return tokenizer
 
@@ -65,6 +65,7 @@ def comparisons(tmp_path):
     path = tmp_path / f"{next(number)}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return builders.prepare("jsonl", path=path, data_dir=tmp_path / "prepared")
+
   return prepare
 
 
@@ -91,7 +92,8 @@ def test_real_pairs_decode_to_their_text_with_one_bos_and_one_eos(tokenizer, hh)
   adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
   for example, (prompt, responses) in zip(pairs, tokenization.encode(pairs, tokenizer)):
     assert prompt.count(tokenizer.bos_token_id) == adds_bos and prompt[0] == (
-        tokenizer.bos_token_id if adds_bos else prompt[0])
+      tokenizer.bos_token_id if adds_bos else prompt[0]
+    )
     for text, ids in zip(example.responses, responses):
       assert decoded(tokenizer, prompt, ids) == example.prompt + text
       assert ids.count(tokenizer.eos_token_id) == 1
@@ -99,8 +101,12 @@ def test_real_pairs_decode_to_their_text_with_one_bos_and_one_eos(tokenizer, hh)
 
 
 TEXT = strategies.text(
-    strategies.one_of(strategies.sampled_from(" \n\tIa.'<>|/s"), strategies.characters(
-        codec="utf-8", exclude_characters="\u2581")), max_size=12)
+  strategies.one_of(
+    strategies.sampled_from(" \n\tIa.'<>|/s"),
+    strategies.characters(codec="utf-8", exclude_characters="\u2581"),
+  ),
+  max_size=12,
+)
 
 
 @settings(deadline=None)
@@ -108,7 +114,7 @@ TEXT = strategies.text(
 def test_any_text_decodes_to_itself_over_the_boundary(both, prompt, response):
   for tokenizer in both.values():
     if response:
-      (prompt_ids, (ids,)), = tokenization.encode([Example(prompt, (response,))], tokenizer)
+      ((prompt_ids, (ids,)),) = tokenization.encode([Example(prompt, (response,))], tokenizer)
       assert decoded(tokenizer, prompt_ids, ids) == prompt + response
 
 
@@ -117,19 +123,21 @@ def test_any_text_decodes_to_itself_over_the_boundary(both, prompt, response):
 def test_the_prompt_is_the_same_ids_whatever_follows(both, prompt, one, other):
   for tokenizer in both.values():
     (first, _), (second, _), (joint, _) = tokenization.encode(
-        [Example(prompt, responses) for responses in ((one,), (other,), (one, other))], tokenizer)
+      [Example(prompt, responses) for responses in ((one,), (other,), (one, other))], tokenizer
+    )
     assert first == second == joint
 
 
 def test_a_leading_space_neither_vanishes_nor_appears(both):
   for tokenizer in both.values():
     (_, (with_space,)), (_, (without,)), (_, (two,)) = tokenization.encode(
-        [Example("He said:", (text,)) for text in (" I am", "I am", "  I am")], tokenizer)
+      [Example("He said:", (text,)) for text in (" I am", "I am", "  I am")], tokenizer
+    )
     assert len({tuple(with_space), tuple(without), tuple(two)}) == 3
   llama = both["llama2"]
   assert llama(" I am")["input_ids"] == llama("I am")["input_ids"]  # what would go wrong
   tokens = llama.convert_ids_to_tokens
-  (prompt, (ids,)), = tokenization.encode([Example(" I am", ("I am",))], llama)
+  ((prompt, (ids,)),) = tokenization.encode([Example(" I am", ("I am",))], llama)
   assert tokens(prompt) == ["<s>", "▁▁", "I", "▁am"]
   assert tokens(ids) == ["I", "▁am", "</s>"]
 
@@ -137,15 +145,17 @@ def test_a_leading_space_neither_vanishes_nor_appears(both):
 def test_it_does_not_matter_how_a_tokenizer_adds_its_space(load):
   always, normalizing, bytewise = load("llama2"), load("llama2"), load("gpt2")
   always.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-      prepend_scheme="always", split=False)
+    prepend_scheme="always", split=False
+  )
   normalizing.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([])
-  normalizing.backend_tokenizer.normalizer = tokenizers.normalizers.Sequence([
-      tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+  normalizing.backend_tokenizer.normalizer = tokenizers.normalizers.Sequence(
+    [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+  )
   bytewise.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
   for tokenizer in (always, normalizing, bytewise):
     assert tokenizer.decode(tokenizer("a", add_special_tokens=False)["input_ids"]).strip() == "a"
     for prompt, response in itertools.product(("", "a", " a", "\na "), ("a", " a", "  a", "\na")):
-      (ids, (answer,)), = tokenization.encode([Example(prompt, (response,))], tokenizer)
+      ((ids, (answer,)),) = tokenization.encode([Example(prompt, (response,))], tokenizer)
       added = " " * (tokenizer is bytewise)  # its decoder leaves the space it added
       assert decoded(tokenizer, ids, answer) == added + prompt + response
 
@@ -153,7 +163,7 @@ def test_it_does_not_matter_how_a_tokenizer_adds_its_space(load):
 def test_usual_text_gets_the_ids_of_the_whole_text(both):
   for tokenizer in both.values():
     prompt, response = "\n\nHuman: Which way?\n\nAssistant:", " That way."
-    (first, (ids,)), = tokenization.encode([Example(prompt, (response,))], tokenizer)
+    ((first, (ids,)),) = tokenization.encode([Example(prompt, (response,))], tokenizer)
     assert first + ids == tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
 
 
@@ -161,7 +171,7 @@ def test_names_of_special_tokens_in_text_are_text(both):
   for tokenizer in both.values():
     name = tokenizer.eos_token
     example = Example(f"a{name}b {name}", (f"{name} c{name}",))
-    (prompt, (ids,)), = tokenization.encode([example], tokenizer)
+    ((prompt, (ids,)),) = tokenization.encode([example], tokenizer)
     assert not {tokenizer.eos_token_id, tokenizer.unk_token_id} & {*prompt, *ids[:-1]}
     assert decoded(tokenizer, prompt, ids) == f"a{name}b {name}{name} c{name}"
 
@@ -180,25 +190,29 @@ def test_an_empty_prompt_starts_with_bos_or_with_eos_where_there_is_none(both, c
 def test_a_chat_has_the_ids_of_its_template(both, chat, monkeypatch):
   llama = both["llama2"]
   for tokenizer, template in ((chat, CHATML), (llama, LLAMA_CHAT)):
-    turns = [
-        USER, {"role": "assistant", "content": "Left."}, {"role": "user", "content": "And then?"}]
+    turns = [USER, {"role": "assistant", "content": "Left."}, {"role": "user", "content": "And then?"}]
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    (prompt, responses), = tokenization.encode([Example(turns, ("Right.", "Wrong."))], tokenizer)
+    ((prompt, responses),) = tokenization.encode([Example(turns, ("Right.", "Wrong."))], tokenizer)
     for ids, text in zip(responses, ("Right.", "Wrong.")):
       answered = [*turns, {"role": "assistant", "content": text}]
       whole = tokenizer.apply_chat_template(answered, return_dict=False)
-      assert prompt + ids == whole[:len(prompt) + len(ids)]
-      assert tokenizer.decode(whole[len(prompt) + len(ids):]).strip() == ""
+      assert prompt + ids == whole[: len(prompt) + len(ids)]
+      assert tokenizer.decode(whole[len(prompt) + len(ids) :]).strip() == ""
       assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
       assert prompt.count(llama.bos_token_id if tokenizer is llama else -1) == (tokenizer is llama)
 
 
 def test_a_chat_template_without_eos_gets_one_and_no_bos_that_it_does_not_write(both, monkeypatch):
   llama = both["llama2"]
-  monkeypatch.setattr(llama, "chat_template", (
+  monkeypatch.setattr(
+    llama,
+    "chat_template",
+    (
       "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-      "{% if add_generation_prompt %}assistant:{% endif %}"))
-  (prompt, (ids,)), = tokenization.encode([Example([USER], ("Left.",))], llama)
+      "{% if add_generation_prompt %}assistant:{% endif %}"
+    ),
+  )
+  ((prompt, (ids,)),) = tokenization.encode([Example([USER], ("Left.",))], llama)
   whole = llama.apply_chat_template([USER, {"role": "assistant", "content": "Left."}], return_dict=False)
   assert prompt + ids == [*whole, llama.eos_token_id]
   data = Memory([Example([USER], ("Left.", "Right."))])
@@ -211,28 +225,31 @@ def test_names_of_special_tokens_in_a_message_are_text(both, chat, monkeypatch):
   for tokenizer in (chat, both["llama2"]):
     name, eos = tokenizer.eos_token, tokenizer.eos_token_id
     safe, unsafe = (
-        tokenization.encode([
-            Example([{**USER, "content": f"What is {text}?"}], (f"{text} ends",))], tokenizer)[0]
-        for text in ("it", name))
+      tokenization.encode([Example([{**USER, "content": f"What is {text}?"}], (f"{text} ends",))], tokenizer)[
+        0
+      ]
+      for text in ("it", name)
+    )
     assert unsafe[0].count(eos) == safe[0].count(eos)
     assert unsafe[1][0].count(eos) == 1
     assert tokenizer.decode(unsafe[0]) == tokenizer.decode(safe[0]).replace("it", name)
 
 
 def test_chats_that_cannot_be_rendered_are_answered(load, chat, comparisons):
-  records = [
-      {"prompt": [USER], "responses": [[{"role": "assistant", "content": text}]]} for text in "ab"]
+  records = [{"prompt": [USER], "responses": [[{"role": "assistant", "content": text}]]} for text in "ab"]
   with pytest.raises(DataError, match="has no chat template"):
     tokenization.tokenize(comparisons(*records), load("gpt2"), truncation=ROOMY)
   chat.chat_template = "{{ messages | length }}: {{ messages[-1].content | length }}"
   with pytest.raises(DataError, match=r'no_clear_span.*record 0 \("Which way\?"\).*where the answer stands'):
     tokenization.tokenize(comparisons(*records), chat, truncation=ROOMY)
   chat.chat_template = CHATML + (
-      "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}")
+    "{% if messages[-1].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+  )
   tokens = tokenization.tokenize(comparisons(*records), chat, truncation=ROOMY)
   assert tokens.report["dropped"] == {"refused_by_template": 1}
   assert tokens.report["first"]["refused_by_template"] == (
-      'record 1 ("Which way?"): the chat template says: no b')
+    'record 1 ("Which way?"): the chat template says: no b'
+  )
   assert tokens.example.tolist() == [0]
 
 
@@ -243,8 +260,7 @@ def test_truncation_is_the_papers_code_s(both, rng, max_length, max_prompt_lengt
   sizes = rng.integers(1, 13, size=(300, 4))
   texts = [[words(size, letter) for size, letter in zip(row, "abcd")] for row in sizes]
   data = Memory(Example(row[0], tuple(row[1:])) for row in texts)
-  result = tokenization.tokenize(
-      data, tokenizer, truncation=Truncation(max_length, max_prompt_length, keep))
+  result = tokenization.tokenize(data, tokenizer, truncation=Truncation(max_length, max_prompt_length, keep))
   prompts_cut = responses_cut = 0
   for row, (ids, branches) in zip(texts, result, strict=True):
     prompt, *responses = (tokenizer(text)["input_ids"] for text in row)
@@ -253,7 +269,7 @@ def test_truncation_is_the_papers_code_s(both, rng, max_length, max_prompt_lengt
     if len(prompt) + longest > max_length:
       prompt = prompt[:max_prompt_length] if keep == "start" else prompt[-max_prompt_length:]
     if len(prompt) + longest > max_length:
-      responses = [ids[:max_length - max_prompt_length] for ids in responses]
+      responses = [ids[: max_length - max_prompt_length] for ids in responses]
     prompts_cut += len(prompt) < whole
     responses_cut += sum(ids[-1] != tokenizer.eos_token_id for ids in responses)
     assert ids.tolist() == prompt
@@ -280,8 +296,7 @@ def test_bos_stays_in_front_of_a_cut_prompt(both):
 
 
 def test_responses_that_truncation_makes_the_same_are_dropped(both):
-  data = Memory([
-      Example(words(4), (words(5, "b") + " c", words(5, "b") + " d")), Example("", (" e", " f"))])
+  data = Memory([Example(words(4), (words(5, "b") + " c", words(5, "b") + " d")), Example("", (" e", " f"))])
   tokens = tokenization.tokenize(data, both["gpt2"], truncation=Truncation(8, 4, "end"))
   assert tokens.report["dropped"] == {"identical_after_truncation": 1}
   assert tokens.report["responses_cut"] == 0
@@ -291,10 +306,13 @@ def test_responses_that_truncation_makes_the_same_are_dropped(both):
 def test_only_the_best_responses_are_kept(both):
   data = Memory(Example("Q", responses) for responses in ((" a", " b", " c"), (" d",), (" e", " f")))
   read = lambda tokens: [
-      [both["gpt2"].decode(ids[:-1]).strip() for ids in tokens[i][1]] for i in range(len(tokens))]
+    [both["gpt2"].decode(ids[:-1]).strip() for ids in tokens[i][1]] for i in range(len(tokens))
+  ]
   for count, kept, dropped in (
-      (None, [["a", "b", "c"], ["d", "", ""], ["e", "f", ""]], {}), (1, [["a"], ["d"], ["e"]], {}),
-      (2, [["a", "b"], ["e", "f"]], {"too_few_responses": 1})):
+    (None, [["a", "b", "c"], ["d", "", ""], ["e", "f", ""]], {}),
+    (1, [["a"], ["d"], ["e"]], {}),
+    (2, [["a", "b"], ["e", "f"]], {"too_few_responses": 1}),
+  ):
     tokens = tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, num_responses=count)
     assert read(tokens) == kept
     assert tokens.report["dropped"] == dropped
@@ -309,15 +327,13 @@ def test_only_the_best_responses_are_kept(both):
 
 def test_a_response_alone_keeps_its_side_and_needs_a_loss_that_reads_it(both):
   data = Memory([Example("Q", (" a", "")), Example("Q", ("", " b")), Example("Q", (" c", " d"))])
-  tokenize = functools.partial(
-      tokenization.tokenize, data, both["gpt2"], truncation=ROOMY, num_responses=2)
+  tokenize = functools.partial(tokenization.tokenize, data, both["gpt2"], truncation=ROOMY, num_responses=2)
   alone = tokenize(fewest=1)
   assert [[len(ids) for ids in alone[i][1]] for i in range(3)] == [[2, 0], [0, 2], [2, 2]]
   assert (alone.lengths[:, 1:] > 0).tolist() == [[True, False], [False, True], [True, True]]
   assert both["gpt2"].decode(alone[1][1][1][:-1]) == " b"
   pairs = tokenize()
   assert len(pairs) == 1 and pairs.report["dropped"] == {"too_few_responses": 2}
-
 
 
 def test_the_report_of_real_pairs_agrees_with_their_ids(tokenizer, hh):
@@ -347,8 +363,9 @@ def test_text_that_the_tokenizer_changes_is_counted(load, comparisons):
 
 def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
   fresh, stored, again = (
-      tokenization.tokenize(hh, both["gpt2"], truncation=ROOMY, cache_dir=folder)
-      for folder in (None, tmp_path, tmp_path))
+    tokenization.tokenize(hh, both["gpt2"], truncation=ROOMY, cache_dir=folder)
+    for folder in (None, tmp_path, tmp_path)
+  )
   assert isinstance(again.ids, np.memmap) and not isinstance(fresh.ids, np.memmap)
   for name in ("lengths", "ids", "offsets", "example"):
     np.testing.assert_array_equal(getattr(again, name), getattr(fresh, name))
@@ -358,7 +375,8 @@ def test_the_cache_gives_the_same_arrays_memory_mapped(both, hh, tmp_path):
 
 
 def test_of_two_at_once_one_tokenizes_and_the_other_reads_what_it_made(
-    both, hh, tmp_path, monkeypatch, capsys):
+  both, hh, tmp_path, monkeypatch, capsys
+):
   calls, tokenize = [], tokenization._tokenize
 
   def slowly(*args):
@@ -368,8 +386,9 @@ def test_of_two_at_once_one_tokenizes_and_the_other_reads_what_it_made(
 
   monkeypatch.setattr(tokenization, "_tokenize", slowly)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    one, other = pool.map(lambda _: tokenization.tokenize(
-        hh, both["gpt2"], truncation=ROOMY, cache_dir=tmp_path), range(2))
+    one, other = pool.map(
+      lambda _: tokenization.tokenize(hh, both["gpt2"], truncation=ROOMY, cache_dir=tmp_path), range(2)
+    )
   assert len(calls) == 1 and one.fingerprint == other.fingerprint
   np.testing.assert_array_equal(one.ids, other.ids)
   assert f"waiting for the token cache {tmp_path}/" in capsys.readouterr().out
@@ -381,9 +400,15 @@ def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, ca
   want = tokenize(None)
   cache = tmp_path / "tokenized"
   tokenize(cache)
-  folder, = (path for path in cache.iterdir() if path.is_dir())  # beside it is its lock
-  damages = {"lengths.npy": "flip", "ids.npy": "flip", "offsets.npy": "cut", "example.npy": "empty",
-             "report.json": "delete", "digests.json": "flip"}
+  (folder,) = (path for path in cache.iterdir() if path.is_dir())  # beside it is its lock
+  damages = {
+    "lengths.npy": "flip",
+    "ids.npy": "flip",
+    "offsets.npy": "cut",
+    "example.npy": "empty",
+    "report.json": "delete",
+    "digests.json": "flip",
+  }
   assert damages.keys() == {file.name for file in folder.iterdir()}
   for name, damage in damages.items():
     content = bytearray((folder / name).read_bytes())
@@ -405,25 +430,41 @@ def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, ca
 
 
 def test_the_fingerprint_is_of_the_ids_and_the_cache_of_what_they_are_made_from(
-    both, load, chat, comparisons, tmp_path):
+  both, load, chat, comparisons, tmp_path
+):
   data, other = (comparisons({"prompt": "Q", "responses": [" A", text]}) for text in (" b", " c"))
 
   def of(data, tokenizer, truncation=ROOMY, count=2, **reading):
     tokens = tokenization.tokenize(
-        data, tokenizer, truncation=truncation, num_responses=count, cache_dir=tmp_path / "cache",
-        reading=Reading(**reading))
+      data,
+      tokenizer,
+      truncation=truncation,
+      num_responses=count,
+      cache_dir=tmp_path / "cache",
+      reading=Reading(**reading),
+    )
     return tokens.fingerprint, len(list((tmp_path / "cache").iterdir()))
 
   lower = load("gpt2")
   lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
   first, _ = of(data, both["gpt2"])
-  others = [of(other, both["gpt2"]), of(data, both["llama2"]), of(data, chat), of(data, both["gpt2"], count=1),
-            of(data, lower), of(data, both["gpt2"], Truncation(2, 1, "end"))]
+  others = [
+    of(other, both["gpt2"]),
+    of(data, both["llama2"]),
+    of(data, chat),
+    of(data, both["gpt2"], count=1),
+    of(data, lower),
+    of(data, both["gpt2"], Truncation(2, 1, "end")),
+  ]
   assert len({first, *(fingerprint for fingerprint, _ in others)}) == 1 + len(others)
   assert [folders for _, folders in others] == list(range(2, 2 + len(others)))
   folders = 1 + len(others)
-  for changes in (dict(truncation=dataclasses.replace(ROOMY, keep="start")), dict(score="last"),
-                  dict(special_tokens="parse"), dict(arguments={"a": 1})):
+  for changes in (
+    dict(truncation=dataclasses.replace(ROOMY, keep="start")),
+    dict(score="last"),
+    dict(special_tokens="parse"),
+    dict(arguments={"a": 1}),
+  ):
     folders += 1
     assert of(data, both["gpt2"], **changes) == (first, folders)
   assert of(data, both["gpt2"], date="2024-07-26") == (first, folders)  # no template asks for it
@@ -447,8 +488,13 @@ except DataError as error:
 """
   root = pathlib.Path(__file__).parents[1]
   done = subprocess.run(
-      [sys.executable, "-c", code, str(data_folder), str(tmp_path)], capture_output=True, text=True,
-      cwd=root, timeout=120, env={**os.environ, "PYTHONPATH": str(root)})
+    [sys.executable, "-c", code, str(data_folder), str(tmp_path)],
+    capture_output=True,
+    text=True,
+    cwd=root,
+    timeout=120,
+    env={**os.environ, "PYTHONPATH": str(root)},
+  )
   assert f"could not write tokenized data to {tmp_path}" in done.stdout, done.stderr
   assert not list(tmp_path.iterdir())
 
@@ -467,9 +513,14 @@ def test_tokenizers_that_cannot_be_loaded_are_named(tmp_path, data_folder):
     tokenization.load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("values, words", [
-    ((8, 8, "end"), "leave room for responses"), ((8, 0, "end"), "leave room"),
-    ((8, 4, "middle"), "'middle'; it is 'start' or 'end'")])
+@pytest.mark.parametrize(
+  "values, words",
+  [
+    ((8, 8, "end"), "leave room for responses"),
+    ((8, 0, "end"), "leave room"),
+    ((8, 4, "middle"), "'middle'; it is 'start' or 'end'"),
+  ],
+)
 def test_impossible_truncation_is_refused(values, words):
   with pytest.raises(DataError, match=words):
     Truncation(*values)

@@ -22,6 +22,7 @@ from dpojax.runtime import digests, disk
 from dpojax.runtime.errors import UserError
 from dpojax.training import checkpoint, metrics, preference, throughput
 from dpojax.training import config as config_lib
+from dpojax.training import workdir as workdir_lib
 from dpojax.training.metrics import read_metrics
 from tests import conftest, worlds
 
@@ -58,9 +59,19 @@ def test_sft_then_dpo_starts_at_log_2_and_learns(given, sft, tmp_path):
   assert abs(steps[0]["loss"] - math.log(2)) < 1e-5
   assert result["rewards/accuracies"] > 0.9 and result["loss"] < 0.5
   assert set(steps[0]) >= {
-      "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-      "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "pairs_per_second",
-      *throughput.METRICS[:4], "step_seconds"}
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+    "learning_rate",
+    "pairs_per_second",
+    *throughput.METRICS[:4],
+    "step_seconds",
+  }
   assert all(0 <= line["input_wait"] < 1 for line in steps)
   for line in steps:
     parts = [line[f"step_seconds/{part}"] for part in ("input", "device", "host")]
@@ -71,62 +82,107 @@ def test_sft_then_dpo_starts_at_log_2_and_learns(given, sft, tmp_path):
 
 
 def test_shuffled_labels_teach_nothing_that_holds_out(given, sft, tmp_path):
-  result = train.run(worlds.run_config(
-      "dpo", **given, steps=12, **{"model.checkpoint": sft, "data.shuffle_labels": True}), tmp_path)
+  result = train.run(
+    worlds.run_config("dpo", **given, steps=12, **{"model.checkpoint": sft, "data.shuffle_labels": True}),
+    tmp_path,
+  )
   assert abs(result["rewards/margins"]) < 0.3
 
 
 def test_a_reward_model_learns_and_the_best_checkpoint_is_kept(given, sft, tmp_path):
-  result = train.run(worlds.run_config("reward", **given, steps=12, **{
-      "model.checkpoint": sft, "checkpoint_best": "rewards/accuracies"}), tmp_path)
+  result = train.run(
+    worlds.run_config(
+      "reward", **given, steps=12, **{"model.checkpoint": sft, "checkpoint_best": "rewards/accuracies"}
+    ),
+    tmp_path,
+  )
   assert result["rewards/accuracies"] > 0.9
   accuracy = {line["step"]: line["rewards/accuracies"] for line in lines(tmp_path, "eval")}
   kept = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
   assert len(kept) <= 2 and max(accuracy[step] for step in kept) == max(
-      value for step, value in accuracy.items() if step)
+    value for step, value in accuracy.items() if step
+  )
 
 
 KNOBS = {
-    "robust_dpo": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
-    "simpo": {"gamma": 0.5}, "orpo": {"weight": 0.1}, "unlikelihood": {"alpha": 0.1},
-    "mappo": {"gap": 0.5}, "h_dpo": {"alpha": 0.9}, "r_dpo": {"alpha": 0.01},
-    "alphapo": {"gamma": 0.5, "alpha": 0.25},
-    "discopop": {"tau": 1.0}}  # with its tau of 0.05 the slope at a margin of 0 is upward
+  "robust_dpo": {"label_smoothing": 0.1},
+  "exo_pair": {"label_smoothing": 0.1},
+  "simpo": {"gamma": 0.5},
+  "orpo": {"weight": 0.1},
+  "unlikelihood": {"alpha": 0.1},
+  "mappo": {"gap": 0.5},
+  "h_dpo": {"alpha": 0.9},
+  "r_dpo": {"alpha": 0.01},
+  "alphapo": {"gamma": 0.5, "alpha": 0.25},
+  "discopop": {"tau": 1.0},
+}  # with its tau of 0.05 the slope at a margin of 0 is upward
 
 
 @pytest.mark.parametrize("loss", [*preference.LOSSES, "dpo,nll_mean"])
 def test_a_run_with_any_loss_learns_what_is_preferred(loss, given, sft, tmp_path):
   changes = {f"loss_options.{knob}": value for knob, value in KNOBS.get(loss, {}).items()}
-  result = train.run(worlds.run_config(
-      "dpo", **given, loss=loss, steps=6, checkpoint_every=0, eval_every=6, log_every=6,
-      **{"model.checkpoint": sft, **changes}), tmp_path)
+  result = train.run(
+    worlds.run_config(
+      "dpo",
+      **given,
+      loss=loss,
+      steps=6,
+      checkpoint_every=0,
+      eval_every=6,
+      log_every=6,
+      **{"model.checkpoint": sft, **changes},
+    ),
+    tmp_path,
+  )
   first, last = lines(tmp_path, "eval")
   assert last["loss"] < first["loss"] and last["logps/chosen"] > first["logps/chosen"] - 1
   assert result["rewards/accuracies"] > 0.6 and math.isfinite(result["rewards/margins"])
   assert ("log_ratios/abs" in result) == any(
-      preference.LOSSES[name].reads_reference for name in loss.split(","))
+    preference.LOSSES[name].reads_reference for name in loss.split(",")
+  )
 
 
 def test_responses_judged_one_by_one_are_enough_for_kto(given, sft, tmp_path):
-  records = [{"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"],
-              "label": bool(good)} for pair, good in zip(
-                  worlds.pairs(np.random.default_rng(1), 150), [1, 0] * 75)]
+  records = [
+    {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": bool(good)}
+    for pair, good in zip(worlds.pairs(np.random.default_rng(1), 150), [1, 0] * 75)
+  ]
   path = worlds.write_jsonl(tmp_path / "single.jsonl", records)
-  train.run(worlds.run_config(
-      "dpo", **given | {"path": path}, loss="kto", steps=8, checkpoint_every=0, eval_every=8,
-      **{"model.checkpoint": sft}), tmp_path)
+  train.run(
+    worlds.run_config(
+      "dpo",
+      **given | {"path": path},
+      loss="kto",
+      steps=8,
+      checkpoint_every=0,
+      eval_every=8,
+      **{"model.checkpoint": sft},
+    ),
+    tmp_path,
+  )
   first, last = lines(tmp_path, "eval")
   assert last["loss"] < first["loss"]
   assert last["rewards/chosen"] > last["rewards/rejected"] and "rewards/accuracies" not in last
 
 
 def test_rankings_of_several_lengths_train(given, sft, tmp_path):
-  records = [{"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"], " the"][:k]}
-             for pair, k in zip(worlds.pairs(np.random.default_rng(1), 150), [3, 2, 3] * 50)]
+  records = [
+    {"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"], " the"][:k]}
+    for pair, k in zip(worlds.pairs(np.random.default_rng(1), 150), [3, 2, 3] * 50)
+  ]
   path = worlds.write_jsonl(tmp_path / "ranked.jsonl", records)
-  result = train.run(worlds.run_config(
-      "dpo", **given | {"path": path}, loss="dpo_plackett_luce", steps=8, checkpoint_every=0,
-      eval_every=8, **{"model.checkpoint": sft, "data.num_responses": 3}), tmp_path)
+  result = train.run(
+    worlds.run_config(
+      "dpo",
+      **given | {"path": path},
+      loss="dpo_plackett_luce",
+      steps=8,
+      checkpoint_every=0,
+      eval_every=8,
+      **{"model.checkpoint": sft, "data.num_responses": 3},
+    ),
+    tmp_path,
+  )
   first, _ = lines(tmp_path, "eval")
   shares = [len(r["responses"]) for r in records]
   assert min(shares) == 2 and math.log(2) < first["loss"] < math.log(6)
@@ -134,31 +190,52 @@ def test_rankings_of_several_lengths_train(given, sft, tmp_path):
 
 
 def test_a_reference_that_follows_at_every_step_keeps_the_loss_at_log_2(given, sft, tmp_path):
-  train.run(worlds.run_config("dpo", **given, steps=4, eval_every=0, **{
-      "model.checkpoint": sft, "reference.sync_every": 1, "reference.sync_alpha": 1.0}), tmp_path)
+  train.run(
+    worlds.run_config(
+      "dpo",
+      **given,
+      steps=4,
+      eval_every=0,
+      **{"model.checkpoint": sft, "reference.sync_every": 1, "reference.sync_alpha": 1.0},
+    ),
+    tmp_path,
+  )
   for line in lines(tmp_path, "train"):
     assert abs(line["loss"] - math.log(2)) < 1e-5
 
 
 def test_a_run_whose_reference_moves_continues_where_it_was(given, sft, tmp_path):
-  settings = dict(**given, eval_every=0, **{
-      "model.checkpoint": sft, "reference.sync_every": 2, "reference.sync_alpha": 0.5})
+  settings = dict(
+    **given, eval_every=0, **{"model.checkpoint": sft, "reference.sync_every": 2, "reference.sync_alpha": 0.5}
+  )
   train.run(worlds.run_config("dpo", **settings, steps=8), tmp_path / "whole")
   for steps in (6, 8):
     train.run(worlds.run_config("dpo", **settings, steps=steps), tmp_path / "twice")
-  (want, want_metrics), (got, got_metrics) = (
-      state_files(tmp_path / name, 8) for name in ("whole", "twice"))
+  (want, want_metrics), (got, got_metrics) = (state_files(tmp_path / name, 8) for name in ("whole", "twice"))
   assert got_metrics == want_metrics
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_knobs_and_weights_of_losses_are_set_from_the_command_line(given, tmp_path):
   done = subprocess.run(
-      [sys.executable, "-m", "dpojax.train", "--config=configs/dpo.py", f"--workdir={tmp_path}",
-       "--config.loss=simpo,nll_mean", "--config.loss_weights=(1.0,0.5)",
-       "--config.loss_options.gamma=0.5", "--config.loss_options.wpo=True",
-       f"--config.tokenizer={given['tokenizer']}", "--config.data.path=/nowhere.jsonl"],
-      cwd=conftest.ROOT, capture_output=True, text=True, timeout=120)
+    [
+      sys.executable,
+      "-m",
+      "dpojax.train",
+      "--config=configs/dpo.py",
+      f"--workdir={tmp_path}",
+      "--config.loss=simpo,nll_mean",
+      "--config.loss_weights=(1.0,0.5)",
+      "--config.loss_options.gamma=0.5",
+      "--config.loss_options.wpo=True",
+      f"--config.tokenizer={given['tokenizer']}",
+      "--config.data.path=/nowhere.jsonl",
+    ],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert "data.path /nowhere.jsonl: no such file" in done.stderr, done.stderr[-2000:]
   settings = checkpoint.load_settings(tmp_path)
   assert config_lib.losses_of(settings) == ["simpo", "nll_mean"]
@@ -168,8 +245,9 @@ def test_knobs_and_weights_of_losses_are_set_from_the_command_line(given, tmp_pa
 
 
 def test_the_checkpoint_holds_the_references_fingerprint_and_not_the_reference(given, sft, tmp_path):
-  train.run(worlds.run_config(
-      "dpo", **given, steps=2, **{"model.checkpoint": sft, "optimizer.name": "sgd"}), tmp_path)
+  train.run(
+    worlds.run_config("dpo", **given, steps=2, **{"model.checkpoint": sft, "optimizer.name": "sgd"}), tmp_path
+  )
   start = checkpoint.load_policy(sft).params
   about = json.loads((tmp_path / "checkpoints/2/about/metadata").read_text())
   assert about["reference"] == checkpoint.fingerprint(start)
@@ -193,9 +271,13 @@ def start_run(tmp_path, name, settings, *, settings_name="", devices=1):
   path.write_text(json.dumps(settings))
   count = f" --xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
-      [sys.executable, "-m", "tests.run_training", str(path), str(tmp_path / name)],
-      cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES + count})
+    [sys.executable, "-m", "tests.run_training", str(path), str(tmp_path / name)],
+    cwd=conftest.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES + count},
+  )
 
 
 def finish(process):
@@ -209,13 +291,16 @@ def state_files(workdir, step):
   manager = checkpoint.Checkpoints(workdir, keep=0)
   state, _ = manager.restore_arrays(step)
   manager.close()
-  return state, [{name: value for name, value in line.items() if name not in throughput.METRICS}
-                 for line in read_metrics(workdir)]
+  return state, [
+    {name: value for name, value in line.items() if name not in throughput.METRICS}
+    for line in read_metrics(workdir)
+  ]
 
 
 def test_three_kills_change_nothing(given, sft, tmp_path, rng):
-  settings = dict(kind="dpo", **given, steps=24, log_every=2, eval_every=6,
-                  checkpoint_every=3, **{"model.checkpoint": sft})
+  settings = dict(
+    kind="dpo", **given, steps=24, log_every=2, eval_every=6, checkpoint_every=3, **{"model.checkpoint": sft}
+  )
   whole = start_run(tmp_path, "whole", settings)
   finish(whole)
   for until in sorted(rng.choice(np.arange(4, 22), size=3, replace=False)):
@@ -231,7 +316,8 @@ def test_three_kills_change_nothing(given, sft, tmp_path, rng):
     process.communicate()
   finish(start_run(tmp_path, "killed", settings))
   (want, want_metrics), (got, got_metrics) = (
-      state_files(tmp_path / name, 24) for name in ("whole", "killed"))
+    state_files(tmp_path / name, 24) for name in ("whole", "killed")
+  )
   assert got_metrics == want_metrics
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -287,16 +373,40 @@ def test_where_the_only_checkpoint_is_damaged_the_run_stops(given, sft, tmp_path
 
 
 def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
-  changes = {"model.checkpoint": sft, "row_length": 32, "checkpoint_keep": 0, "parallel.strategy": "mesh",
-             "parallel.data": 2, "parallel.fsdp": 2, "parallel.tensor": 2}
+  changes = {
+    "model.checkpoint": sft,
+    "row_length": 32,
+    "checkpoint_keep": 0,
+    "parallel.strategy": "mesh",
+    "parallel.data": 2,
+    "parallel.fsdp": 2,
+    "parallel.tensor": 2,
+  }
   train.run(worlds.run_config("dpo", **given, steps=6, **changes), tmp_path / "one")
   for steps in (4, 6):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
-    processes = [start_run(tmp_path, "two", dict(kind="dpo", **given, steps=steps, **changes, **{
-        "parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2,
-        "parallel.process_id": i}), settings_name=f"two{i}", devices=4) for i in range(2)]
+    processes = [
+      start_run(
+        tmp_path,
+        "two",
+        dict(
+          kind="dpo",
+          **given,
+          steps=steps,
+          **changes,
+          **{
+            "parallel.coordinator": f"127.0.0.1:{port}",
+            "parallel.num_processes": 2,
+            "parallel.process_id": i,
+          },
+        ),
+        settings_name=f"two{i}",
+        devices=4,
+      )
+      for i in range(2)
+    ]
     told = [finish(process) for process in processes]
     if steps == 4:
       assert len(json.loads((tmp_path / "two/checkpoints/4/digests.json").read_text())["files"]) > 4
@@ -304,8 +414,7 @@ def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
   assert told[0].count(f"{file} is damaged") == 1 and "continuing from step 2" in told[0]
   assert file.name not in told[1]  # one process speaks, and both continue from there
   one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-  assert [(line["step"], line["split"]) for line in one] == [
-      (line["step"], line["split"]) for line in two]
+  assert [(line["step"], line["split"]) for line in one] == [(line["step"], line["split"]) for line in two]
   for a, b in zip(one, two):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
     np.testing.assert_allclose(a["logps/chosen"], b["logps/chosen"], rtol=1e-4)
@@ -318,9 +427,25 @@ def test_two_processes_of_replicas_train_as_one(given, sft, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  processes = [start_run(tmp_path, "two", dict(kind="dpo", **given, **changes, **{
-      "parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2,
-      "parallel.process_id": i}), settings_name=f"two{i}", devices=4) for i in range(2)]
+  processes = [
+    start_run(
+      tmp_path,
+      "two",
+      dict(
+        kind="dpo",
+        **given,
+        **changes,
+        **{
+          "parallel.coordinator": f"127.0.0.1:{port}",
+          "parallel.num_processes": 2,
+          "parallel.process_id": i,
+        },
+      ),
+      settings_name=f"two{i}",
+      devices=4,
+    )
+    for i in range(2)
+  ]
   for process in processes:
     finish(process)
   one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
@@ -330,8 +455,9 @@ def test_two_processes_of_replicas_train_as_one(given, sft, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_continues(given, sft, tmp_path):
-  settings = dict(kind="dpo", **given, steps=40, checkpoint_every=40, eval_every=0, slow=0.05,
-                  **{"model.checkpoint": sft})
+  settings = dict(
+    kind="dpo", **given, steps=40, checkpoint_every=40, eval_every=0, slow=0.05, **{"model.checkpoint": sft}
+  )
   process = start_run(tmp_path, "run", settings)
   while process.poll() is None and len(read_metrics(tmp_path / "run")) < 3:
     time.sleep(0.02)
@@ -353,7 +479,9 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
   return str(caught.value)
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     ({"beta": -0.1}, "config.beta is -0.1; it must be positive"),
     ({"steps": 0}, "config.steps is 0; it must be at least 1"),
     ({"loss": "dop"}, "config.loss is 'dop'.*did you mean dpo"),
@@ -382,8 +510,10 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"loss": "dpo,nll", "loss_weights": (1.0, 0.0)}, "every weight must be a positive number"),
     ({"loss": "aot", "rows_at_once": 2}, "aot compares responses of all comparisons.*set rows_at_once=0"),
     ({"loss": "kto", "rows_at_once": 2}, "kto compares responses of all comparisons"),
-    ({"loss": "orpo", "loss_options.weight": 1.0, "loss_options.length_normalize": True},
-     "length_normalize cannot be combined with orpo: it reads mean log-probs by definition"),
+    (
+      {"loss": "orpo", "loss_options.weight": 1.0, "loss_options.length_normalize": True},
+      "length_normalize cannot be combined with orpo: it reads mean log-probs by definition",
+    ),
     ({"loss": "kto", "loss_options.wpo": True}, "loss_options.wpo cannot be combined with kto"),
     ({"loss_options.ld_alpha": 0.5, "loss_options.length_normalize": True}, "set one of them"),
     ({"loss_options.ld_alpha": 1.5}, "ld_alpha is 1.5; it must be in"),
@@ -400,11 +530,15 @@ def refused(given, tmp_path, error=config_lib.ConfigError, **changes):
     ({"loss": "exo_pair"}, "config.loss is 'exo_pair', which needs loss_options.label_smoothing"),
     ({"reference.checkpoint": "/elsewhere"}, "set reference.may_differ=True"),
     ({"batch_size": 1000}, "batch_size is 1000 but there are 127 comparisons; lower batch_size"),
-    ({"model.vocab_size": 5}, "comparison .* has id .* of the tokenizer .* the model has embeddings of 5 ids; set model.vocab_size=0"),
+    (
+      {"model.vocab_size": 5},
+      "comparison .* has id .* of the tokenizer .* the model has embeddings of 5 ids; set model.vocab_size=0",
+    ),
     ({"model.checkpoint": "/nowhere"}, "/nowhere is not the workdir of a run"),
     ({"tokenizer": "/nowhere"}, "tokenizer '/nowhere' cannot be loaded"),
     ({"path": "/nowhere.jsonl"}, "data.path /nowhere.jsonl: no such file"),
-])
+  ],
+)
 def test_what_cannot_run_is_refused_by_name_and_with_the_fix(changes, message, given, tmp_path):
   assert re.search(message, refused(given, tmp_path, error=UserError, **changes), re.DOTALL)
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -420,8 +554,7 @@ def test_a_value_of_the_wrong_type_is_named(given):
 def test_another_config_in_the_same_workdir_is_refused(given, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
-  (workdir / "config.json").write_text(
-      config_lib.to_json(worlds.run_config("dpo", **given, beta=0.7)))
+  (workdir / "config.json").write_text(config_lib.to_json(worlds.run_config("dpo", **given, beta=0.7)))
   assert "config.beta=0.7, not 0.1; take another workdir" in refused(given, tmp_path)
 
 
@@ -436,8 +569,12 @@ def test_another_reference_than_the_runs_is_refused(given, sft, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(given, tmp_path):
-  config = worlds.run_config("sft", **given, steps=6, **{
-      "optimizer.name": "sgd", "optimizer.learning_rate": 1e20, "optimizer.max_grad_norm": 0.0})
+  config = worlds.run_config(
+    "sft",
+    **given,
+    steps=6,
+    **{"optimizer.name": "sgd", "optimizer.learning_rate": 1e20, "optimizer.max_grad_norm": 0.0},
+  )
   with pytest.raises(train.TrainingError, match=r"not finite at step 2; the state before it is saved"):
     train.run(config, tmp_path)
   policy = checkpoint.load_policy(tmp_path)
@@ -448,8 +585,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(g
 def test_a_reference_that_disagrees_before_step_1_stops_the_run(given, sft, tmp_path):
   other = tmp_path / "other"
   train.run(worlds.run_config("sft", **given, steps=2, seed=1), other)
-  config = worlds.run_config("dpo", **given, **{
-      "model.checkpoint": sft, "reference.checkpoint": str(other), "reference.may_differ": True})
+  config = worlds.run_config(
+    "dpo",
+    **given,
+    **{"model.checkpoint": sft, "reference.checkpoint": str(other), "reference.may_differ": True},
+  )
   result = train.run(config, tmp_path / "on_purpose")
   config.reference.may_differ = False
   with pytest.raises(train.TrainingError, match="differ by .* nats .* reference.may_differ=True"):
@@ -467,39 +607,56 @@ def test_a_reference_whose_layers_lie_otherwise_is_the_same_reference(stacked, g
   back = transformer.laid_out(dataclasses.replace(policy.config, scan_layers=stacked), params, not stacked)
   jax.tree.map(np.testing.assert_array_equal, back, policy.params)
   hf.save(tmp_path / "folder", policy.config, policy.params)
-  config = worlds.run_config("dpo", **given, steps=1, **{
-      "model.checkpoint": str(tmp_path / "folder"), "model.scan_layers": stacked,
-      "reference.checkpoint": name, "reference.may_differ": True})
+  config = worlds.run_config(
+    "dpo",
+    **given,
+    steps=1,
+    **{
+      "model.checkpoint": str(tmp_path / "folder"),
+      "model.scan_layers": stacked,
+      "reference.checkpoint": name,
+      "reference.may_differ": True,
+    },
+  )
   train.run(config, tmp_path / "run")
   (first,) = lines(tmp_path / "run", "train")
   assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_no_room_for_a_checkpoint_is_said_before_training(given, tmp_path, monkeypatch):
-  monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 1))
+  monkeypatch.setattr(
+    workdir_lib.shutil, "disk_usage", lambda _: workdir_lib.shutil._ntuple_diskusage(1, 1, 1)
+  )
   message = refused(given, tmp_path, error=disk.DiskError)
   assert "MiB free; free some space, or set checkpoint_every=0" in message
 
 
 def test_a_disk_that_fills_up_is_one_line_at_once_and_loses_no_checkpoint_written_before(
-    given, sft, tmp_path):
-  settings = dict(kind="dpo", **given, steps=4, checkpoint_every=2, eval_every=0,
-                  **{"model.checkpoint": sft})
+  given, sft, tmp_path
+):
+  settings = dict(kind="dpo", **given, steps=4, checkpoint_every=2, eval_every=0, **{"model.checkpoint": sft})
   finish(start_run(tmp_path, "run", settings))
-  (tmp_path / "run.json").write_text(json.dumps(settings | {
-      "steps": 60, "checkpoint_every": 20, "slow": 0.1, "largest_file": 64 * 1024}))
+  (tmp_path / "run.json").write_text(
+    json.dumps(settings | {"steps": 60, "checkpoint_every": 20, "slow": 0.1, "largest_file": 64 * 1024})
+  )
   # No file may grow beyond 64 kB from here on, which is how a full disk looks to one process.
   process = subprocess.run(
-      [sys.executable, "-m", "tests.run_training", str(tmp_path / "run.json"), str(tmp_path / "run")],
-      cwd=conftest.ROOT, capture_output=True, text=True, timeout=240,
-      env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES, "PYTHONDONTWRITEBYTECODE": "1"})
+    [sys.executable, "-m", "tests.run_training", str(tmp_path / "run.json"), str(tmp_path / "run")],
+    cwd=conftest.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=240,
+    env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES, "PYTHONDONTWRITEBYTECODE": "1"},
+  )
   assert process.returncode == 1
   told = [line for line in process.stderr.splitlines() if not line.startswith("[transformers]")]
   assert len(told) == 1, process.stderr
-  line, = told
+  (line,) = told
   assert re.fullmatch(
-      r"error: step 20 could not be saved: the disk of \S+ is full; .*start the same command again.*\. "
-      "Step 4 is the last that is saved; what was half written is removed", line), line
+    r"error: step 20 could not be saved: the disk of \S+ is full; .*start the same command again.*\. "
+    "Step 4 is the last that is saved; what was half written is removed",
+    line,
+  ), line
   assert 20 <= max(line["step"] for line in read_metrics(tmp_path / "run")) <= 35  # the next save is at 40
   assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["4"]
   assert checkpoint.load_policy(tmp_path / "run").step == 4
@@ -520,7 +677,8 @@ def test_a_full_disk_under_the_metrics_is_named(tmp_path):
 
 def test_a_line_cut_off_by_a_kill_and_lines_after_the_checkpoint_are_written_again(tmp_path):
   (tmp_path / "metrics.jsonl").write_text(
-      '{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "sp')
+    '{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "sp'
+  )
   metrics.MetricsWriter(tmp_path, after_step=1).close()
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "split": "train"}\n'
 

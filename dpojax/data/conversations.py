@@ -8,7 +8,8 @@ that is left out); then another answer is put in its place, and what stays the s
 
 import collections
 import re
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from dpojax.data.examples import Example, RecordError
 from dpojax.data.templates import Reading, Rendering, Templates
@@ -66,7 +67,7 @@ class Names:
       return eos + len(self.eos)
     start = len(text.rstrip()) - self._longest
     match = self._at_end.search(text, max(start, 0))
-    return None if match is None else len(text[:match.end()].rstrip())
+    return None if match is None else len(text[: match.end()].rstrip())
 
   def start_of(self, text: str) -> int:
     """Returns how much of a text is space and a special token at its start."""
@@ -102,13 +103,14 @@ class Conversations:
     texts = [each.text for each in written]
     if before is not None and not all(text.startswith(before.text) for text in texts):
       self._counts["prompts_rendered_otherwise_with_an_answer"] += 1
-    self._counts.update({
-        f"with_{what}_that_the_template_leaves_out": 1
-        for what in _left_out(texts, example)})
+    self._counts.update(
+      {f"with_{what}_that_the_template_leaves_out": 1 for what in _left_out(texts, example)}
+    )
     return written
 
   def _of_response(
-      self, example: Example, response: list[dict], render: Callable, before: Rendering | None) -> Written:
+    self, example: Example, response: list[dict], render: Callable, before: Rendering | None
+  ) -> Written:
     messages = [*example.prompt, *response]
     whole = render(messages, False)
     turns = [j for j in range(len(example.prompt), len(messages)) if messages[j].get("role") == "assistant"]
@@ -129,7 +131,8 @@ class Conversations:
     return Written(whole.text, spans, stop is not None, False)
 
   def _marked(
-      self, messages: list[dict], first: int, whole: Rendering, render: Callable) -> list[tuple[int, int]]:
+    self, messages: list[dict], first: int, whole: Rendering, render: Callable
+  ) -> list[tuple[int, int]]:
     """Returns the template's marks from a message on: those it does not make of the messages before."""
     earlier = len(render(messages[:first], False).spans) if first else 0
     spans = [(start, end) for start, end in whole.spans[earlier:] if start < end]
@@ -138,12 +141,12 @@ class Conversations:
     return spans
 
   def _span(
-      self, messages: list[dict], j: int, whole: str, before: Rendering | None, render: Callable
+    self, messages: list[dict], j: int, whole: str, before: Rendering | None, render: Callable
   ) -> tuple[int, int]:
     """Returns where the j-th message stands, from behind the generation prompt on."""
     start = len(before.text) if before is not None and whole.startswith(before.text) else None
     last = j == len(messages) - 1
-    through = whole if last else getattr(_or_none(lambda: render(messages[:j + 1], False)), "text", None)
+    through = whole if last else getattr(_or_none(lambda: render(messages[: j + 1], False)), "text", None)
     end = len(through) if through is not None and whole.startswith(through) else None
     if start is None or end is None:
       left, right = self._around(messages, j, whole, render)
@@ -155,14 +158,15 @@ class Conversations:
 
   def _around(self, messages: list[dict], j: int, whole: str, render: Callable) -> tuple[int, int]:
     """Returns where what stays the same ends and starts again with another answer in a message's place."""
-    other = [*messages[:j], {"role": "assistant", "content": _OTHER}, *messages[j + 1:]]
+    other = [*messages[:j], {"role": "assistant", "content": _OTHER}, *messages[j + 1 :]]
     left, found, right = render(other, False).text.partition(_OTHER)
     clear = found and _OTHER not in right and _OTHER not in whole and len(left) + len(right) < len(whole)
     if not (clear and whole.startswith(left) and whole.endswith(right)):
       raise RecordError(
-          "no_clear_span",
-          "the chat template writes what is around an answer differently with each answer, and does not mark "
-          "what is generated: where the answer stands cannot be told")
+        "no_clear_span",
+        "the chat template writes what is around an answer differently with each answer, and does not mark "
+        "what is generated: where the answer stands cannot be told",
+      )
     return len(left), len(whole) - len(right)
 
   def _hidden(self, example: Example) -> Example:
@@ -189,19 +193,21 @@ class Conversations:
     """Returns whether the template writes the same where names are hidden from it."""
     hidden = self._with_hidden(example, names)
     whole = lambda example: [
-        self._renderer(example)([*example.prompt, *response], False).text
-        for response in example.responses or ((),)
+      self._renderer(example)([*example.prompt, *response], False).text
+      for response in example.responses or ((),)
     ]
     return [text.replace(MARK, "") for text in whole(hidden)] == whole(example)
 
   def _with_hidden(self, example: Example, names: set[str]) -> Example:
     prompt, responses, tools = self._names.hidden(
-        [example.prompt, list(example.responses), example.tools], names)
+      [example.prompt, list(example.responses), example.tools], names
+    )
     return example._replace(prompt=prompt, responses=tuple(responses), tools=tools)
 
   def _renderer(self, example: Example) -> Callable[[list[dict], bool], Rendering]:
     return lambda messages, generation_prompt: self._templates.render(
-        messages, tools=example.tools, arguments=example.arguments, generation_prompt=generation_prompt)
+      messages, tools=example.tools, arguments=example.arguments, generation_prompt=generation_prompt
+    )
 
 
 def _behind_header(left: str, before: str) -> int:
@@ -251,8 +257,10 @@ def _called(functions: Any) -> list[str]:
 
 def refusal(names: set[str]) -> str:
   """Returns why a record with names of special tokens in its texts is refused."""
-  return (f"a text has {', '.join(sorted(names))}, the name of a special token; take it out, or set "
-          "data.special_tokens to 'text' (it is text) or 'parse' (it is the token)")
+  return (
+    f"a text has {', '.join(sorted(names))}, the name of a special token; take it out, or set "
+    "data.special_tokens to 'text' (it is text) or 'parse' (it is the token)"
+  )
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -280,7 +288,7 @@ def _any_of(names: Sequence[str]) -> str:
   def pattern(node: dict) -> str:
     chain = ""
     while len(node) == 1 and "" not in node:  # without branches, no nesting
-      (letter, node), = node.items()
+      ((letter, node),) = node.items()
       chain += re.escape(letter)
     branches = [re.escape(letter) + pattern(below) for letter, below in node.items() if letter]
     if not branches:

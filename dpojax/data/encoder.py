@@ -11,7 +11,8 @@ branch and is not scored there.
 """
 
 import collections
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from dpojax.data.conversations import Conversations, Written, refusal
 from dpojax.data.examples import Example, RecordError
@@ -67,7 +68,7 @@ class Encoder:
 
   def _prompt(self, example: Example, room: Room | None) -> list[int] | RecordError:
     if isinstance(example.prompt, str):
-      encoded, = self._texts([example], room)
+      (encoded,) = self._texts([example], room)
       return encoded if isinstance(encoded, RecordError) else encoded.prompt
     try:
       text = self._conversations.prompt(example)
@@ -118,7 +119,7 @@ class Encoder:
     if self.bos is not None and prompt[:1] != [self.bos]:
       prompt = [self.bos, *prompt]
     if self._parse:
-      responses = [each[:self._end(each)] for each in responses]
+      responses = [each[: self._end(each)] for each in responses]
     elif any(self.eos in each for each in ids):
       return RecordError("eos_in_text", "the tokenizer makes EOS of plain text")
     if not all(responses):
@@ -130,7 +131,7 @@ class Encoder:
   def _end(self, response: list[int]) -> int:
     """Returns where a response that was rendered already ends: at a special token that only space follows."""
     last = max((i for i, each in enumerate(response) if each in self.ids.special), default=None)
-    if last is None or self.tokenizer.decode(response[last + 1:]).strip():
+    if last is None or self.tokenizer.decode(response[last + 1 :]).strip():
       return len(response)
     return last + 1
 
@@ -145,7 +146,8 @@ class Encoder:
     whole = [[] if isinstance(each, RecordError) else each for each in out]
     short = [[self._shortening.of_conversation(each, room) for each in of] for of in whole]
     branches = [
-        [_Branch(each, self.ids.cut_before(each.text, each.spans[0][0])) for each in of] for of in short]
+      [_Branch(each, self.ids.cut_before(each.text, each.spans[0][0])) for each in of] for of in short
+    ]
     texts = dict.fromkeys(key for of in branches for each in of for key in (each.head, each.tail))
     pieces = dict(zip(texts, self.ids.pieces(list(texts))))
     for i, of in enumerate(branches):
@@ -153,7 +155,7 @@ class Encoder:
         continue
       out[i] = self._joined([self._branch(each, pieces) for each in of], short[i] == whole[i])
       if not out[i].whole and not long_enough(out[i].prompt, out[i].responses, whole[i], short[i], room):
-        out[i], = self._again(self._chats, examples[i])
+        (out[i],) = self._again(self._chats, examples[i])
     return out
 
   def _again(self, encode: Callable, example: Example) -> list[Encoded | RecordError]:
@@ -175,7 +177,7 @@ class Encoder:
       scored = [False] * len(tail.ids)
       for start, end in spans:
         first, (stop, inside) = self.ids.first_at(tail, start)[0], self.ids.first_at(tail, end)
-        scored[first:stop + inside] = [True] * len(scored[first:stop + inside])
+        scored[first : stop + inside] = [True] * len(scored[first : stop + inside])
     last = max((i for i, each in enumerate(scored) if each), default=-1) + 1
     ids, scored = [*head, *tail.ids[:last]], [False] * len(head) + scored[:last]
     if last and not branch.written.ended:
@@ -186,10 +188,11 @@ class Encoder:
   def _apart(self, text: str, spans: Sequence[tuple[int, int]]) -> Pieces:
     """Returns pieces of a text of which none is of both sides of the first span's start."""
     start = spans[0][0]
-    left, = self.ids.pieces([(text[:start], ())])
+    (left,) = self.ids.pieces([(text[:start], ())])
     right = self.ids.pieces_behind(text[start:], [place - start for span in spans for place in span])
-    return Pieces([*left.ids, *right.ids],
-                  [*left.offsets, *((low + start, high + start) for low, high in right.offsets)])
+    return Pieces(
+      [*left.ids, *right.ids], [*left.offsets, *((low + start, high + start) for low, high in right.offsets)]
+    )
 
   def _joined(self, branches: list[tuple[list[int], list[bool]]], whole: bool) -> Encoded | RecordError:
     """Returns the comparison of branches that share what stands before the first scored token of any."""
@@ -202,8 +205,13 @@ class Encoder:
     for ids, _ in branches:
       if ids[:shared] != first[:shared]:
         shared = next(i for i, (one, other) in enumerate(zip(ids, first)) if one != other)
-    return Encoded(first[:shared], [ids[shared:] for ids, _ in branches],
-                   [scored[shared:] for _, scored in branches], whole)
+    return Encoded(
+      first[:shared],
+      [ids[shared:] for ids, _ in branches],
+      [scored[shared:] for _, scored in branches],
+      whole,
+    )
+
 
 class _Branch:
   """A conversation in two texts, before and from a special token on, which are tokenized each by itself."""
@@ -232,8 +240,11 @@ def _with_messages(example: Example) -> Example:
   present = tuple(filter(None, example.responses))
   if isinstance(example.prompt, str):
     return example._replace(responses=present)
-  return example._replace(responses=tuple(
-      [{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in present))
+  return example._replace(
+    responses=tuple(
+      [{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in present
+    )
+  )
 
 
 def _with_absent(example: Example, encoded: Encoded | RecordError) -> Encoded | RecordError:
@@ -241,5 +252,6 @@ def _with_absent(example: Example, encoded: Encoded | RecordError) -> Encoded | 
     return encoded
   ids, scored = iter(encoded.responses), iter(encoded.scored)
   return encoded._replace(
-      responses=[next(ids) if response else [] for response in example.responses],
-      scored=[next(scored) if response else [] for response in example.responses])
+    responses=[next(ids) if response else [] for response in example.responses],
+    scored=[next(scored) if response else [] for response in example.responses],
+  )

@@ -1,7 +1,8 @@
 """What a record becomes: a prompt and its responses, or an error that says what is wrong with it."""
 
 import json
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from dpojax.runtime.errors import UserError
 
@@ -56,8 +57,11 @@ def split_dialogue(chosen: str, rejected: str) -> Example:
     require(bool(turn), "no_assistant_turn", f'"{name}" has no "\\n\\nAssistant:" turn')
     prompts.append(before + turn)
     responses.append(response)
-  require(prompts[0] == prompts[1], "different_prompts",
-          'the text up to the last "\\n\\nAssistant:" differs between "chosen" and "rejected"')
+  require(
+    prompts[0] == prompts[1],
+    "different_prompts",
+    'the text up to the last "\\n\\nAssistant:" differs between "chosen" and "rejected"',
+  )
   return checked(prompts[0], responses, ['"chosen"', '"rejected"'])
 
 
@@ -67,9 +71,7 @@ def human_and_assistant(question: str, answers: list[str]) -> Example:
   return checked(f"{HUMAN}{question}{ASSISTANT}", [f" {answer}" for answer in answers], names)
 
 
-def checked(
-    prompt: str | list[dict], responses: Sequence[str | list[dict]], names: Sequence[str]
-) -> Example:
+def checked(prompt: str | list[dict], responses: Sequence[str | list[dict]], names: Sequence[str]) -> Example:
   """Returns the example if its responses say something and differ and all of it is valid Unicode.
 
   Args:
@@ -85,7 +87,7 @@ def checked(
 
 
 def compared(
-    prompt: str | list[dict], responses: Sequence[str | list[dict]], names: Sequence[str]
+  prompt: str | list[dict], responses: Sequence[str | list[dict]], names: Sequence[str]
 ) -> Example:
   """Returns what `checked` does, of strings that were checked before."""
   for name, response in zip(names, responses):
@@ -157,8 +159,8 @@ def check_strings(value: Any, deepest: int = 64):
     if isinstance(value, str):
       if not value.isascii() and not _encodes(value):
         raise RecordError(
-            "broken_unicode",
-            f"the text {value[:40]!r} has half of a surrogate pair; write the whole character")
+          "broken_unicode", f"the text {value[:40]!r} has half of a surrogate pair; write the whole character"
+        )
     elif isinstance(value, (dict, list, tuple)):
       require(depth < deepest, "too_deep", f"lists and objects are nested more than {deepest} deep")
       inside = (*value, *value.values()) if isinstance(value, dict) else value
@@ -170,8 +172,8 @@ def _says_something(response: str | list[dict]) -> bool:
     return bool(response.strip())
   spoken = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
   return bool(response) and all(
-      any(_filled(message.get(key)) for key in spoken)
-      for message in response if message["role"] == "assistant")
+    any(_filled(message.get(key)) for key in spoken) for message in response if message["role"] == "assistant"
+  )
 
 
 def _filled(value: Any) -> bool:
@@ -180,8 +182,11 @@ def _filled(value: Any) -> bool:
 
 def _message_text(message: dict) -> str:
   content = message.get("content")
-  text = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-          ] if _filled(content) else []
+  text = (
+    [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)]
+    if _filled(content)
+    else []
+  )
   for call in message.get("tool_calls") or ():
     of = call.get("function", call) if isinstance(call, dict) else {}
     arguments = of.get("arguments", "")
@@ -198,5 +203,12 @@ def _encodes(text: str) -> bool:
   return True
 
 
-_KINDS = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number",
-          bool: "true or false", type(None): "null"}
+_KINDS = {
+  str: "a string",
+  list: "a list",
+  dict: "an object",
+  int: "a number",
+  float: "a number",
+  bool: "true or false",
+  type(None): "null",
+}

@@ -6,11 +6,25 @@ from typing import Any
 from dpojax.data import examples
 from dpojax.data.examples import RecordError, kind_of, require
 
-MEDIA = ("image", "images", "audio", "audios", "video", "videos", "image_url", "input_audio", "objects",
-         "rejected_images", "rejected_audios", "rejected_videos")
+MEDIA = (
+  "image",
+  "images",
+  "audio",
+  "audios",
+  "video",
+  "videos",
+  "image_url",
+  "input_audio",
+  "objects",
+  "rejected_images",
+  "rejected_audios",
+  "rejected_videos",
+)
 OTHERS = {
-    "history": 'write its turns in front of the others as messages, or set data.form="alpaca"',
-    "documents": "put their text into a message", "functions": 'write them as "tools"'}
+  "history": 'write its turns in front of the others as messages, or set data.form="alpaca"',
+  "documents": "put their text into a message",
+  "functions": 'write them as "tools"',
+}
 """Keys that change what is asked, and that no form but those that name them reads."""
 
 
@@ -23,8 +37,11 @@ class Fields:
   """
 
   def __init__(self, record: Any, inside: str = "", *, prompt_only: bool = False):
-    require(isinstance(record, dict), "wrong_type",
-            f"{inside.rstrip('.') or 'the record'} is {kind_of(record)}, not an object")
+    require(
+      isinstance(record, dict),
+      "wrong_type",
+      f"{inside.rstrip('.') or 'the record'} is {kind_of(record)}, not an object",
+    )
     self._record, self._inside, self._asked, self._parts = record, inside, set(), []
     self.notes, self.prompt_only = collections.Counter(), prompt_only
 
@@ -74,7 +91,8 @@ class Fields:
       refuse_media(self._record, key, self.name(key))
       if key in OTHERS and self._record[key]:
         raise RecordError(
-            "unread_key", f"{self.name(key)} changes what is asked and is not read here; {OTHERS[key]}")
+          "unread_key", f"{self.name(key)} changes what is asked and is not read here; {OTHERS[key]}"
+        )
       names.append(f"{self._inside}{key}")
     return names + [name for part in self._parts for name in part.ignored()]
 
@@ -83,7 +101,8 @@ def refuse_media(of: dict, key: str, name: str):
   """Raises RecordError if `key` is one of images, audio or video and something stands there."""
   if key in MEDIA and of[key]:
     raise RecordError(
-        "media", f"{name} holds {key}, and dpojax trains on text alone; drop the record or the key")
+      "media", f"{name} holds {key}, and dpojax trains on text alone; drop the record or the key"
+    )
 
 
 def is_json(value: Any) -> bool:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import zlib
-from typing import Any, BinaryIO, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 from dpojax.data import hub
 from dpojax.data.examples import DataError, RecordError
@@ -43,8 +44,10 @@ def local_files(path: Path | Sequence[Path], split: str = "train") -> list[str]:
     raise DataError(f"data.path is {path!r} and names no file; give a .jsonl or .jsonl.gz file")
   for name in files:
     if os.path.isdir(name):
-      raise DataError(f"data.path {name} is a folder; name its files, such as {name}/*.jsonl, or "
-                      f"{hub.PREFIX}{name} if it is laid out as a data set on the hub")
+      raise DataError(
+        f"data.path {name} is a folder; name its files, such as {name}/*.jsonl, or "
+        f"{hub.PREFIX}{name} if it is laid out as a data set on the hub"
+      )
     if not os.access(name, os.R_OK):
       raise DataError(f"data.path {name} cannot be read; check its permissions")
   return files
@@ -139,7 +142,7 @@ class _Readable(io.RawIOBase):
 
   def readinto(self, buffer) -> int:
     data = self._stream.read(len(buffer))
-    buffer[:len(data)] = data
+    buffer[: len(data)] = data
     return len(data)
 
 
@@ -198,8 +201,9 @@ def _array(whole: bytes, path: str) -> Iterator[tuple[str, Any]]:
     elements = json.loads(whole.decode("utf-8-sig"), object_pairs_hook=object_or_error)
   except (ValueError, RecursionError) as error:
     if kind(path) == ".json" and not str(error).startswith("Extra data"):
-      raise DataError(f"data.path {path} is no JSON array ({error}); correct it, or write one record "
-                      "a line") from error
+      raise DataError(
+        f"data.path {path} is no JSON array ({error}); correct it, or write one record a line"
+      ) from error
     yield from _lines(io.BytesIO(whole))
     return
   for number, element in enumerate(elements, 1):
@@ -237,7 +241,8 @@ def _row(names: list[str], row: list[str]) -> dict | RecordError:
     return RecordError("broken_utf8", "not UTF-8; save it as UTF-8")
   if len(row) != len(names):
     return RecordError(
-        "wrong_columns", f"{len(row)} fields under {len(names)} names; quote those with commas")
+      "wrong_columns", f"{len(row)} fields under {len(names)} names; quote those with commas"
+    )
   return dict(zip(names, row))
 
 
@@ -295,6 +300,5 @@ def _without_nulls(value: Any) -> Any:
   if isinstance(value, list):
     return [_without_nulls(each) for each in value]
   if isinstance(value, dict):
-    return {key: _without_nulls(each) for key, each in value.items()
-            if each is not None or key == "content"}
+    return {key: _without_nulls(each) for key, each in value.items() if each is not None or key == "content"}
   return value

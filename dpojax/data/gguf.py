@@ -7,7 +7,8 @@ Splits that are not in it are refused by name: another split gives other ids wit
 import json
 import os
 import pathlib
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -45,16 +46,19 @@ def _pattern(pattern: str) -> Callable[[], list]:
 
 
 SPLITS = {
-    "gpt-2": Split(list, own_regex=True),
-    "smollm": Split(lambda: [pre_tokenizers.Digits(individual_digits=True)], own_regex=True),
-    "llama-bpe": Split(
-        _pattern(_CONTRACTION + r"\p{N}{1,3}" + _REST), ignore_merges=True, add_bos=True),
-    "qwen2": Split(_pattern(_CONTRACTION + r"\p{N}" + _REST), normalizer=normalizers.NFC),
+  "gpt-2": Split(list, own_regex=True),
+  "smollm": Split(lambda: [pre_tokenizers.Digits(individual_digits=True)], own_regex=True),
+  "llama-bpe": Split(_pattern(_CONTRACTION + r"\p{N}{1,3}" + _REST), ignore_merges=True, add_bos=True),
+  "qwen2": Split(_pattern(_CONTRACTION + r"\p{N}" + _REST), normalizer=normalizers.NFC),
 }
 """By `tokenizer.ggml.pre`; as in the tokenizer.json of the models that it is named after."""
 
-SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
-           "pad_token": "padding_token_id"}
+SPECIAL = {
+  "bos_token": "bos_token_id",
+  "eos_token": "eos_token_id",
+  "unk_token": "unknown_token_id",
+  "pad_token": "padding_token_id",
+}
 STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -101,8 +105,11 @@ def write(folder: str | os.PathLike, values: dict[str, Any], path: str | os.Path
     if ids["bos_token_id"] is None:
       raise given.error("add_bos_token", "a BOS is asked for and there is none")
     tokenizer.post_processor = _with_bos(special["bos_token"], ids["bos_token_id"])
-  config = special | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                      "model_max_length": int(1e30)}
+  config = special | {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": int(1e30),
+  }
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -140,19 +147,21 @@ def _of_bytes(given: _Metadata) -> tuple[tokenizers.Tokenizer, bool]:
   name = given.get("pre", "gpt-2")
   if name not in SPLITS:
     raise given.error(
-        "pre", f"text that is split as {name!r} is not supported; supported are {', '.join(SPLITS)}")
+      "pre", f"text that is split as {name!r} is not supported; supported are {', '.join(SPLITS)}"
+    )
   split = SPLITS[name]
   vocabulary = {token: i for i, token in enumerate(given.get("tokens"))}
   merges = [tuple(merge.split(" ")) for merge in given.get("merges")]
   for merge in merges:
     if len(merge) != 2 or "".join(merge) not in vocabulary:
       raise given.error("merges", f"{' '.join(merge)!r} makes no token")
-  tokenizer = tokenizers.Tokenizer(models.BPE(
-      vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges))
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
+  )
   tokenizer.normalizer = split.normalizer()
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-      *split.pre_tokenizers(),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.own_regex)])
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [*split.pre_tokenizers(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.own_regex)]
+  )
   tokenizer.decoder = decoders.ByteLevel()
   return tokenizer, split.add_bos
 
@@ -163,22 +172,38 @@ def _of_pieces(given: _Metadata) -> tuple[tokenizers.Tokenizer, bool]:
   if len(scores) != len(tokens):
     raise given.error("scores", f"there are {len(scores)} but {len(tokens)} tokens")
   vocabulary = {token: i for i, token in enumerate(tokens)}
-  merges = [(-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
-            for i, token in enumerate(tokens) for cut in range(1, len(token))
-            if token[:cut] in vocabulary and token[cut:] in vocabulary]
+  merges = [
+    (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
+    for i, token in enumerate(tokens)
+    for cut in range(1, len(token))
+    if token[:cut] in vocabulary and token[cut:] in vocabulary
+  ]
   unknown = given.token_id("unknown_token_id")
-  tokenizer = tokenizers.Tokenizer(models.BPE(
-      vocab=vocabulary, merges=[merge[3:] for merge in sorted(merges)], fuse_unk=True, byte_fallback=True,
-      unk_token=tokens[0 if unknown is None else unknown]))
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
+      vocab=vocabulary,
+      merges=[merge[3:] for merge in sorted(merges)],
+      fuse_unk=True,
+      byte_fallback=True,
+      unk_token=tokens[0 if unknown is None else unknown],
+    )
+  )
   prefix = given.get("add_space_prefix", True)
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-      prepend_scheme="first" if prefix else "never", split=False)
-  tokenizer.decoder = decoders.Sequence([
-      decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-      *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    prepend_scheme="first" if prefix else "never", split=False
+  )
+  tokenizer.decoder = decoders.Sequence(
+    [
+      decoders.Replace("\u2581", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      *([decoders.Strip(" ", 1, 0)] if prefix else []),
+    ]
+  )
   return tokenizer, True
 
 
 def _with_bos(name: str, token: int) -> processors.TemplateProcessing:
   return processors.TemplateProcessing(
-      single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, token)])
+    single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, token)]
+  )

@@ -10,7 +10,8 @@ import contextlib
 import fnmatch
 import pathlib
 import re
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from dpojax.data.examples import DataError
 
@@ -42,15 +43,15 @@ def files(name: str, default: str) -> list[str]:
   else:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
       raise DataError(
-          f"data.path is {name!r}, neither a folder nor a name on the hub; give hub:ORG/NAME or "
-          "hub:ORG/NAME:SPLIT")
+        f"data.path is {name!r}, neither a folder nor a name on the hub; give hub:ORG/NAME or "
+        "hub:ORG/NAME:SPLIT"
+      )
     repositories = _of_hub(name, where)
   for repository in repositories:
     splits = _splits(repository)
     if splits:
       return [repository.fetch(each) for each in _chosen(name, splits, split or default)]
-  raise DataError(
-      f"data.path {name} has no Parquet files; download its files and name them in data.path")
+  raise DataError(f"data.path {name} has no Parquet files; download its files and name them in data.path")
 
 
 def _names(folder: pathlib.Path) -> list[str]:
@@ -86,9 +87,10 @@ def _of_hub(name: str, repository: str) -> Iterator[Repository]:
 def _unreachable(name: str, error: Exception) -> DataError:
   reason = str(error).strip().partition("\n")[0]
   return DataError(
-      f"data.path {name} cannot be fetched from the hub ({reason}); check the name, log in with "
-      "`hf auth login` if it is not public, or without a network fetch it elsewhere and name its "
-      f"folder: {PREFIX}FOLDER")
+    f"data.path {name} cannot be fetched from the hub ({reason}); check the name, log in with "
+    "`hf auth login` if it is not public, or without a network fetch it elsewhere and name its "
+    f"folder: {PREFIX}FOLDER"
+  )
 
 
 def _splits(repository: Repository) -> dict[str, list[str]]:
@@ -120,8 +122,9 @@ def _of_card(repository: Repository, parquet: list[str]) -> dict[str, list[str]]
     return found
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise DataError(
-        f"the card {repository.fetch('README.md')} cannot be read ({error}); correct its `configs`, or "
-        "name the Parquet files themselves in data.path") from error
+      f"the card {repository.fetch('README.md')} cannot be read ({error}); correct its `configs`, or "
+      "name the Parquet files themselves in data.path"
+    ) from error
 
 
 def _split_of(name: str) -> str:
@@ -149,8 +152,9 @@ def _check_whole(name: str, of_split: list[str]):
     if shard := re.search(r"-\d{5}(-of-(\d{5}))", each):
       there, whole = sum(shard[1] in other for other in of_split), int(shard[2])
       if there < whole:
-        raise DataError(f"data.path {name} has {there} of the {whole} files that {each} is one of; fetch the "
-                        "others")
+        raise DataError(
+          f"data.path {name} has {there} of the {whole} files that {each} is one of; fetch the others"
+        )
 
 
 def _chosen(name: str, splits: dict[str, list[str]], wanted: str) -> list[str]:
@@ -161,8 +165,7 @@ def _chosen(name: str, splits: dict[str, list[str]], wanted: str) -> list[str]:
   shown = lambda names: ", ".join(sorted(each.removeprefix("default/") for each in names))
   where = PREFIX + name.removeprefix(PREFIX).partition(":")[0]
   if not fitting:
-    raise DataError(
-        f"data.path {name} has no split {wanted!r}; it has {shown(splits)}: give {where}:SPLIT")
+    raise DataError(f"data.path {name} has no split {wanted!r}; it has {shown(splits)}: give {where}:SPLIT")
   raise DataError(
-      f"data.path {name}: {wanted!r} is a split of several configs, {shown(fitting)}; give "
-      f"{where}:CONFIG/SPLIT")
+    f"data.path {name}: {wanted!r} is a split of several configs, {shown(fitting)}; give {where}:CONFIG/SPLIT"
+  )

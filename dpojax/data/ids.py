@@ -6,7 +6,8 @@ behind an anchor, whose ids are taken off again, so that " yes" keeps its space 
 
 import bisect
 import re
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from dpojax.data.conversations import MARK, Names
 from dpojax.data.examples import DataError
@@ -29,14 +30,16 @@ class Ids:
   def __init__(self, tokenizer: Any):
     self._tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
     alone, behind, newline = self.of(["a", "\na", "\n"], special=False)
-    self.adds_space = behind[len(newline):] != alone
+    self.adds_space = behind[len(newline) :] != alone
     self.bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] != alone[:1] else None
     self.names = Names(
-        set(tokenizer.all_special_tokens) | {str(each) for each in added.values() if each.special},
-        tokenizer.eos_token)
+      set(tokenizer.all_special_tokens) | {str(each) for each in added.values() if each.special},
+      tokenizer.eos_token,
+    )
     self.special = {i for i, each in added.items() if each.special} | set(tokenizer.all_special_ids)
     self._apart = {
-        str(each) for each in added.values() if each.special and not (each.lstrip or each.single_word)}
+      str(each) for each in added.values() if each.special and not (each.lstrip or each.single_word)
+    }
     self._trims = tokenizer.is_fast and _trims(tokenizer.backend_tokenizer.post_processor)
 
   def of(self, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -97,8 +100,13 @@ class Ids:
 
   def _call(self, texts: Sequence[str], special: bool) -> Any:
     return self._tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=not special, verbose=False,
-        return_attention_mask=False, return_token_type_ids=False)
+      list(texts),
+      add_special_tokens=False,
+      split_special_tokens=not special,
+      verbose=False,
+      return_attention_mask=False,
+      return_token_type_ids=False,
+    )
 
   def _pieces(self, texts: Sequence[str], special: bool) -> list[Pieces]:
     if not texts:
@@ -112,19 +120,26 @@ class Ids:
       return self._pieces(texts, special)
     for anchor in _ANCHORS:
       (head, _), *found = self._pieces([anchor, *(anchor + text for text in texts)], special)
-      if all(each.ids[:len(head)] == head for each in found):
-        return [Pieces(ids[len(head):], [(max(0, start - len(anchor)), end - len(anchor))
-                                         for start, end in offsets[len(head):]]) for ids, offsets in found]
+      if all(each.ids[: len(head)] == head for each in found):
+        return [
+          Pieces(
+            ids[len(head) :],
+            [(max(0, start - len(anchor)), end - len(anchor)) for start, end in offsets[len(head) :]],
+          )
+          for ids, offsets in found
+        ]
     raise DataError(
-        f"tokenizer {self._tokenizer.name_or_path!r} merges the start of a response with whatever "
-        "stands before it; use another tokenizer")
+      f"tokenizer {self._tokenizer.name_or_path!r} merges the start of a response with whatever "
+      "stands before it; use another tokenizer"
+    )
 
   def _cut_apart(self, text: str, places: Sequence[int], begins: bool = True) -> Pieces:
     """Returns pieces of a text in which some names of special tokens are marked as text."""
     out, at = Pieces([], []), 0
     for piece in re.split(f"({self.names.pattern.pattern})", text):
-      cuts = [] if self._tokenizer.is_fast else [
-          place - at for place in places if at < place < at + len(piece)]
+      cuts = (
+        [] if self._tokenizer.is_fast else [place - at for place in places if at < place < at + len(piece)]
+      )
       for start, stop in zip([0, *cuts], [*cuts, len(piece)]):
         part = piece[start:stop]
         ids, offsets = self._one(part, begins and not at and not start)
@@ -144,7 +159,8 @@ class Ids:
     if not self._tokenizer.is_fast:
       return Pieces(ids, [(0, len(text))] * len(ids))
     there = lambda low, high: (
-        (place[low], place[high - 1] + 1) if low < high else (place[min(low, len(place) - 1)],) * 2)
+      (place[low], place[high - 1] + 1) if low < high else (place[min(low, len(place) - 1)],) * 2
+    )
     return Pieces(ids, [there(*each) for each in offsets])
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -54,8 +55,13 @@ class Subset:
     if self.data.mask is None:
       lengths = self.lengths
       return np.where(lengths[:, 1:] > 0, lengths[:, 1:] - (lengths[:, :1] == 0), 0)
-    return np.array([[int(each[0 if len(prompt) else 1:].sum()) for each in self.scored(i)]
-                     for i in range(len(self)) for prompt in [self.comparison(i)[0]]])
+    return np.array(
+      [
+        [int(each[0 if len(prompt) else 1 :].sum()) for each in self.scored(i)]
+        for i in range(len(self))
+        for prompt in [self.comparison(i)[0]]
+      ]
+    )
 
   def example(self, i: int) -> int:
     """Returns the example's id in the data set."""
@@ -95,7 +101,7 @@ class Mismatched:
     """Returns the prompt's ids, the responses', and the borrowed response's, of the i-th comparison."""
     prompt, responses = self.subset.comparison(i)
     _, others = self.subset.comparison(int(self.partner[i]))
-    return prompt, [*responses, others[self.which[i]][:self.max_length - len(prompt)]]
+    return prompt, [*responses, others[self.which[i]][: self.max_length - len(prompt)]]
 
   def scored(self, i: int) -> list[np.ndarray] | None:
     """Returns which ids of each of those responses are scored, or None where all are."""
@@ -103,7 +109,7 @@ class Mismatched:
     if scored is None:
       return None
     borrowed = self.subset.scored(int(self.partner[i]))[self.which[i]]
-    return [*scored, borrowed[:self.max_length - int(self.subset.lengths[i, 0])]]
+    return [*scored, borrowed[: self.max_length - int(self.subset.lengths[i, 0])]]
 
   def example(self, i: int) -> int:
     """Returns the example's id in the data set."""
@@ -117,8 +123,7 @@ def mismatched(subset: Subset, seed: int, max_length: int) -> Mismatched:
     DataError: there is only one comparison.
   """
   if len(subset) < 2:
-    raise DataError(
-        f"there is {len(subset)} comparison, and kto needs responses to other prompts; add data")
+    raise DataError(f"there is {len(subset)} comparison, and kto needs responses to other prompts; add data")
   rng = np.random.default_rng([seed, 2])
   circle = rng.permutation(len(subset))
   partner = np.empty(len(subset), int)
@@ -128,7 +133,7 @@ def mismatched(subset: Subset, seed: int, max_length: int) -> Mismatched:
   return Mismatched(subset, partner, which, max_length)
 
 
-def without_borrowed(subset: Subset | Mismatched) -> Subset:
+def without_mismatched(subset: Subset | Mismatched) -> Subset:
   """Returns the comparisons with the responses of their own only."""
   return subset.subset if isinstance(subset, Mismatched) else subset
 
@@ -154,8 +159,7 @@ def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
   cut = min(count, len(order))
   while 0 < cut < len(order) and digests[order[cut]] == digests[order[cut - 1]]:
     cut += 1
-  return _take(subset, np.sort(order[cut:]).astype(int)), _take(
-      subset, np.sort(order[:cut]).astype(int))
+  return _take(subset, np.sort(order[cut:]).astype(int)), _take(subset, np.sort(order[:cut]).astype(int))
 
 
 def shuffle_labels(subset: Subset, seed: int) -> Subset:
@@ -191,9 +195,16 @@ class Loader:
   """Training batches of a subset by step number, and evaluation batches in order."""
 
   def __init__(
-      self, subset: Subset | Mismatched, *, seed: int, batch_size: int, row_length: int,
-      shards: int = 1, rows_at_once: int = 0,
-      span: Callable[[int], tuple[int, int]] = lambda rows: (0, rows)):
+    self,
+    subset: Subset | Mismatched,
+    *,
+    seed: int,
+    batch_size: int,
+    row_length: int,
+    shards: int = 1,
+    rows_at_once: int = 0,
+    span: Callable[[int], tuple[int, int]] = lambda rows: (0, rows),
+  ):
     """Prepares the plans.
 
     Args:
@@ -202,7 +213,8 @@ class Loader:
       batch_size: comparisons a step.
       row_length: tokens a row holds.
       shards: devices that the rows are cut over.
-      rows_at_once: see `dpojax.training.parts.Parts`; rows stand as it says, in one shape for all steps.
+      rows_at_once: see `dpojax.training.micro_batches.MicroBatches`; rows stand as it says, in one
+        shape for all steps.
       span: rows of a step -> (first row, number of rows) that this process fills.
 
     Raises:
@@ -216,18 +228,23 @@ class Loader:
     self.part = shards * rows_at_once  # rows computed at once over all devices; 0: all
     row_multiple = self.part or shards
     buckets = 1 if rows_at_once else packing.BUCKETS
-    self._plan = functools.lru_cache(maxsize=2)(lambda epoch: packing.plan(
-        self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple,
-        buckets=buckets))
-    self._plan_in_order = functools.cache(lambda: packing.plan_in_order(
-        self.lengths, batch_size, row_length, row_multiple=row_multiple))
+    self._plan = functools.lru_cache(maxsize=2)(
+      lambda epoch: packing.plan(
+        self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple, buckets=buckets
+      )
+    )
+    self._plan_in_order = functools.cache(
+      lambda: packing.plan_in_order(self.lengths, batch_size, row_length, row_multiple=row_multiple)
+    )
     self.steps_per_epoch = len(subset) // batch_size
 
   def training(self, start: int, stop: int) -> Iterator[Batch]:
     """Yields the batches of steps start..stop-1, read and filled ahead by other threads."""
+
     def batch(step):
       epoch, within = divmod(step, self.steps_per_epoch)
       return self._batch(self._plan(epoch), within, step)
+
     return self._ahead(batch, start, stop)
 
   def plan(self, epoch: int = 0) -> packing.Plan:
@@ -263,11 +280,16 @@ class Loader:
     mine = (row >= first) & (row < first + count) & (index >= 0)
     comparison = lambda i: (*self.subset.comparison(i), self.subset.scored(i))
     rows = packing.fill(
-        [comparison(i) if here else None for i, here in zip(index, mine)],
-        row, count, plan.shape, num_responses=self.lengths.shape[1] - 1,
-        example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
-        first_row=first, reference=None if self.reference is None else self.reference[index],
-        knobs={name: values[index] for name, values in self.knobs.items()})
+      [comparison(i) if here else None for i, here in zip(index, mine)],
+      row,
+      count,
+      plan.shape,
+      num_responses=self.lengths.shape[1] - 1,
+      example=[self.subset.example(i) if here else -1 for i, here in zip(index, mine)],
+      first_row=first,
+      reference=None if self.reference is None else self.reference[index],
+      knobs={name: values[index] for name, values in self.knobs.items()},
+    )
     lengths = self.lengths[index[index >= 0]]
     tokens = int((lengths[:, 1:] + lengths[:, :1] * (lengths[:, 1:] > 0)).sum())
     return Batch(step, rows, total, len(lengths), tokens)

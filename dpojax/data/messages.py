@@ -1,25 +1,54 @@
 """Messages in whatever form to those a chat template reads; conversations to a prompt and what follows it."""
 
 import json
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dpojax.data.examples import RecordError, check_strings, kind_of, require
 from dpojax.data.fields import is_json, refuse_media
 
 ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "tool": "tool", "function": "function",
-    "ipython": "ipython", "observation": "tool", "tool_response": "tool", "function_call": "assistant",
-    "tool_call": "assistant"}
+  "system": "system",
+  "developer": "developer",
+  "user": "user",
+  "human": "user",
+  "assistant": "assistant",
+  "gpt": "assistant",
+  "tool": "tool",
+  "function": "function",
+  "ipython": "ipython",
+  "observation": "tool",
+  "tool_response": "tool",
+  "function_call": "assistant",
+  "tool_call": "assistant",
+}
 """Roles as published forms name them, and as chat templates do."""
 
 CALLS = ("function_call", "tool_call")
 """Roles whose content is a call, in JSON."""
 
-READ_BY_TEMPLATES = frozenset((
-    "role", "content", "name", "tool_calls", "tool_call_id", "function_call", "reasoning_content",
-    "reasoning", "thinking", "tool_plan", "tools", "documents", "citations", "prefix", "channel",
-    "recipient", "content_type", "refusal"))
+READ_BY_TEMPLATES = frozenset(
+  (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "tool_plan",
+    "tools",
+    "documents",
+    "citations",
+    "prefix",
+    "channel",
+    "recipient",
+    "content_type",
+    "refusal",
+  )
+)
 """Keys of a message that published chat templates read."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -60,7 +89,8 @@ def text_or_messages(value: Any, name: str, note: Note) -> str | list[dict]:
     start = value.lstrip()[:40].replace(" ", "")
     if start.startswith(("[{'role'", "[{'from'", "[{'content'", "[{'value'")):
       raise RecordError(
-          "python_text", f"{name} is a list of messages as Python prints it; write it as JSON or Parquet")
+        "python_text", f"{name} is a list of messages as Python prints it; write it as JSON or Parquet"
+      )
     if not start.startswith(('[{"role"', '[{"from"', '[{"content"', '[{"value"')):
       return value
   return conversation(value, name, note)
@@ -72,7 +102,8 @@ def parsed(text: str, name: str) -> Any:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:
     raise RecordError(
-        "broken_json", f"{name} is text that is not JSON ({error}); write a list or JSON") from error
+      "broken_json", f"{name} is text that is not JSON ({error}); write a list or JSON"
+    ) from error
   check_strings(value)
   return value
 
@@ -88,8 +119,9 @@ def assistant(text: str) -> dict:
 def same(one: Sequence[dict], other: Sequence[dict]) -> bool:
   """Returns whether a chat template reads the same of both; keys of its user's own do not count."""
   read = lambda messages: [
-      {key: each for key, each in message.items() if key in READ_BY_TEMPLATES and each is not None}
-      for message in messages]
+    {key: each for key, each in message.items() if key in READ_BY_TEMPLATES and each is not None}
+    for message in messages
+  ]
   return read(one) == read(other)
 
 
@@ -101,22 +133,27 @@ def shared_beginning(sides: Sequence[list[dict]], names: Sequence[str]) -> int:
   """
   for side, name in zip(sides, names):
     require(bool(side), "no_assistant_turn", f"{name} has no messages")
-    require(side[-1]["role"] == "assistant", "no_assistant_turn",
-            f'the last message of {name} is of role "{side[-1]["role"]}", not "assistant"')
+    require(
+      side[-1]["role"] == "assistant",
+      "no_assistant_turn",
+      f'the last message of {name} is of role "{side[-1]["role"]}", not "assistant"',
+    )
   found = None
   for n in range(min(map(len, sides))):
     if all(side[n]["role"] == "assistant" for side in sides):
       found = n
-    if not all(same(sides[0][n:n + 1], side[n:n + 1]) for side in sides[1:]):
+    if not all(same(sides[0][n : n + 1], side[n : n + 1]) for side in sides[1:]):
       break
-  require(found is not None, "different_prompts",
-          f"the messages before the assistant's differ between {' and '.join(names)}")
+  require(
+    found is not None,
+    "different_prompts",
+    f"the messages before the assistant's differ between {' and '.join(names)}",
+  )
   require(bool(found), "empty_prompt", f"no message stands before the assistant's in {names[0]}")
   return found
 
 
-def without_shared(
-    sides: Sequence[list[dict]], names: Sequence[str]) -> tuple[list[dict], list[list[dict]]]:
+def without_shared(sides: Sequence[list[dict]], names: Sequence[str]) -> tuple[list[dict], list[list[dict]]]:
   """Returns the prompt that whole conversations share, and what follows it in each.
 
   What starts with the assistant follows it already.
@@ -132,7 +169,7 @@ def with_system_of(sides: Sequence[list[dict]], prompt: list[dict]) -> list[dict
   if not sides or sides[0][0]["role"] not in ("system", "developer"):
     return prompt
   whole = [sides[0][0], *prompt]
-  return whole if all(same(side[:len(whole)], whole) for side in sides) else prompt
+  return whole if all(same(side[: len(whole)], whole) for side in sides) else prompt
 
 
 def behind_prompt(prompt: list[dict], side: list[dict], name: str, note: Note) -> list[dict]:
@@ -143,13 +180,16 @@ def behind_prompt(prompt: list[dict], side: list[dict], name: str, note: Note) -
   """
   without_system = prompt[1:] if prompt[0]["role"] in ("system", "developer") else prompt
   for beginning in (prompt, without_system):
-    if beginning and same(side[:len(beginning)], beginning):
+    if beginning and same(side[: len(beginning)], beginning):
       note("converted", "prompt_stood_in_response_too")
-      side = side[len(beginning):]
+      side = side[len(beginning) :]
       break
   else:
-    require(not side or side[0]["role"] not in ("system", "developer", "user"), "prompt_contradicts",
-            f'{name} does not begin with the messages of "prompt"; make them the same, or leave one out')
+    require(
+      not side or side[0]["role"] not in ("system", "developer", "user"),
+      "prompt_contradicts",
+      f'{name} does not begin with the messages of "prompt"; make them the same, or leave one out',
+    )
   check_response(side, name)
   return side
 
@@ -158,14 +198,23 @@ def check_response(response: list[dict], name: str):
   """Raises RecordError unless a response starts and ends with the assistant, who is to learn all of it."""
   require(bool(response), "no_assistant_turn", f"{name} has no messages of the assistant")
   for place, message in (("first", response[0]), ("last", response[-1])):
-    require(message["role"] == "assistant", "no_assistant_turn",
-            f'the {place} message of {name} is of role "{message["role"]}", not "assistant"')
+    require(
+      message["role"] == "assistant",
+      "no_assistant_turn",
+      f'the {place} message of {name} is of role "{message["role"]}", not "assistant"',
+    )
   for message in response:
-    unscored = [key for key in UNSCORED if key in message and message["role"] == "assistant"
-                and message[key] in (0, False)]
-    require(not unscored, "unscored_message",
-            f'a message of {name} has "{(unscored or [""])[0]}": it is not to be learned, and all of a '
-            "response is; move the messages up to it into the prompt")
+    unscored = [
+      key
+      for key in UNSCORED
+      if key in message and message["role"] == "assistant" and message[key] in (0, False)
+    ]
+    require(
+      not unscored,
+      "unscored_message",
+      f'a message of {name} has "{(unscored or [""])[0]}": it is not to be learned, and all of a '
+      "response is; move the messages up to it into the prompt",
+    )
 
 
 def _message(value: Any, name: str, note: Note) -> dict:
@@ -181,8 +230,11 @@ def _message(value: Any, name: str, note: Note) -> dict:
   for key in list(message):
     refuse_media(message, key, f'{name}["{key}"]')
     if not is_json(message[key]):
-      require(key not in READ_BY_TEMPLATES, "not_json",
-              f'{name}["{key}"] holds {kind_of(message[key])}, which JSON lacks; write it as text')
+      require(
+        key not in READ_BY_TEMPLATES,
+        "not_json",
+        f'{name}["{key}"] holds {kind_of(message[key])}, which JSON lacks; write it as text',
+      )
       note("dropped_values", key)
       del message[key]
   if "tool_calls" in message:
@@ -197,10 +249,12 @@ def _message(value: Any, name: str, note: Note) -> dict:
 def _role(role: Any, name: str) -> str:
   if not isinstance(role, str):
     raise RecordError(
-        "wrong_type", f'{name} is not {{"role": str, "content": str}}: its "role" is {kind_of(role)}')
+      "wrong_type", f'{name} is not {{"role": str, "content": str}}: its "role" is {kind_of(role)}'
+    )
   if role not in ROLES:
     raise RecordError(
-        "unknown_role", f'{name} is of role "{role[:40]}"; known are {", ".join(ROLES)}: rename it')
+      "unknown_role", f'{name} is of role "{role[:40]}"; known are {", ".join(ROLES)}: rename it'
+    )
   return ROLES[role]
 
 
@@ -211,8 +265,11 @@ def _set_calls(message: dict, name: str, note: Note) -> None:
     message["tool_calls"] = found = parsed(found, f'{name}["tool_calls"]')
     note("converted", "json_text_to_calls")
   if found and not (isinstance(found, list) and all(isinstance(each, dict) for each in found)):
-    raise RecordError("wrong_type", f'{name}["tool_calls"] is no list of objects; write each as '
-                      '{"type": "function", "function": {"name": str, "arguments": object}}')
+    raise RecordError(
+      "wrong_type",
+      f'{name}["tool_calls"] is no list of objects; write each as '
+      '{"type": "function", "function": {"name": str, "arguments": object}}',
+    )
 
 
 def _set_content(message: dict, name: str, note: Note) -> None:
@@ -228,15 +285,22 @@ def _set_content(message: dict, name: str, note: Note) -> None:
   if not isinstance(content, str):
     found = kind_of(content) if "content" in message else "missing"
     raise RecordError(
-        "wrong_type", f'{name} is not {{"role": str, "content": str}}: its "content" is {found}')
+      "wrong_type", f'{name} is not {{"role": str, "content": str}}: its "content" is {found}'
+    )
 
 
 def _part(part: Any, name: str) -> str:
-  require(isinstance(part, dict) and isinstance(part.get("type"), str), "wrong_type",
-          f'a part of {name} is not {{"type": "text", "text": str}}')
-  require(part["type"] in TEXT_PARTS, "media",
-          f'a part of {name} is of type "{part["type"][:40]}", and dpojax trains on text alone; drop the '
-          "record or the part")
+  require(
+    isinstance(part, dict) and isinstance(part.get("type"), str),
+    "wrong_type",
+    f'a part of {name} is not {{"type": "text", "text": str}}',
+  )
+  require(
+    part["type"] in TEXT_PARTS,
+    "media",
+    f'a part of {name} is of type "{part["type"][:40]}", and dpojax trains on text alone; drop the '
+    "record or the part",
+  )
   require(isinstance(part.get("text"), str), "wrong_type", f'a part of {name} has no "text"')
   return part["text"]
 
@@ -246,11 +310,18 @@ def calls(content: Any, name: str) -> list[dict]:
   value = parsed(content, name) if isinstance(content, str) else content
   found = value if isinstance(value, list) else [value]
   for call in found:
-    require(isinstance(call, dict) and isinstance(call.get("name"), str), "wrong_type",
-            f'{name} is of a role of calls, but holds no {{"name": str, "arguments": object}}')
+    require(
+      isinstance(call, dict) and isinstance(call.get("name"), str),
+      "wrong_type",
+      f'{name} is of a role of calls, but holds no {{"name": str, "arguments": object}}',
+    )
   require(bool(found), "wrong_type", f"{name} is of a role of calls, but holds none")
-  return [as_object({"type": "function", "function": {
-      "name": call["name"], "arguments": call.get("arguments", {})}}) for call in found]
+  return [
+    as_object(
+      {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+    )
+    for call in found
+  ]
 
 
 def as_object(call: dict) -> dict:

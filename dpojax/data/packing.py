@@ -6,7 +6,8 @@ length; the number of rows is rounded up to one of a few buckets, so that a run 
 """
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,8 +75,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    lengths: np.ndarray, seed: int, epoch: int, batch_size: int, row_length: int, *,
-    row_multiple: int = 1, buckets: int = BUCKETS,
+  lengths: np.ndarray,
+  seed: int,
+  epoch: int,
+  batch_size: int,
+  row_length: int,
+  *,
+  row_multiple: int = 1,
+  buckets: int = BUCKETS,
 ) -> Plan:
   """Returns the steps of one epoch: a pure function of its arguments.
 
@@ -99,25 +106,22 @@ def plan(
   steps = len(lengths) // batch_size
   if steps == 0:
     raise PackingError(
-        f"batch_size is {batch_size} but there are {len(lengths)} comparisons; "
-        "lower batch_size or add data")
+      f"batch_size is {batch_size} but there are {len(lengths)} comparisons; lower batch_size or add data"
+    )
   order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-  index = order[:steps * batch_size].reshape(steps, batch_size)
+  index = order[: steps * batch_size].reshape(steps, batch_size)
   shape = row_shape(lengths, row_length)
   row, needed = _first_fit(lengths, index, shape)
-  counts = row_buckets(
-      lengths, batch_size, row_length, row_multiple=row_multiple, buckets=buckets)
+  counts = row_buckets(lengths, batch_size, row_length, row_multiple=row_multiple, buckets=buckets)
   return Plan(index, row, _round_up(needed, counts), shape)
 
 
-def plan_in_order(
-    lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1
-) -> Plan:
+def plan_in_order(lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1) -> Plan:
   """Returns the steps of one evaluation: every comparison once, in order, the last step partial."""
   lengths = _checked(lengths, row_length)
   steps = -(-len(lengths) // batch_size)
   index = np.full(steps * batch_size, -1)
-  index[:len(lengths)] = np.arange(len(lengths))
+  index[: len(lengths)] = np.arange(len(lengths))
   index = index.reshape(steps, batch_size)
   shape = row_shape(lengths, row_length)
   row, needed = _first_fit(lengths, index, shape)
@@ -139,8 +143,7 @@ def row_shape(lengths: np.ndarray, row_length: int) -> RowShape:
 
 
 def row_buckets(
-    lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1,
-    buckets: int = BUCKETS,
+  lengths: np.ndarray, batch_size: int, row_length: int, *, row_multiple: int = 1, buckets: int = BUCKETS
 ) -> tuple[int, ...]:
   """Returns the row counts steps are rounded up to, ascending; they do not depend on the epoch.
 
@@ -177,26 +180,35 @@ def row_fill(plan: Plan, lengths: np.ndarray, *, part: int = 0) -> float:
 
 
 def empty(
-    rows: int, shape: RowShape, *, num_responses: int, with_reference: bool = False,
-    knobs: Sequence[str] = (),
+  rows: int, shape: RowShape, *, num_responses: int, with_reference: bool = False, knobs: Sequence[str] = ()
 ) -> Rows:
   """Returns rows that hold nothing; see `fill`."""
   full = lambda size, value: np.full((rows, size), value, np.int32)
   return Rows(
-      tokens=full(shape.length, 0), positions=full(shape.length, 0),
-      comparison=full(shape.length, 0), branch=full(shape.length, 0),
-      source=full(shape.scored, 0), target=full(shape.scored, 0),
-      slot=full(shape.scored, shape.comparisons * num_responses),
-      example=full(shape.comparisons, -1),
-      reference=np.zeros((rows, shape.comparisons, num_responses), np.float32)
-      if with_reference else None,
-      knobs={name: np.ones((rows, shape.comparisons), np.float32) for name in knobs} or None)
+    tokens=full(shape.length, 0),
+    positions=full(shape.length, 0),
+    comparison=full(shape.length, 0),
+    branch=full(shape.length, 0),
+    source=full(shape.scored, 0),
+    target=full(shape.scored, 0),
+    slot=full(shape.scored, shape.comparisons * num_responses),
+    example=full(shape.comparisons, -1),
+    reference=np.zeros((rows, shape.comparisons, num_responses), np.float32) if with_reference else None,
+    knobs={name: np.ones((rows, shape.comparisons), np.float32) for name in knobs} or None,
+  )
 
 
 def fill(
-    comparisons: Sequence[tuple | None], row: np.ndarray, rows: int,
-    shape: RowShape, *, num_responses: int, example: Sequence[int], first_row: int = 0,
-    reference: np.ndarray | None = None, knobs: dict[str, np.ndarray] | None = None,
+  comparisons: Sequence[tuple | None],
+  row: np.ndarray,
+  rows: int,
+  shape: RowShape,
+  *,
+  num_responses: int,
+  example: Sequence[int],
+  first_row: int = 0,
+  reference: np.ndarray | None = None,
+  knobs: dict[str, np.ndarray] | None = None,
 ) -> Rows:
   """Returns the arrays of a step's rows, or of the `rows` of them that start at `first_row`.
 
@@ -216,8 +228,9 @@ def fill(
     knobs: [B] values by name for `Rows.knobs`; padding gets the first, which is as sound as any.
   """
   knobs = knobs or {}
-  out = empty(rows, shape, num_responses=num_responses, with_reference=reference is not None,
-              knobs=list(knobs))
+  out = empty(
+    rows, shape, num_responses=num_responses, with_reference=reference is not None, knobs=list(knobs)
+  )
   for name, values in knobs.items():
     out.knobs[name][:] = values[0]
   used = np.zeros((rows, 3), np.int64)  # tokens, scored tokens and comparisons in each row
@@ -242,9 +255,9 @@ def fill(
       chosen = np.ones(len(response), bool) if not which or which[0] is None else which[0][k].copy()
       chosen[:1] &= len(prompt) > 0
       count = int(chosen.sum())
-      out.source[r, scored:scored + count] = source[chosen]
-      out.target[r, scored:scored + count] = response[chosen]
-      out.slot[r, scored:scored + count] = number * num_responses + k
+      out.source[r, scored : scored + count] = source[chosen]
+      out.target[r, scored : scored + count] = response[chosen]
+      out.slot[r, scored : scored + count] = number * num_responses + k
       at, scored = at + len(response), scored + count
     used[r] = at, scored, number + 1
   return out
@@ -265,8 +278,9 @@ def _checked(lengths: np.ndarray, row_length: int) -> np.ndarray:
   if len(tokens) and tokens.max() > row_length:
     longest = int(tokens.argmax())
     raise PackingError(
-        f"comparison {longest} has {tokens[longest]} tokens (prompt and responses) but row_length "
-        f"is {row_length}; raise row_length or lower data.max_length")
+      f"comparison {longest} has {tokens[longest]} tokens (prompt and responses) but row_length "
+      f"is {row_length}; raise row_length or lower data.max_length"
+    )
   return lengths
 
 
@@ -276,9 +290,7 @@ def _scored(lengths: np.ndarray) -> np.ndarray:
   return (lengths[:, 1:] - unpredicted).sum(axis=1)
 
 
-def _first_fit(
-    lengths: np.ndarray, index: np.ndarray, shape: RowShape
-) -> tuple[np.ndarray, np.ndarray]:
+def _first_fit(lengths: np.ndarray, index: np.ndarray, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
   """Packs every step first-fit, longest first, all steps at once. Returns rows and row counts."""
   sizes = np.stack([lengths.sum(axis=1), _scored(lengths), np.ones(len(lengths), np.int64)], -1)
   sizes = np.concatenate([sizes, np.zeros((1, 3), sizes.dtype)])[index]  # -1: nothing, size 0
@@ -289,7 +301,7 @@ def _first_fit(
   every = np.arange(steps)
   for item in by_length.T:
     size = sizes[every, item]
-    fits = np.all(free[:, :used + 1] >= size[:, None], axis=-1)
+    fits = np.all(free[:, : used + 1] >= size[:, None], axis=-1)
     first = fits.argmax(axis=1)
     free[every, first] -= size
     row[every, item] = first
@@ -303,13 +315,16 @@ def _best_buckets(counts: np.ndarray, weights: np.ndarray, most: int) -> list[in
 
   waste[i] is the least waste of rounding counts[:i + 1] up, with counts[i] itself a bucket.
   """
-  cost = lambda i, j: float(np.sum(weights[i:j + 1] * (counts[j] - counts[i:j + 1])))
+  cost = lambda i, j: float(np.sum(weights[i : j + 1] * (counts[j] - counts[i : j + 1])))
   waste = [(cost(0, j), [int(counts[j])]) for j in range(len(counts))]
   for _ in range(most - 1):
     waste = [
-        min([waste[j]] + [(waste[i][0] + cost(i + 1, j), waste[i][1] + [int(counts[j])])
-                          for i in range(j)], key=lambda entry: entry[0])
-        for j in range(len(counts))]
+      min(
+        [waste[j]] + [(waste[i][0] + cost(i + 1, j), waste[i][1] + [int(counts[j])]) for i in range(j)],
+        key=lambda entry: entry[0],
+      )
+      for j in range(len(counts))
+    ]
   return waste[-1][1]
 
 

@@ -10,8 +10,9 @@ import pickle
 import queue
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 from dpojax.data.examples import DataError
 
@@ -68,8 +69,11 @@ class _Worker:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join([root, *filter(None, sys.path)])
     self._process = subprocess.Popen(
-        [sys.executable, "-c", _COMMAND], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"})
+      [sys.executable, "-c", _COMMAND],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+    )
     self._send(function)
 
   def __enter__(self) -> "_Worker":
@@ -90,8 +94,9 @@ class _Worker:
       failed, result = pickle.loads(self._read(size))
     except (OSError, EOFError) as error:
       raise DataError(
-          f"a process that tokenizes has died (exit status {self._process.wait(10)}); it may have run out of "
-          "memory: shorten the longest records") from error
+        f"a process that tokenizes has died (exit status {self._process.wait(10)}); it may have run out of "
+        "memory: shorten the longest records"
+      ) from error
     if failed:
       raise DataError(result)
     return result

@@ -1,17 +1,18 @@
-"""Record to example: what the forms share once `forms` has said which keys are prompt and responses.
+"""Record to example: what the forms share once `formats` has said which keys are prompt and responses.
 
 Text or messages, the prompt where it stands twice, system, tools, and the checks.
 """
 
 import collections
 import itertools
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from dpojax.data import examples, files
 from dpojax.data import messages as messages_lib
 from dpojax.data.examples import DataError, Example, RecordError, of_kind, require
 from dpojax.data.fields import Fields, is_json
-from dpojax.data.forms import FORMS, VALUE, Parts, tools_of
+from dpojax.data.formats import FORMS, VALUE, Split, tools_of
 from dpojax.data.messages import assistant, user
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -59,7 +60,7 @@ def read(record: Any, form: str = "", *, prompt_only: bool = False) -> Reading:
 
 
 def read_file(
-    path: files.Path, parse: Callable[[Any], Any], *, given: str = "data.path", left_out: list | None = None,
+  path: files.Path, parse: Callable[[Any], Any], *, given: str = "data.path", left_out: list | None = None
 ) -> Iterator[tuple[int, Any]]:
   """Yields the number, from 0, of each record of files, and what `parse` makes of it.
 
@@ -107,14 +108,15 @@ def prompt_record(example: Example) -> dict[str, Any]:
   return {"prompt": example.prompt} | {key: value for key, value in given.items() if value}
 
 
-def _example(fields: Fields, parts: Parts) -> Example:
+def _example(fields: Fields, parts: Split) -> Example:
   """Brings a form's parts to a prompt and responses, checked."""
   prompt = parts.prompt
   if prompt is not None:
-    prompt = messages_lib.text_or_messages(
-        of_kind(prompt, '"prompt"', VALUE), '"prompt"', fields.note)
-  sides = [messages_lib.text_or_messages(of_kind(side, name, VALUE), name, fields.note)
-           for side, name in zip(parts.sides, parts.names)]
+    prompt = messages_lib.text_or_messages(of_kind(prompt, '"prompt"', VALUE), '"prompt"', fields.note)
+  sides = [
+    messages_lib.text_or_messages(of_kind(side, name, VALUE), name, fields.note)
+    for side, name in zip(parts.sides, parts.names)
+  ]
   if any(isinstance(each, list) for each in (prompt, *sides)):
     prompt, sides = _conversation(fields, prompt, sides, parts.names)
   else:
@@ -123,14 +125,18 @@ def _example(fields: Fields, parts: Parts) -> Example:
   tools, arguments = tools_of(fields, parts.tools), _arguments(fields)
   if isinstance(prompt, str):
     for key, value in (("tools", tools), ("chat_template_kwargs", arguments)):
-      require(not value, f"{key}_beside_text", f'"{key}" stands beside a plain text prompt, which no '
-              'chat template writes; write "prompt" as messages, or drop the key')
+      require(
+        not value,
+        f"{key}_beside_text",
+        f'"{key}" stands beside a plain text prompt, which no '
+        'chat template writes; write "prompt" as messages, or drop the key',
+      )
   if fields.prompt_only:
     return Example(prompt, (), tools, arguments)
   example = examples.compared(prompt, sides, parts.names)
   if parts.desirable is not None:
     absent = "" if isinstance(prompt, str) else []
-    response, = sides
+    (response,) = sides
     example = example._replace(responses=(response, absent) if parts.desirable else (absent, response))
   return example._replace(tools=tools, arguments=arguments)
 
@@ -170,8 +176,11 @@ def _conversation(fields, prompt, sides, names) -> tuple[list[dict], list[list[d
 
 def _check_asked(text: str, prompt: list[dict], name: str):
   said = [message["content"].strip() for message in prompt if message["role"] == "user"]
-  require(text.strip() in said[:1] + said[-1:], "prompt_contradicts",
-          f'"prompt" is {text[:40]!r} but {name} asks {(said or ["nothing"])[-1][:40]!r}; drop one of them')
+  require(
+    text.strip() in said[:1] + said[-1:],
+    "prompt_contradicts",
+    f'"prompt" is {text[:40]!r} but {name} asks {(said or ["nothing"])[-1][:40]!r}; drop one of them',
+  )
 
 
 def _without_answer(fields, prompt, sides) -> list[dict]:
@@ -180,9 +189,12 @@ def _without_answer(fields, prompt, sides) -> list[dict]:
   if last["role"] != "assistant" or last.get("tool_calls"):
     return prompt
   known = any(messages_lib.same([last], side[-1:]) for side in sides)
-  require(known and len(prompt) > 1, "prompt_ends_with_answer",
-          'the last message of "prompt" is the assistant\'s already; drop it, or make it the start of '
-          "each response")
+  require(
+    known and len(prompt) > 1,
+    "prompt_ends_with_answer",
+    'the last message of "prompt" is the assistant\'s already; drop it, or make it the start of '
+    "each response",
+  )
   fields.note("converted", "answer_stood_in_prompt_too")
   return prompt[:-1]
 
@@ -191,13 +203,19 @@ def _with_system(fields: Fields, prompt: str | list[dict]) -> str | list[dict]:
   """Puts a system text that stands beside the prompt in front of it."""
   found = {key: text for key in SYSTEM if (text := fields.optional(key, str)) and text.strip()}
   for key, text in found.items():
-    require(isinstance(prompt, list), "system_beside_text",
-            f'"{key}" stands beside a plain text prompt; write "prompt" as messages, or put the text of '
-            f'"{key}" into it')
+    require(
+      isinstance(prompt, list),
+      "system_beside_text",
+      f'"{key}" stands beside a plain text prompt; write "prompt" as messages, or put the text of '
+      f'"{key}" into it',
+    )
     first = prompt[0]
     if first["role"] in ("system", "developer"):
-      require(first["content"].strip() == text.strip(), "system_contradicts",
-              f'"{key}" is not what the system message of the prompt says; keep one of them')
+      require(
+        first["content"].strip() == text.strip(),
+        "system_contradicts",
+        f'"{key}" is not what the system message of the prompt says; keep one of them',
+      )
     else:
       prompt = [{"role": "system", "content": text}, *prompt]
       fields.note("converted", f"{key}_put_in_front")

@@ -1,22 +1,24 @@
 """What was read, cut and left out, in words: a short table, and comparisons as they will be scored."""
 
 import json
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 _OF_TOKENS = {
-    "prompts_cut": "prompts cut to data.max_prompt_length",
-    "responses_cut": "responses cut to what data.max_length leaves",
-    "with_special_tokens_in_text": "with a special token's name in their text; see data.special_tokens",
-    "with_special_tokens_that_the_template_reads": "of these, read by the chat template itself",
-    "prompts_rendered_otherwise_with_an_answer": "prompts that the template writes otherwise with an answer",
-    "with_text_that_the_template_leaves_out": "conversations of which the chat template leaves out text",
-    "with_calls_that_the_template_leaves_out": "conversations of which the chat template leaves out tool calls",
-    "with_tools_that_the_template_leaves_out": "conversations of which the chat template leaves out the tools",
-    "responses_ended_with_eos_that_the_template_lacks": "responses ended with EOS, as the template has none",
-    "without_bos": "conversations without the BOS that a text would get, as the template has none",
-    "prompts_started_with_eos": "empty prompts started with EOS",
-    "changed_by_tokenizer": "texts that the tokenizer changes, of the first that were checked",
-    "slow": "slow comparisons"}
+  "prompts_cut": "prompts cut to data.max_prompt_length",
+  "responses_cut": "responses cut to what data.max_length leaves",
+  "with_special_tokens_in_text": "with a special token's name in their text; see data.special_tokens",
+  "with_special_tokens_that_the_template_reads": "of these, read by the chat template itself",
+  "prompts_rendered_otherwise_with_an_answer": "prompts that the template writes otherwise with an answer",
+  "with_text_that_the_template_leaves_out": "conversations of which the chat template leaves out text",
+  "with_calls_that_the_template_leaves_out": "conversations of which the chat template leaves out tool calls",
+  "with_tools_that_the_template_leaves_out": "conversations of which the chat template leaves out the tools",
+  "responses_ended_with_eos_that_the_template_lacks": "responses ended with EOS, as the template has none",
+  "without_bos": "conversations without the BOS that a text would get, as the template has none",
+  "prompts_started_with_eos": "empty prompts started with EOS",
+  "changed_by_tokenizer": "texts that the tokenizer changes, of the first that were checked",
+  "slow": "slow comparisons",
+}
 """Counts of tokens that are said where they are not 0."""
 
 
@@ -33,13 +35,18 @@ def table(report: dict) -> str:
         lines.append(f"  {key}: {_flat(value)}")
     lines += [f"  the first of {reason}: {problem}" for reason, problem in part.get("problems", {}).items()]
     lengths = ", ".join(
-        f"{key} {each['50']} (longest {each['100']})" for key, each in tokens["lengths"].items())
+      f"{key} {each['50']} (longest {each['100']})" for key, each in tokens["lengths"].items()
+    )
     lines.append(
-        f"{name} comparisons in ids: {tokens['used']} of {tokens['examples']}; median tokens: {lengths}")
+      f"{name} comparisons in ids: {tokens['used']} of {tokens['examples']}; median tokens: {lengths}"
+    )
     for reason, count in tokens["dropped"].items():
       lines.append(f"  {count} left out, {reason}: {tokens['first'].get(reason, '')}")
-    lines += [f"  {tokens[key]} {words}" + (f": {tokens['first'][key]}" if key in tokens["first"] else "")
-              for key, words in _OF_TOKENS.items() if tokens.get(key)]
+    lines += [
+      f"  {tokens[key]} {words}" + (f": {tokens['first'][key]}" if key in tokens["first"] else "")
+      for key, words in _OF_TOKENS.items()
+      if tokens.get(key)
+    ]
     if tokens["ended_by"]:
       lines.append(f"  responses end with {_flat(tokens['ended_by'])}")
   lines += [f"{count} {name}" for name, count in report.items() if not isinstance(count, dict)]
@@ -52,9 +59,12 @@ def differences(before: dict, now: dict) -> str:
   for name in before.keys() & now.keys():
     if isinstance(now[name], dict) and isinstance(before[name], dict):
       was, are = (each[name].get("tokens", {}).get("inputs", {}) for each in (before, now))
-      changed += [f"{key} of the {name} data" + (
-          f" ({was.get(key)!r}, now {are.get(key)!r})" if len(f"{was.get(key)}{are.get(key)}") < 100 else "")
-          for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
+      changed += [
+        f"{key} of the {name} data"
+        + (f" ({was.get(key)!r}, now {are.get(key)!r})" if len(f"{was.get(key)}{are.get(key)}") < 100 else "")
+        for key in sorted(was.keys() | are.keys())
+        if was.get(key) != are.get(key)
+      ]
   return ", ".join(changed)
 
 
@@ -79,10 +89,16 @@ def shown(tokenizer: Any, comparison: tuple, scored: list | None, *, coloured: b
     which = [True] * len(response) if scored is None else list(map(bool, scored[k]))
     count = sum(which) - (which[0] and not len(prompt))
     lines.append(
-        f"response {k + 1} of {len(responses)}: {len(prompt)} tokens of the prompt, {len(response)} of the "
-        f"response, {count} scored")
-    parts = list(_parts(tokenizer, [*prompt, *response], [*["prompt"] * len(prompt), *(
-        "scored" if each else "not scored" for each in which)]))
+      f"response {k + 1} of {len(responses)}: {len(prompt)} tokens of the prompt, {len(response)} of the "
+      f"response, {count} scored"
+    )
+    parts = list(
+      _parts(
+        tokenizer,
+        [*prompt, *response],
+        [*["prompt"] * len(prompt), *("scored" if each else "not scored" for each in which)],
+      )
+    )
     if coloured:
       lines.append("".join(f"{_COLOURS[name]}{text}\033[0m" for name, text in parts))
     else:
@@ -102,10 +118,13 @@ def _parts(tokenizer: Any, ids: list[int], names: list[str]) -> Iterator[tuple[s
   for i in range(1, len(ids) + 1):
     if i == len(ids) or names[i] != names[start]:
       text = decode(i)
-      yield names[start], text[len(before):] if text.startswith(before) else tokenizer.decode(ids[start:i])
+      yield names[start], text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[start:i])
       start, before = i, text
 
 
 def _flat(value: dict) -> str:
-  return ", ".join(f"{name} {f'({_flat(each)})' if isinstance(each, dict) else each}"
-                   for name, each in value.items() if each != {})
+  return ", ".join(
+    f"{name} {f'({_flat(each)})' if isinstance(each, dict) else each}"
+    for name, each in value.items()
+    if each != {}
+  )

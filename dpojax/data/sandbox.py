@@ -9,7 +9,8 @@ import datetime
 import functools
 import re
 import time
-from typing import Any, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jinja2
 from jinja2 import nodes, sandbox, visitor
@@ -25,7 +26,17 @@ SECONDS = 60.0
 
 _BITS = 100_000
 _WIDTHS = (
-    "center", "expandtabs", "indent", "ljust", "rjust", "tojson", "wordwrap", "zfill", "batch", "slice")
+  "center",
+  "expandtabs",
+  "indent",
+  "ljust",
+  "rjust",
+  "tojson",
+  "wordwrap",
+  "zfill",
+  "batch",
+  "slice",
+)
 
 
 class LimitError(Exception):
@@ -87,8 +98,9 @@ class Budget:
     elif name in ("format", "format_map") and isinstance(subject, str):
       self.make(_widths(subject, given))
     elif name == "join":
-      separator, items = (subject, args[0]) if isinstance(subject, str) and args else (
-          next(iter(given), ""), subject)
+      separator, items = (
+        (subject, args[0]) if isinstance(subject, str) and args else (next(iter(given), ""), subject)
+      )
       if isinstance(items, (list, tuple)):
         self.make(sum(map(_length, items)) + len(items) * _length(separator))
 
@@ -110,7 +122,10 @@ def compile_in(environment: jinja2.Environment, text: str, day: datetime.date) -
   become(environment, _Environment, vars(environment))
   environment.template_class = Bounded
   environment.filters = {name: _watched(name, each) for name, each in environment.filters.items()} | {
-      "random": _refused("random"), _COUNTED: _counted, _WEIGHED: _weighed}
+    "random": _refused("random"),
+    _COUNTED: _counted,
+    _WEIGHED: _weighed,
+  }
   clock = datetime.datetime.combine(day, datetime.time())
   environment.globals |= {"strftime_now": clock.strftime, "lipsum": _refused("lipsum")}
   return environment.from_string(text)
@@ -140,7 +155,6 @@ class Bounded(jinja2.Template):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-
   intercepted_binops = frozenset(("*", "**", "+", "%"))
 
   def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -164,9 +178,8 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
   def call(__self, __context, __obj, *args, **kwargs):
     method = getattr(__obj, "__wrapped__", __obj)
-    _BUDGET.get().call(
-        getattr(method, "__name__", ""), getattr(method, "__self__", None), args, kwargs)
-    return super(_Environment, __self).call(__context, __obj, *args, **kwargs)
+    _BUDGET.get().call(getattr(method, "__name__", ""), getattr(method, "__self__", None), args, kwargs)
+    return super().call(__context, __obj, *args, **kwargs)
 
 
 class _Counting(visitor.NodeTransformer):
@@ -229,7 +242,7 @@ def _watched(name: str, function: Callable) -> Callable:
     given = list(args)
     if name == "join" and len(given) > first and not isinstance(given[first], (str, list, tuple)):
       given[first] = list(given[first])
-    _BUDGET.get().call(name, given[first] if len(given) > first else None, tuple(given[first + 1:]), kwargs)
+    _BUDGET.get().call(name, given[first] if len(given) > first else None, tuple(given[first + 1 :]), kwargs)
     return function(*given, **kwargs)
 
   return watched
@@ -238,6 +251,7 @@ def _watched(name: str, function: Callable) -> Callable:
 def _refused(name: str) -> Callable:
   def refused(*args: Any, **kwargs: Any):
     raise jinja2.TemplateError(f"{name} draws at random, and the ids of a run must be the same every time")
+
   return refused
 
 

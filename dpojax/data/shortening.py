@@ -6,7 +6,8 @@ a tokenizer drops or joins characters, it is tokenized whole.
 """
 
 import functools
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from dpojax.data.conversations import Written
 from dpojax.data.ids import Ids
@@ -35,8 +36,9 @@ class Shortening:
 
   def of_texts(self, texts: Sequence[str], room: Room | None) -> list[str]:
     """Returns a prompt and its responses, each without what is far beyond the room."""
-    return [self._of_text(text, "start" if k else room.keep, room) if room else text
-            for k, text in enumerate(texts)]
+    return [
+      self._of_text(text, "start" if k else room.keep, room) if room else text for k, text in enumerate(texts)
+    ]
 
   def of_conversation(self, written: Written, room: Room | None) -> Written:
     """Returns a conversation without what is far beyond the room in its prompt and its response."""
@@ -45,11 +47,14 @@ class Shortening:
       return written
     text, start = written.text, written.spans[0][0]
     if len(text) - start > 2 * most:
-      text = text[:_word_end(text, start + most)]
+      text = text[: _word_end(text, start + most)]
     spans = [(low, min(high, len(text))) for low, high in written.spans if low <= len(text)]
     if start > 2 * most:
-      left, right = (self._ids.names.start_of(text), start - most) if room.keep == "end" else (
-          most, max(self._ids.cut_before(text, start), start - most // 2))
+      left, right = (
+        (self._ids.names.start_of(text), start - most)
+        if room.keep == "end"
+        else (most, max(self._ids.cut_before(text, start), start - most // 2))
+      )
       text = text[:left] + text[right:]
       spans = [(low - right + left, high - right + left) for low, high in spans]
     return written._replace(text=text, spans=spans)
@@ -59,8 +64,8 @@ class Shortening:
     if most is None or len(text) <= 2 * most:
       return text
     if keep == "start":
-      return text[:_word_end(text, most)]
-    return text[_word_end(text, len(text) - most - 1000):]
+      return text[: _word_end(text, most)]
+    return text[_word_end(text, len(text) - most - 1000) :]
 
   def _most(self, length: int, room: Room | None) -> int | None:
     """Returns how many characters are more than enough, or None for a text that is short in any case."""
@@ -73,15 +78,19 @@ class Shortening:
 
 
 def long_enough(
-    prompt: list[int], responses: Sequence[list[int]], whole: Sequence[Written], short: Sequence[Written],
-    room: Room,
+  prompt: list[int],
+  responses: Sequence[list[int]],
+  whole: Sequence[Written],
+  short: Sequence[Written],
+  room: Room,
 ) -> bool:
   """Returns whether what was cut by characters would have been cut by tokens."""
   start = lambda each: each.spans[0][0]
   of_prompt = any(start(a) != start(b) for a, b in zip(whole, short))
   of_response = [len(a.text) - start(a) != len(b.text) - start(b) for a, b in zip(whole, short)]
   return (not of_prompt or len(prompt) >= room.enough) and all(
-      len(ids) >= room.enough for ids, cut in zip(responses, of_response) if cut)
+    len(ids) >= room.enough for ids, cut in zip(responses, of_response) if cut
+  )
 
 
 def _word_end(text: str, place: int) -> int:

@@ -19,9 +19,21 @@ from dpojax.data.examples import DataError, RecordError
 SPECIAL_TOKENS = ("text", "parse", "raise")
 SCORES = ("all", "last")
 _OURS = (
-    "conversation", "chat_template", "tools", "add_generation_prompt", "continue_final_message", "tokenize",
-    "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
-    "sanitize_control_tokens", "tokenizer_kwargs")
+  "conversation",
+  "chat_template",
+  "tools",
+  "add_generation_prompt",
+  "continue_final_message",
+  "tokenize",
+  "return_dict",
+  "return_tensors",
+  "return_assistant_tokens_mask",
+  "padding",
+  "truncation",
+  "max_length",
+  "sanitize_control_tokens",
+  "tokenizer_kwargs",
+)
 """Arguments of `apply_chat_template` that are not the template's."""
 
 
@@ -45,7 +57,8 @@ class Reading:
     for name, allowed in (("special_tokens", SPECIAL_TOKENS), ("score", SCORES)):
       if getattr(self, name) not in allowed:
         raise DataError(
-            f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
+          f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}"
+        )
     try:
       self.day()
     except ValueError as error:
@@ -53,7 +66,8 @@ class Reading:
     for name in self.arguments:
       if name in _OURS:
         raise DataError(
-            f"data.template_arguments has {name!r}, which is not the template's to read; leave it out")
+          f"data.template_arguments has {name!r}, which is not the template's to read; leave it out"
+        )
 
   def day(self) -> datetime.date:
     """Returns the day a template is told."""
@@ -64,9 +78,11 @@ class Reading:
     """Returns what the group `data` of a run's config says; keys that older runs lack are as before them."""
     arguments = settings.get("template_arguments") or {}
     return cls(
-        settings.get("template_date") or "",
-        arguments.to_dict() if hasattr(arguments, "to_dict") else dict(arguments),
-        settings.get("special_tokens") or "text", settings.get("score") or "all")
+      settings.get("template_date") or "",
+      arguments.to_dict() if hasattr(arguments, "to_dict") else dict(arguments),
+      settings.get("special_tokens") or "text",
+      settings.get("score") or "all",
+    )
 
 
 class Rendering(NamedTuple):
@@ -96,8 +112,9 @@ class Templates:
     """
     if not self._tokenizer.chat_template:
       raise TemplateError(
-          f"the data are conversations but tokenizer {self._tokenizer.name_or_path!r} has no chat "
-          "template; take a chat model's tokenizer, or give plain text prompts")
+        f"the data are conversations but tokenizer {self._tokenizer.name_or_path!r} has no chat "
+        "template; take a chat model's tokenizer, or give plain text prompts"
+      )
     try:
       return self._tokenizer.get_chat_template(None, tools)
     except ValueError as error:
@@ -108,8 +125,12 @@ class Templates:
     return self._compiled(self.of(tools))[1]
 
   def render(
-      self, messages: list[dict], *, tools: list[dict] | None, arguments: dict | None,
-      generation_prompt: bool = False,
+    self,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None,
+    arguments: dict | None,
+    generation_prompt: bool = False,
   ) -> Rendering:
     """Returns what the template writes of a conversation.
 
@@ -126,16 +147,22 @@ class Templates:
     for name in given:
       if name in _OURS:
         raise RecordError(
-            "template_arguments", f"its template argument {name!r} is not the template's to read")
+          "template_arguments", f"its template argument {name!r} is not the template's to read"
+        )
     try:
       with sandbox.Budget([messages, tools, given]) as budget:
         rendered = self._tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=key, tokenize=False, add_generation_prompt=generation_prompt,
-            **given)
+          messages,
+          tools=tools,
+          chat_template=key,
+          tokenize=False,
+          add_generation_prompt=generation_prompt,
+          **given,
+        )
     except sandbox.LimitError as error:
       raise TemplateError(
-          f"the chat template of tokenizer {self._tokenizer.name_or_path!r} does not come to an end: "
-          f"{error}; correct it, or leave out the conversation that starts with {first_text(messages)}"
+        f"the chat template of tokenizer {self._tokenizer.name_or_path!r} does not come to an end: "
+        f"{error}; correct it, or leave out the conversation that starts with {first_text(messages)}"
       ) from error
     except Exception as error:  # a template refuses with jinja's errors, and fails with any
       raise RecordError("refused_by_template", f"the chat template says: {error}") from error
@@ -152,8 +179,9 @@ class Templates:
       bounded = sandbox.compile_in(compiled.environment, text, self._day)
     except (jinja2.TemplateSyntaxError, RecursionError) as error:
       raise TemplateError(
-          f"the chat template of tokenizer {self._tokenizer.name_or_path!r} is not valid Jinja ({error}); "
-          "correct it") from error
+        f"the chat template of tokenizer {self._tokenizer.name_or_path!r} is not valid Jinja ({error}); "
+        "correct it"
+      ) from error
     sandbox.become(compiled, type(bounded), vars(bounded))
     return key, bool(re.search(r"\{%[-+]?\s*generation\b", text)), compiled
 
@@ -184,7 +212,10 @@ def reads_the_clock(tokenizer: Any) -> bool:
 
 def first_text(messages: str | list[dict]) -> str:
   """Returns the start of a prompt's first text, in quotes, as an error names a record."""
-  texts = [messages] if isinstance(messages, str) else [
-      message.get("content") for message in messages if isinstance(message, dict)]
+  texts = (
+    [messages]
+    if isinstance(messages, str)
+    else [message.get("content") for message in messages if isinstance(message, dict)]
+  )
   text = next((each for each in texts if isinstance(each, str) and each.strip()), "")
   return json.dumps(text.strip()[:60] + ("..." if len(text.strip()) > 60 else ""), ensure_ascii=False)

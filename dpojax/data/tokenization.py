@@ -14,7 +14,8 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import Any, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -77,7 +78,7 @@ class Tokenized:
     if not -len(self) <= i < len(self):
       raise IndexError(f"comparison {i} of {len(self)}")
     i %= len(self)
-    values = np.asarray(values[self.offsets[i]:self.offsets[i + 1]])
+    values = np.asarray(values[self.offsets[i] : self.offsets[i + 1]])
     return np.split(values, np.cumsum(self.lengths[i])[:-1])
 
 
@@ -98,21 +99,31 @@ def load_tokenizer(name: str) -> Any:
     reason = str(error).strip().partition("\n")[0]
     if "trust_remote_code" in str(error):
       raise DataError(
-          f"tokenizer {name!r} cannot be loaded: it is code of its own, which dpojax does not run; give a "
-          "folder with tokenizer.json") from error
+        f"tokenizer {name!r} cannot be loaded: it is code of its own, which dpojax does not run; give a "
+        "folder with tokenizer.json"
+      ) from error
     raise DataError(
-        f"tokenizer {name!r} cannot be loaded ({reason}); give a folder with tokenizer.json, or a "
-        "hub name while there is a network") from error
+      f"tokenizer {name!r} cannot be loaded ({reason}); give a folder with tokenizer.json, or a "
+      "hub name while there is a network"
+    ) from error
   if tokenizer.eos_token_id is None:
-    raise DataError(f"tokenizer {name!r} has no EOS token, which ends every response; set "
-                    "eos_token in its tokenizer_config.json")
+    raise DataError(
+      f"tokenizer {name!r} has no EOS token, which ends every response; set "
+      "eos_token in its tokenizer_config.json"
+    )
   return tokenizer
 
 
 def tokenize(
-    comparisons: Comparisons, tokenizer: Any, *, truncation: Truncation, reading: Reading = Reading(),
-    num_responses: int | None = None, fewest: int | None = None,
-    cache_dir: str | os.PathLike | None = None, workers: int | None = None,
+  comparisons: Comparisons,
+  tokenizer: Any,
+  *,
+  truncation: Truncation,
+  reading: Reading = Reading(),
+  num_responses: int | None = None,
+  fewest: int | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  workers: int | None = None,
 ) -> Tokenized:
   """Returns the comparisons in ids, from the cache if they were tokenized before.
 
@@ -145,8 +156,11 @@ def tokenize(
 
 
 def tokenize_answers(
-    answers: Sequence[tuple[str | list[dict] | Example, str | list[dict]]], tokenizer: Any, *,
-    truncation: Truncation, reading: Reading = Reading(),
+  answers: Sequence[tuple[str | list[dict] | Example, str | list[dict]]],
+  tokenizer: Any,
+  *,
+  truncation: Truncation,
+  reading: Reading = Reading(),
 ) -> Tokenized:
   """Returns (prompt, response) pairs in ids, every one of them; an empty response is EOS alone.
 
@@ -161,23 +175,28 @@ def tokenize_answers(
   lengths, ids, scored = [], [], []
   for i, (each, example) in enumerate(zip(encoder.encode(examples, room), examples)):
     if isinstance(each, RecordError) and each.reason == "empty_response":
-      each, = encoder.encode([example._replace(responses=("",))], room)
+      (each,) = encoder.encode([example._replace(responses=("",))], room)
     if isinstance(each, RecordError):
       raise DataError(f"response {i + 1}: {each}") from each
     if not each.responses[0]:
       each = each._replace(
-          prompt=encoder.prompts([example], room)[0], responses=[[encoder.eos]], scored=[[True]])
+        prompt=encoder.prompts([example], room)[0], responses=[[encoder.eos]], scored=[[True]]
+      )
     each = cut(each, truncation, bos=encoder.bos, ends=encoder.ids.special, counts=counts)
     lengths.append([len(each.prompt), len(each.responses[0])])
     ids += [*each.prompt, *each.responses[0]]
     scored += [*[False] * len(each.prompt), *each.scored[0]]
   return _arrays(
-      np.array(lengths, np.int32), np.array(ids, np.int32), np.array(scored, bool),
-      np.arange(len(answers), dtype=np.int32), dict(counts))
+    np.array(lengths, np.int32),
+    np.array(ids, np.int32),
+    np.array(scored, bool),
+    np.arange(len(answers), dtype=np.int32),
+    dict(counts),
+  )
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, reading: Reading = Reading()
+  examples: Sequence[Example], tokenizer: Any, reading: Reading = Reading()
 ) -> list[tuple[list[int], list[list[int]]]]:
   """Returns the ids of each prompt and of its responses, untruncated.
 
@@ -196,8 +215,13 @@ def encode(
 
 
 def encode_prompts(
-    prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str,
-    reading: Reading = Reading(), counts: collections.Counter | None = None,
+  prompts: Sequence[str | list[dict] | Example],
+  tokenizer: Any,
+  *,
+  longest: int,
+  keep: str,
+  reading: Reading = Reading(),
+  counts: collections.Counter | None = None,
 ) -> list[tuple[list[int], bool] | RecordError]:
   """Returns the ids of each prompt and whether it was cut, or what is wrong with it.
 
@@ -215,9 +239,12 @@ def encode_prompts(
   """
   encoder, examples = Encoder(tokenizer, reading), [_example(prompt) for prompt in prompts]
   bos = lambda example: encoder.bos if isinstance(example.prompt, str) else tokenizer.bos_token_id
-  encoded = [each if isinstance(each, RecordError)
-             else (cut_prompt(each, longest, keep, bos(example)), len(each) > longest)
-             for each, example in zip(encoder.prompts(examples, Room(longest, keep)), examples)]
+  encoded = [
+    each
+    if isinstance(each, RecordError)
+    else (cut_prompt(each, longest, keep, bos(example)), len(each) > longest)
+    for each, example in zip(encoder.prompts(examples, Room(longest, keep)), examples)
+  ]
   if counts is not None:
     counts.update(encoder.counts)
   return encoded
@@ -229,9 +256,10 @@ def decode_response(tokenizer: Any, prompt: Sequence[int], response: Sequence[in
   What is decoded is both, because a tokenizer may leave out the space a text starts with.
   """
   decode = lambda ids: tokenizer.decode(
-      list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+  )
   before, both = decode(prompt), decode([*prompt, *response])
-  return both[len(before):] if both.startswith(before) else decode(response)
+  return both[len(before) :] if both.startswith(before) else decode(response)
 
 
 def _example(prompt: str | list[dict] | Example) -> Example:
@@ -239,8 +267,8 @@ def _example(prompt: str | list[dict] | Example) -> Example:
 
 
 def _tokenize(
-    comparisons: Comparisons, tokenizer: Any, settings: Settings, inputs: dict,
-    workers: int | None) -> Tokenized:
+  comparisons: Comparisons, tokenizer: Any, settings: Settings, inputs: dict, workers: int | None
+) -> Tokenized:
   parts = list(_parts(comparisons, Tokenizing(tokenizer, settings), workers))
   merged = lambda name: sum((getattr(part, name) for part in parts), collections.Counter())
   counts, dropped, first = merged("counts"), merged("dropped"), {}
@@ -249,32 +277,59 @@ def _tokenize(
   lengths = [each for part in parts for each in part.lengths]
   if not lengths:
     why = "; ".join(first.values())
-    raise DataError(f"none of {len(comparisons)} comparisons can be used ({dict(dropped)}); check "
-                    f"data.path and the tokenizer. The first: {why}")
+    raise DataError(
+      f"none of {len(comparisons)} comparisons can be used ({dict(dropped)}); check "
+      f"data.path and the tokenizer. The first: {why}"
+    )
   width = 1 + settings.num_responses if settings.num_responses else max(map(len, lengths))
   padded = np.array([each + [0] * (width - len(each)) for each in lengths], np.int32)
   responses = padded[:, 1:]
-  ended = {str(tokenizer.convert_ids_to_tokens(key[1])): count for key, count in counts.items()
-           if isinstance(key, tuple)}
+  ended = {
+    str(tokenizer.convert_ids_to_tokens(key[1])): count
+    for key, count in counts.items()
+    if isinstance(key, tuple)
+  }
   report = {
-      "examples": len(comparisons), "used": len(padded), "dropped": dict(dropped),
-      **{name: counts[name] for name in COUNTS}, "ended_by": ended,
-      "stop_ids": [key[1] for key, _ in counts.most_common() if isinstance(key, tuple)],
-      "lengths": {"prompt": _percentiles(padded[:, 0]), "comparison": _percentiles(padded.sum(axis=1)),
-                  "response": _percentiles(responses[responses > 0])},
-      "first": first, "inputs": inputs}
+    "examples": len(comparisons),
+    "used": len(padded),
+    "dropped": dict(dropped),
+    **{name: counts[name] for name in COUNTS},
+    "ended_by": ended,
+    "stop_ids": [key[1] for key, _ in counts.most_common() if isinstance(key, tuple)],
+    "lengths": {
+      "prompt": _percentiles(padded[:, 0]),
+      "comparison": _percentiles(padded.sum(axis=1)),
+      "response": _percentiles(responses[responses > 0]),
+    },
+    "first": first,
+    "inputs": inputs,
+  }
   return _arrays(
-      padded, np.concatenate([part.ids for part in parts]), np.concatenate([part.scored for part in parts]),
-      np.array([i for part in parts for i in part.example], np.int32), report)
+    padded,
+    np.concatenate([part.ids for part in parts]),
+    np.concatenate([part.scored for part in parts]),
+    np.array([i for part in parts for i in part.example], np.int32),
+    report,
+  )
 
 
 COUNTS = (
-    "prompts_cut", "responses_cut", "responses_without_eos", "prompts_started_with_eos",
-    "with_special_tokens_in_text", "with_special_tokens_that_the_template_reads",
-    "prompts_rendered_otherwise_with_an_answer", "with_text_that_the_template_leaves_out",
-    "with_calls_that_the_template_leaves_out", "with_tools_that_the_template_leaves_out",
-    "responses_ended_with_eos_that_the_template_lacks", "without_bos", "slow", "checked",
-    "changed_by_tokenizer")
+  "prompts_cut",
+  "responses_cut",
+  "responses_without_eos",
+  "prompts_started_with_eos",
+  "with_special_tokens_in_text",
+  "with_special_tokens_that_the_template_reads",
+  "prompts_rendered_otherwise_with_an_answer",
+  "with_text_that_the_template_leaves_out",
+  "with_calls_that_the_template_leaves_out",
+  "with_tools_that_the_template_leaves_out",
+  "responses_ended_with_eos_that_the_template_lacks",
+  "without_bos",
+  "slow",
+  "checked",
+  "changed_by_tokenizer",
+)
 """What a report counts; the last two: of the first comparisons, those whose ids decode to another
 text, as with a tokenizer that lower-cases."""
 
@@ -283,12 +338,20 @@ def _parts(comparisons: Comparisons, tokenizing: Tokenizing, workers: int | None
   """Yields the parts of a data set in order, and shows how far they are."""
   if workers is None:
     workers = pool.cores() if len(comparisons) >= PARALLEL else 0
-  chunks = ((start, [comparisons[i] for i in range(start, min(start + _CHUNK, len(comparisons)))])
-            for start in range(0, len(comparisons), _CHUNK))
+  chunks = (
+    (start, [comparisons[i] for i in range(start, min(start + _CHUNK, len(comparisons)))])
+    for start in range(0, len(comparisons), _CHUNK)
+  )
   parts = pool.ordered(tokenizing, chunks, workers) if workers > 1 else (tokenizing(*each) for each in chunks)
   seen = sys.stderr.isatty()
-  bar = tqdm.tqdm(total=len(comparisons), desc="tokenizing", unit="comparisons", unit_scale=True,
-                  disable=not seen and len(comparisons) < PARALLEL, mininterval=0.1 if seen else 10.0)
+  bar = tqdm.tqdm(
+    total=len(comparisons),
+    desc="tokenizing",
+    unit="comparisons",
+    unit_scale=True,
+    disable=not seen and len(comparisons) < PARALLEL,
+    mininterval=0.1 if seen else 10.0,
+  )
   with bar:
     for number, part in enumerate(parts):
       bar.update(min(_CHUNK, len(comparisons) - number * _CHUNK))
@@ -296,7 +359,8 @@ def _parts(comparisons: Comparisons, tokenizing: Tokenizing, workers: int | None
 
 
 def _arrays(
-    lengths: np.ndarray, ids: np.ndarray, scored: np.ndarray, example: np.ndarray, report: dict) -> Tokenized:
+  lengths: np.ndarray, ids: np.ndarray, scored: np.ndarray, example: np.ndarray, report: dict
+) -> Tokenized:
   offsets = np.concatenate([np.zeros(1, np.int64), lengths.sum(axis=1, dtype=np.int64).cumsum()])
   mask = None if scored.sum() == lengths[:, 1:].sum() else scored
   return Tokenized(lengths, ids, offsets, example, report, _fingerprint(lengths, ids, example, mask), mask)
@@ -323,13 +387,24 @@ def _inputs(comparisons: Comparisons, tokenizer: Any, settings: Settings) -> dic
   reading["date"] = str(settings.reading.day()) if reads_the_clock(tokenizer) else ""
   digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
   return {
-      "records": comparisons.fingerprint, "tokenizer": digest(_tokenizer_identity(tokenizer)),
-      "chat_template": digest(tokenizer.chat_template), **{f"data.{key}": each for key, each in {
-          **dataclasses.asdict(settings.truncation), "special_tokens": reading["special_tokens"],
-          "score": reading["score"], "template_date": reading["date"],
-          "template_arguments": reading["arguments"]}.items()},
-      "num_responses": settings.num_responses, "fewest": settings.fewest, "version": _VERSION,
-      **{name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")}}
+    "records": comparisons.fingerprint,
+    "tokenizer": digest(_tokenizer_identity(tokenizer)),
+    "chat_template": digest(tokenizer.chat_template),
+    **{
+      f"data.{key}": each
+      for key, each in {
+        **dataclasses.asdict(settings.truncation),
+        "special_tokens": reading["special_tokens"],
+        "score": reading["score"],
+        "template_date": reading["date"],
+        "template_arguments": reading["arguments"],
+      }.items()
+    },
+    "num_responses": settings.num_responses,
+    "fewest": settings.fewest,
+    "version": _VERSION,
+    **{name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
+  }
 
 
 def _tokenizer_identity(tokenizer: Any) -> dict:
@@ -340,15 +415,21 @@ def _tokenizer_identity(tokenizer: Any) -> dict:
   else:
     model = sorted(tokenizer.get_vocab().items())
   return {
-      "model": model, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-      "adds": tokenizer("a")["input_ids"]}
+    "model": model,
+    "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    "adds": tokenizer("a")["input_ids"],
+  }
 
 
 def _load(folder: pathlib.Path) -> Tokenized:
   read = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
   about = json.loads((folder / "report.json").read_text())
-  return Tokenized(*map(read, _ARRAYS), about["report"], about["fingerprint"],
-                   read("mask") if (folder / "mask.npy").exists() else None)
+  return Tokenized(
+    *map(read, _ARRAYS),
+    about["report"],
+    about["fingerprint"],
+    read("mask") if (folder / "mask.npy").exists() else None,
+  )
 
 
 def _store(folder: pathlib.Path, tokenized: Tokenized) -> None:
@@ -366,8 +447,9 @@ def _store(folder: pathlib.Path, tokenized: Tokenized) -> None:
   except OSError as error:
     if not folder.exists():  # else another process was faster
       raise DataError(
-          f"could not write tokenized data to {folder.parent} ({error}); free space there, or set "
-          "data.cache_dir to a folder with room") from error
+        f"could not write tokenized data to {folder.parent} ({error}); free space there, or set "
+        "data.cache_dir to a folder with room"
+      ) from error
   finally:
     if unfinished:
       shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import time
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class Tokenizing:
     """
     counts = self._encoder.counts
     counts.clear()
-    examples = [each._replace(responses=each.responses[:self._settings.num_responses]) for each in examples]
+    examples = [each._replace(responses=each.responses[: self._settings.num_responses]) for each in examples]
     dropped, named = collections.Counter(), {}
     lengths, ids, scored, index = [], [], [], []
     for i, (example, encoded) in enumerate(zip(examples, self._encode(first, examples, named)), first):
@@ -94,11 +95,12 @@ class Tokenizing:
       lengths.append([len(kept.prompt), *map(len, kept.responses)])
       ids.append(np.array([token for part in (kept.prompt, *kept.responses) for token in part], np.int32))
       scored.append(
-          np.array([*[False] * len(kept.prompt), *(each for of in kept.scored for each in of)], bool))
+        np.array([*[False] * len(kept.prompt), *(each for of in kept.scored for each in of)], bool)
+      )
     whole = lambda arrays, dtype: np.concatenate([np.zeros(0, dtype), *arrays])
     return Part(
-        lengths, whole(ids, np.int32), whole(scored, bool), index, collections.Counter(counts), dropped,
-        named)
+      lengths, whole(ids, np.int32), whole(scored, bool), index, collections.Counter(counts), dropped, named
+    )
 
   def _encode(self, first: int, examples: list[Example], named: dict[str, str]) -> list:
     """Returns what the encoder makes of examples; very long ones by themselves, to see which are slow."""
@@ -108,13 +110,15 @@ class Tokenizing:
         usual.append(i)
         continue
       start = time.perf_counter()
-      out[i], = self._encoder_of([example], first + i)
+      (out[i],) = self._encoder_of([example], first + i)
       seconds = time.perf_counter() - start
       if seconds > SLOW:
         self._encoder.counts["slow"] += 1
         named.setdefault(
-            "slow", f"record {first + i} ({first_text(example.prompt)}): {_characters(example):,} "
-            f"characters took {seconds:.0f} s")
+          "slow",
+          f"record {first + i} ({first_text(example.prompt)}): {_characters(example):,} "
+          f"characters took {seconds:.0f} s",
+        )
     for i, each in zip(usual, self._encoder_of([examples[i] for i in usual], first)):
       out[i] = each
     return out

@@ -2,14 +2,20 @@
 
 import collections
 import dataclasses
-from typing import Any, Collection
+from collections.abc import Collection
+from typing import Any
 
 from dpojax.data.encoder import Encoded
 from dpojax.data.examples import DataError, RecordError
 
 TRUNCATION_SIDE = {
-    "hh": "end", "imdb": "start", "jsonl": "end", "shp": "start", "stack_exchange": "start",
-    "tldr": "start"}
+  "hh": "end",
+  "imdb": "start",
+  "jsonl": "end",
+  "shp": "start",
+  "stack_exchange": "start",
+  "tldr": "start",
+}
 """Which end of an over-long prompt is kept. HH as in the paper's code, where the others keep the
 start; for local files the end, because a conversation's last turn is what is answered."""
 
@@ -39,15 +45,20 @@ class Truncation:
   def __post_init__(self):
     if not 0 < self.max_prompt_length < self.max_length:
       raise DataError(
-          f"data.max_prompt_length is {self.max_prompt_length} and data.max_length "
-          f"{self.max_length}; leave room for responses")
+        f"data.max_prompt_length is {self.max_prompt_length} and data.max_length "
+        f"{self.max_length}; leave room for responses"
+      )
     if self.keep not in ("start", "end"):
       raise DataError(f"data.keep is {self.keep!r}; it is 'start' or 'end'")
 
 
 def cut(
-    encoded: Encoded, truncation: Truncation, *, bos: int | None, ends: Collection[int],
-    counts: collections.Counter,
+  encoded: Encoded,
+  truncation: Truncation,
+  *,
+  bos: int | None,
+  ends: Collection[int],
+  counts: collections.Counter,
 ) -> Encoded:
   """Returns the ids as `Truncation` has them, and counts what was cut.
 
@@ -72,13 +83,15 @@ def cut(
   for ids, which in zip(responses, scored):
     if ids and not any(which):
       raise RecordError(
-          "nothing_scored_after_truncation", "data.max_length cuts off all that is scored of a response")
+        "nothing_scored_after_truncation", "data.max_length cuts off all that is scored of a response"
+      )
   _check_different(encoded, responses, scored)
   shorter = [len(each) < len(whole) for each, whole in zip(responses, encoded.responses)]
   counts["prompts_cut"] += len(prompt) < len(encoded.prompt)
   counts["responses_cut"] += sum(shorter)
   counts["responses_without_eos"] += sum(
-      bool(each) and (short or each[-1] not in ends) for each, short in zip(responses, shorter))
+    bool(each) and (short or each[-1] not in ends) for each, short in zip(responses, shorter)
+  )
   return Encoded(prompt, responses, scored)
 
 
@@ -89,7 +102,7 @@ def cut_prompt(prompt: list[int], most: int, keep: str, bos: int | None) -> list
   if keep == "start":
     return prompt[:most]
   head = prompt[:1] if prompt[0] == bos else []
-  return head + prompt[len(prompt) - most + len(head):]
+  return head + prompt[len(prompt) - most + len(head) :]
 
 
 def _check_different(encoded: Encoded, responses: list[list[int]], scored: list[list[bool]]) -> None:
@@ -99,4 +112,5 @@ def _check_different(encoded: Encoded, responses: list[list[int]], scored: list[
     return
   same = encoded.whole and different(encoded.responses, encoded.scored) < len(responses)
   raise RecordError(
-      "identical_responses" if same else "identical_after_truncation", "two responses are the same ids")
+    "identical_responses" if same else "identical_after_truncation", "two responses are the same ids"
+  )

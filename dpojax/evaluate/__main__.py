@@ -36,8 +36,11 @@ def main():
   of_files.add_argument("--judge", default="", help="URL, module:function or reward model's workdir")
   of_files.add_argument("--judge_model", default="", help="its name at the URL")
   of_files.add_argument("--judge_options", default="", help="JSON: further keys of a request")
-  of_files.add_argument("--question", default="dialogue",
-                        help=f"{', '.join(judging.QUESTIONS)}, or a file with {{prompt}}, {{a}}, {{b}}")
+  of_files.add_argument(
+    "--question",
+    default="dialogue",
+    help=f"{', '.join(judging.QUESTIONS)}, or a file with {{prompt}}, {{a}}, {{b}}",
+  )
   of_files.add_argument("--api_key_env", default="OPENAI_API_KEY")
   of_files.add_argument("--answers", default="", help="file a URL's answers are kept in")
   of_files.add_argument("--workers", type=int, default=8, help="requests under way at once")
@@ -49,18 +52,35 @@ def main():
       raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")
     if options.workdir:
       result = measure.evaluate_run(
-          options.workdir, step=options.step, reference=options.reference, pairs=options.pairs,
-          scorer=options.scorer, num_prompts=options.num_prompts, draw=draw_of(options),
-          batch_size=options.batch_size, fsdp=options.fsdp, tensor=options.tensor)
+        options.workdir,
+        step=options.step,
+        reference=options.reference,
+        pairs=options.pairs,
+        scorer=options.scorer,
+        num_prompts=options.num_prompts,
+        draw=draw_of(options),
+        batch_size=options.batch_size,
+        fsdp=options.fsdp,
+        tensor=options.tensor,
+      )
     else:
       for flag in ("theirs", "judge"):
         if not getattr(options, flag):
           raise ConfigError(f"--{flag} is missing; give it beside --ours")
       result = compare.compare_files(
-          options.ours, options.theirs, options.judge, question=options.question,
-          seed=options.seed, limit=options.limit, judge_model=options.judge_model,
-          judge_options=options.judge_options, api_key_env=options.api_key_env,
-          answers=options.answers, workers=options.workers, form=options.form)
+        options.ours,
+        options.theirs,
+        options.judge,
+        question=options.question,
+        seed=options.seed,
+        limit=options.limit,
+        judge_model=options.judge_model,
+        judge_options=options.judge_options,
+        api_key_env=options.api_key_env,
+        answers=options.answers,
+        workers=options.workers,
+        form=options.form,
+      )
     report.write(result, options.out)
   rows = report.show(result)
   width = max(len(name) for name, *_ in rows)

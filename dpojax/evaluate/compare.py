@@ -10,7 +10,7 @@ import numpy as np
 
 from dpojax.data import examples, records
 from dpojax.data.examples import DataError, Example
-from dpojax.evaluate import intervals, judging, scorers
+from dpojax.evaluate import confidence, judging, scorers
 from dpojax.evaluate.judging import Pair
 from dpojax.runtime.command import say
 from dpojax.sample.generator import make_mesh
@@ -18,9 +18,19 @@ from dpojax.training.config import ConfigError
 
 
 def compare_files(
-    ours: str, theirs: str, judge: str, *, question: str = "dialogue", seed: int = 0,
-    limit: int = 0, judge_model: str = "", judge_options: str = "", api_key_env: str = "OPENAI_API_KEY",
-    answers: str = "", workers: int = 8, form: str = "",
+  ours: str,
+  theirs: str,
+  judge: str,
+  *,
+  question: str = "dialogue",
+  seed: int = 0,
+  limit: int = 0,
+  judge_model: str = "",
+  judge_options: str = "",
+  api_key_env: str = "OPENAI_API_KEY",
+  answers: str = "",
+  workers: int = 8,
+  form: str = "",
 ) -> dict[str, Any]:
   """Returns the win rate of one file's responses against another's; see the module's text.
 
@@ -47,37 +57,55 @@ def compare_files(
     if not judge_model:
       raise ConfigError("--judge_model is missing; give the model's name at the server")
     endpoint = judging.Endpoint(
-        judge, judge_model,
-        _question(question), api_key=os.environ.get(api_key_env, "").strip(), workers=workers,
-        **({"options": _options(judge_options)} if judge_options else {}))
+      judge,
+      judge_model,
+      _question(question),
+      api_key=os.environ.get(api_key_env, "").strip(),
+      workers=workers,
+      **({"options": _options(judge_options)} if judge_options else {}),
+    )
     kept = judging.Answers(answers or str(pathlib.Path(ours).with_suffix(".answers.jsonl")))
     asked = judging.endpoint_judge(endpoint, kept)
   elif scorers.is_function(judge):
     function = scorers.load_function(judge, ("prompt", "response"), ("prompt", "A", "B"))
-    asked = judging.paired_judge(function) if scorers.arity(function) == 3 else judging.scored_judge(
-        scorers.make_scorer(judge, None))
+    asked = (
+      judging.paired_judge(function)
+      if scorers.arity(function) == 3
+      else judging.scored_judge(scorers.make_scorer(judge, None))
+    )
   else:
     asked = judging.scored_judge(scorers.make_scorer(judge, make_mesh(1, 1)))
   # A reward model reads the prompt as it was given; everyone else reads text.
   if kept is not None or scorers.is_function(judge):
-    pairs = [Pair(as_text(pair.prompt, query=kept is not None),
-                  *map(examples.response_text, (pair.ours, pair.theirs))) for pair in pairs]
+    pairs = [
+      Pair(
+        as_text(pair.prompt, query=kept is not None), *map(examples.response_text, (pair.ours, pair.theirs))
+      )
+      for pair in pairs
+    ]
   try:
     result = judging.compare(asked, pairs, groups, seed=seed)
   finally:
     if kept is not None:
       kept.close()
-  words = lambda responses: intervals.mean(np.array(
-      [len(examples.response_text(response).split()) for response in responses]))
+  words = lambda responses: confidence.mean(
+    np.array([len(examples.response_text(response).split()) for response in responses])
+  )
   return {
-      "ours": ours, "theirs": theirs, "judge": judge, "judge_model": judge_model,
-      "question": question if kept is not None else None, "seed": seed,
-      "prompts": prompts, "pairs": len(pairs), "win_rate": result.win_rate,
-      **{name: result.outcomes.count(name)
-         for name in ("win", "tie", "loss", "refused", "unparseable")},
-      "said_a": result.said_a, "words": {
-          "ours": words([pair.ours for pair in pairs]), "theirs": words([pair.theirs for pair in pairs])},
-      "outcomes": result.outcomes}
+    "ours": ours,
+    "theirs": theirs,
+    "judge": judge,
+    "judge_model": judge_model,
+    "question": question if kept is not None else None,
+    "seed": seed,
+    "prompts": prompts,
+    "pairs": len(pairs),
+    "win_rate": result.win_rate,
+    **{name: result.outcomes.count(name) for name in ("win", "tie", "loss", "refused", "unparseable")},
+    "said_a": result.said_a,
+    "words": {"ours": words([pair.ours for pair in pairs]), "theirs": words([pair.theirs for pair in pairs])},
+    "outcomes": result.outcomes,
+  }
 
 
 def as_text(prompt: str | list[dict] | Example, *, query: bool) -> str:
@@ -105,7 +133,7 @@ def _pairs_of(ours: str, theirs: str, limit: int, form: str) -> tuple[int, list[
     DataError: the files are not of the same prompts.
   """
   first, second = _responses_of(ours, form), _responses_of(theirs, form)
-  numbers = sorted(first.keys() & second.keys())[:limit or None]
+  numbers = sorted(first.keys() & second.keys())[: limit or None]
   if not numbers:
     raise DataError(f"{ours} and {theirs} have no prompt in common; sample both from one file")
   pairs, groups = [], []
@@ -113,8 +141,9 @@ def _pairs_of(ours: str, theirs: str, limit: int, form: str) -> tuple[int, list[
     (prompt, responses), (other, against) = first[number], second[number]
     if prompt != other:
       raise DataError(
-          f"prompt {number} of {ours} is not that of {theirs} ({str(prompt.prompt)[:60]!r}, "
-          f"{str(other.prompt)[:60]!r}); sample both from one file")
+        f"prompt {number} of {ours} is not that of {theirs} ({str(prompt.prompt)[:60]!r}, "
+        f"{str(other.prompt)[:60]!r}); sample both from one file"
+      )
     for k, response in enumerate(responses):
       pairs.append(Pair(prompt, response, against[k % len(against)]))
       groups.append(number)
@@ -127,8 +156,11 @@ def _responses_of(path: str, form: str) -> dict[int, tuple[Example, list[str | l
 
   def parse(record):
     if isinstance(record, dict) and "response" in record and "index" in record:
-      return (examples.get(record, "index", int), records.parse_prompt(record),
-              examples.get(record, "response", str))
+      return (
+        examples.get(record, "index", int),
+        records.parse_prompt(record),
+        examples.get(record, "response", str),
+      )
     example = records.parse_record(record, form)
     return None, example._replace(responses=()), example.responses[0]
 
@@ -147,7 +179,7 @@ def _question(name: str) -> str:
     text = pathlib.Path(name).read_text(encoding="utf-8")
   except OSError as error:
     raise ConfigError(
-        f"--question is {name!r}; it must be one of {', '.join(judging.QUESTIONS)}, or a file"
+      f"--question is {name!r}; it must be one of {', '.join(judging.QUESTIONS)}, or a file"
     ) from error
   for place in ("{prompt}", "{a}", "{b}"):
     if place not in text:
@@ -162,6 +194,6 @@ def _options(text: str) -> dict[str, Any]:
       raise ValueError("it is no object")
   except ValueError as error:
     raise ConfigError(
-        f"--judge_options is no JSON object ({error}); give one such as '{{\"temperature\": 0}}'"
+      f"--judge_options is no JSON object ({error}); give one such as '{{\"temperature\": 0}}'"
     ) from error
   return options

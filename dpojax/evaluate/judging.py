@@ -17,15 +17,16 @@ import re
 import sys
 import threading
 import urllib.parse
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import requests
 import tqdm
 
 from dpojax.data.examples import Example
-from dpojax.evaluate import intervals
-from dpojax.evaluate.intervals import Estimate
+from dpojax.evaluate import confidence
+from dpojax.evaluate.confidence import Estimate
 from dpojax.runtime import digests
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import UserError
@@ -49,14 +50,16 @@ Comparison: <one-sentence comparison and explanation>
 Preferred: <"A" or "B">"""
 
 QUESTIONS = {
-    "summary": (
-        "Which of the following summaries does a better job of summarizing the most important points "
-        "in the given forum post?" + _SUMMARIES),
-    "concise_summary": (
-        "Which of the following summaries does a better job of summarizing the most important points "
-        "in the given forum post, without including unimportant or irrelevant details? A good summary "
-        "is both precise and concise." + _SUMMARIES),
-    "dialogue": """\
+  "summary": (
+    "Which of the following summaries does a better job of summarizing the most important points "
+    "in the given forum post?" + _SUMMARIES
+  ),
+  "concise_summary": (
+    "Which of the following summaries does a better job of summarizing the most important points "
+    "in the given forum post, without including unimportant or irrelevant details? A good summary "
+    "is both precise and concise." + _SUMMARIES
+  ),
+  "dialogue": """\
 For the following query to a chatbot, which response is more helpful?
 
 Query: {prompt}
@@ -71,10 +74,12 @@ FIRST provide a one-sentence comparison of the two responses and explain which y
 helpful. SECOND, on a new line, state only "A" or "B" to indicate which response is more helpful. \
 Your response should use the format:
 Comparison: <one-sentence comparison and explanation>
-More helpful: <"A" or "B">"""}
+More helpful: <"A" or "B">""",
+}
 QUESTIONS |= {
-    name.replace("summary", "news_summary"): QUESTIONS[name].replace("forum post", "news article")
-    for name in ("summary", "concise_summary")}
+  name.replace("summary", "news_summary"): QUESTIONS[name].replace("forum post", "news article")
+  for name in ("summary", "concise_summary")
+}
 """The prompts of Rafailov et al. 2023, App. C.2: GPT-4 (S), GPT-4 (C), that for dialogue, and (S) and (C)
 about news articles, for the paper's Table 1."""
 
@@ -129,13 +134,11 @@ def compare(judge: Judge, pairs: Sequence[Pair], groups: Sequence[int], *, seed:
   if not pairs:
     raise JudgeError("there are no pairs to judge; give files of samples that are not empty")
   swapped = np.random.default_rng([seed, 3]).random(len(pairs)) < 0.5
-  verdicts = judge([Pair(p, b, a) if swap else Pair(p, a, b)
-                    for (p, a, b), swap in zip(pairs, swapped)])
+  verdicts = judge([Pair(p, b, a) if swap else Pair(p, a, b) for (p, a, b), swap in zip(pairs, swapped)])
   won = {False: {"A": "win", "B": "loss"}, True: {"A": "loss", "B": "win"}}
   outcomes = [won[bool(swap)].get(verdict, verdict) for verdict, swap in zip(verdicts, swapped)]
   chosen = [verdict for verdict in verdicts if verdict in ("A", "B")]
-  return Result(outcomes, win_rate(outcomes, groups),
-                intervals.share(chosen.count("A"), len(chosen)))
+  return Result(outcomes, win_rate(outcomes, groups), confidence.share(chosen.count("A"), len(chosen)))
 
 
 def win_rate(outcomes: Sequence[str], groups: Sequence[int]) -> Estimate:
@@ -145,25 +148,29 @@ def win_rate(outcomes: Sequence[str], groups: Sequence[int]) -> Estimate:
   of = np.array([group for outcome, group in zip(outcomes, groups) if outcome in worth])
   names, index = np.unique(of, return_inverse=True)
   if len(names) == len(values):
-    return intervals.share(float(values.sum()), len(values))
+    return confidence.share(float(values.sum()), len(values))
   ratio = lambda sums, counts: sums.sum(axis=-1) / counts.sum(axis=-1)
-  return intervals.bootstrap(
-      ratio, np.bincount(index, weights=values), np.bincount(index))
+  return confidence.bootstrap(ratio, np.bincount(index, weights=values), np.bincount(index))
 
 
 def scored_judge(score: Callable[[Sequence[str], Sequence[str]], np.ndarray]) -> Judge:
   """Returns the judge who prefers the higher score of (prompts, responses); equal ones are ties."""
+
   def judge(pairs):
-    first, second = (np.asarray(score([pair.prompt for pair in pairs], responses), np.float64)
-                     for responses in zip(*((pair[1], pair[2]) for pair in pairs)))
-    return ["A" if a > b else "B" if b > a else "tie" if a == b else "unparseable"
-            for a, b in zip(first, second)]
+    first, second = (
+      np.asarray(score([pair.prompt for pair in pairs], responses), np.float64)
+      for responses in zip(*((pair[1], pair[2]) for pair in pairs))
+    )
+    return [
+      "A" if a > b else "B" if b > a else "tie" if a == b else "unparseable" for a, b in zip(first, second)
+    ]
 
   return judge
 
 
 def paired_judge(function: Callable[[str, str, str], str]) -> Judge:
   """Returns the judge of a function of (prompt, A, B) that says 'A', 'B' or 'tie'."""
+
   def one(pair):
     verdict = function(*pair)
     return verdict if verdict in ("A", "B", "tie") else "unparseable"
@@ -184,8 +191,11 @@ def read_verdict(answer: str) -> str:
   or not; without one, a last line that is the letter alone.
   """
   lines = [re.sub(r"[*_`\"'“”<>\[\]().]", "", line).strip() for line in answer.strip().splitlines()]
-  said = [found[1] for line in lines
-          for found in re.finditer(r"(?i:preferred|more helpful|choice|answer|verdict)\s*:\s*(.*)", line)]
+  said = [
+    found[1]
+    for line in lines
+    for found in re.finditer(r"(?i:preferred|more helpful|choice|answer|verdict)\s*:\s*(.*)", line)
+  ]
   if not said:
     said = [line for line in lines[-1:] if len(line) < 20]
   text = said[-1].strip() if said else ""
@@ -216,8 +226,7 @@ class Endpoint:
   url: str
   model: str
   question: str
-  options: dict[str, Any] = dataclasses.field(
-      default_factory=lambda: {"temperature": 0, "max_tokens": 256})
+  options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"temperature": 0, "max_tokens": 256})
   api_key: str = dataclasses.field(default="", repr=False)
   workers: int = 8
   attempts: int = 6
@@ -238,19 +247,22 @@ class Endpoint:
       raise JudgeError(f"--judge is a URL of {parts.scheme!r}; give one such as https://api.openai.com/v1")
     if "@" in self.url or parts.query or parts.fragment or self.hide(self.url) != self.url:
       raise JudgeError(
-          "--judge is a URL with a user, a query, a fragment or the API key, which would be written with the "
-          "results; give it without, and the key in the environment (--api_key_env)")
+        "--judge is a URL with a user, a query, a fragment or the API key, which would be written with the "
+        "results; give it without, and the key in the environment (--api_key_env)"
+      )
     for name in self.options:
       if re.search(r"(?i)api.?key|authorization|bearer|secret|password|access.?token", name):
         raise JudgeError(
-            f"--judge_options has {name[:40]!r}, which would be kept with the answers; a key goes into the "
-            "environment (--api_key_env)")
+          f"--judge_options has {name[:40]!r}, which would be kept with the answers; a key goes into the "
+          "environment (--api_key_env)"
+        )
     if self.hide(json.dumps(self.options)) != json.dumps(self.options):
       raise JudgeError("--judge_options holds the API key, which would be kept with the answers; take it out")
     if not re.fullmatch(r"[!-~]*", self.api_key):
       raise JudgeError(
-          "the API key has a space, a line break or a letter that is not ASCII, and cannot be sent; set the "
-          "environment variable (--api_key_env) to the key alone")
+        "the API key has a space, a line break or a letter that is not ASCII, and cannot be sent; set the "
+        "environment variable (--api_key_env) to the key alone"
+      )
 
   def hide(self, text: str) -> str:
     """Returns a text with *** in place of the API key, as it is or escaped."""
@@ -287,7 +299,7 @@ class Answers:
     with disk_errors(self.path.parent):
       self.path.parent.mkdir(parents=True, exist_ok=True)
       text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-    whole = text[:text.rfind("\n") + 1]
+    whole = text[: text.rfind("\n") + 1]
     for number, line in enumerate(whole.split("\n")[:-1], 1):
       try:
         entry = json.loads(line)
@@ -323,8 +335,15 @@ class Answers:
     Raises:
       DiskError: the disk is full.
     """
-    line = json.dumps({"key": key, "request": request, "answer": answer, "refused": refused,
-                       "digest": _digest(key, answer, refused)})
+    line = json.dumps(
+      {
+        "key": key,
+        "request": request,
+        "answer": answer,
+        "refused": refused,
+        "digest": _digest(key, answer, refused),
+      }
+    )
     with self._lock, disk_errors(self.path.parent):
       self._file.write(line + "\n")
       self._file.flush()
@@ -337,12 +356,18 @@ class Answers:
 
 def endpoint_judge(endpoint: Endpoint, answers: Answers) -> Judge:
   """Returns the judge who asks a server what is not answered yet, each distinct request once."""
+
   def judge(pairs):
     bodies = [endpoint.request(pair) for pair in pairs]
     keys = [_key(endpoint.url, body) for body in bodies]
     missing = {key: body for key, body in zip(keys, bodies) if answers.get(key) is None}
-    bar = tqdm.tqdm(total=len(pairs), initial=len(pairs) - len(missing), unit="pair",
-                    file=sys.stderr, disable=not sys.stderr.isatty())
+    bar = tqdm.tqdm(
+      total=len(pairs),
+      initial=len(pairs) - len(missing),
+      unit="pair",
+      file=sys.stderr,
+      disable=not sys.stderr.isatty(),
+    )
     stop = threading.Event()
     with bar, concurrent.futures.ThreadPoolExecutor(endpoint.workers) as pool:
       asked = [pool.submit(_ask, endpoint, answers, stop, key, body) for key, body in missing.items()]
@@ -356,8 +381,7 @@ def endpoint_judge(endpoint: Endpoint, answers: Answers) -> Judge:
         if isinstance(error, JudgeError):
           raise JudgeError(f"{error} ({len(answers)} answers are kept in {answers.path})") from error
         raise
-    return ["refused" if refused else read_verdict(answer)
-            for answer, refused in map(answers.get, keys)]
+    return ["refused" if refused else read_verdict(answer) for answer, refused in map(answers.get, keys)]
 
   return judge
 
@@ -370,16 +394,15 @@ def _key(url: str, body: dict) -> str:
   return hashlib.sha256(json.dumps([url, body], sort_keys=True).encode()).hexdigest()
 
 
-def _ask(
-    endpoint: Endpoint, answers: Answers, stop: threading.Event, key: str, body: dict
-) -> None:
+def _ask(endpoint: Endpoint, answers: Answers, stop: threading.Event, key: str, body: dict) -> None:
   url = f"{endpoint.url.rstrip('/')}/chat/completions"
   headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
   for attempt in range(endpoint.attempts):
     wait = endpoint.patience * 2**attempt * random.uniform(0.75, 1.25)
     try:
-      response = requests.post(url, json=body, headers=headers, timeout=endpoint.timeout,
-                               allow_redirects=False)  # no key is sent where nobody has said it may be
+      response = requests.post(
+        url, json=body, headers=headers, timeout=endpoint.timeout, allow_redirects=False
+      )  # no key is sent where nobody has said it may be
     except (requests.ConnectionError, requests.Timeout) as error:
       problem = f"gives no answer ({endpoint.hide(str(error))})"
     except requests.RequestException as error:
@@ -391,14 +414,16 @@ def _ask(
         return
       problem = f"answers {response.status_code} ({endpoint.hide(_said(response))[:200]})"
       if response.status_code != 429 and response.status_code < 500:
-        hint = ("check the API key" if response.status_code in (401, 403)
-                else "check --judge, --judge_model and --judge_options")
+        hint = (
+          "check the API key"
+          if response.status_code in (401, 403)
+          else "check --judge, --judge_model and --judge_options"
+        )
         raise JudgeError(f"{url} {problem}; {hint}")
       wait = max(wait, _asked_to_wait(response))
     if attempt + 1 < endpoint.attempts and stop.wait(wait):
       return
-  raise JudgeError(
-      f"{url} {problem}, {endpoint.attempts} times; start the same command again to go on")
+  raise JudgeError(f"{url} {problem}, {endpoint.attempts} times; start the same command again to go on")
 
 
 def _content(endpoint: Endpoint, response: requests.Response) -> tuple[str, bool]:
@@ -410,8 +435,9 @@ def _content(endpoint: Endpoint, response: requests.Response) -> tuple[str, bool
     return str(message.get("refusal") or message.get("content") or ""), refused
   except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
     raise JudgeError(
-        f"{endpoint.url} answers in another form than chat completions do "
-        f"({endpoint.hide(response.text)[:200]!r}); check --judge") from error
+      f"{endpoint.url} answers in another form than chat completions do "
+      f"({endpoint.hide(response.text)[:200]!r}); check --judge"
+    ) from error
 
 
 def _said(response: requests.Response) -> str:

@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from dpojax.evaluate.intervals import Estimate
+from dpojax.evaluate.confidence import Estimate
 from dpojax.runtime.disk import disk_errors
 
 
@@ -29,6 +29,7 @@ def write(result: dict[str, Any], out: str | os.PathLike) -> None:
   Raises:
     DiskError: the disk is full or cannot be written.
   """
+
   def plain(value):
     if isinstance(value, Estimate):
       return plain(value._asdict())

@@ -3,7 +3,8 @@
 import importlib
 import inspect
 import sys
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,14 +42,14 @@ def make_scorer(name: str, devices: parallel.Mesh, step: int | None = None) -> S
   function = load_function(name, ("prompt", "response"))
   plain = lambda prompt: prompt.prompt if isinstance(prompt, Example) else prompt
   return lambda prompts, responses: np.array(
-      [float(function(plain(p), r)) for p, r in zip(prompts, responses)], np.float64)
+    [float(function(plain(p), r)) for p, r in zip(prompts, responses)], np.float64
+  )
 
 
 def is_function(name: str) -> bool:
   """Returns whether a name is of the form module:function."""
   module, colon, function = name.partition(":")
-  return bool(colon) and function.isidentifier() and all(
-      part.isidentifier() for part in module.split("."))
+  return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def load_function(name: str, *signatures: tuple[str, ...]) -> Callable:
@@ -90,8 +91,7 @@ class RewardModel:
       ConfigError: the model is no reward model.
     """
     if not model.config.reward_head or model.settings is None:
-      raise ConfigError(
-          f"{model.name} is no reward model; give the workdir of a run with objective=reward")
+      raise ConfigError(f"{model.name} is no reward model; give the workdir of a run with objective=reward")
     self._devices, self._settings = devices, model.settings
     self._tokenizer = tokenization.load_tokenizer(model.tokenizer)
     self._params = devices.place(model.params)
@@ -112,18 +112,23 @@ class RewardModel:
     """
     data = self._settings.data
     tokenized = tokenization.tokenize_answers(
-        list(zip(prompts, responses)), self._tokenizer, truncation=tokenization.Truncation(
-            data.max_length, data.max_prompt_length,
-            end_kept(data)),
-        reading=tokenization.Reading.of(data))
+      list(zip(prompts, responses)),
+      self._tokenizer,
+      truncation=tokenization.Truncation(data.max_length, data.max_prompt_length, end_kept(data)),
+      reading=tokenization.Reading.of(data),
+    )
     batches = loader.Loader(
-        loader.all_of(tokenized), seed=0, batch_size=_BATCH, row_length=self._settings.row_length,
-        shards=self._devices.row_multiple)
+      loader.all_of(tokenized),
+      seed=0,
+      batch_size=_BATCH,
+      row_length=self._settings.row_length,
+      shards=self._devices.row_multiple,
+    )
     return response_values(batches, self._score, self._params, self._devices)[:, 0]
 
 
 def response_values(
-    batches: loader.Loader, score: Callable, params: Any, devices: parallel.Mesh
+  batches: loader.Loader, score: Callable, params: Any, devices: parallel.Mesh
 ) -> np.ndarray:
   """Returns a value of every response of a loader's comparisons, [N, K] float64, 0 for an absent one.
 
@@ -136,8 +141,7 @@ def response_values(
   position = {batches.subset.example(i): i for i in range(len(batches.subset))}
   values = np.full((len(batches.subset), batches.lengths.shape[1] - 1), np.nan)
   for batch in batches.evaluation():
-    of_rows, examples = devices.collect_rows(
-        score(params, devices.place_rows(batch.rows, batch.total_rows)))
+    of_rows, examples = devices.collect_rows(score(params, devices.place_rows(batch.rows, batch.total_rows)))
     for where in zip(*np.nonzero(examples >= 0)):
       values[position[int(examples[where])]] = of_rows[where]
   return values

@@ -36,8 +36,15 @@ class Watcher:
   """Draws and scores a run's samples; it keeps what is compiled, and no params between two draws."""
 
   def __init__(
-      self, config: ml_collections.ConfigDict, model: ModelConfig, subset: loader.Subset,
-      workdir: pathlib.Path, devices: parallel.Replicas | parallel.Mesh, *, after_step: int):
+    self,
+    config: ml_collections.ConfigDict,
+    model: ModelConfig,
+    subset: loader.Subset,
+    workdir: pathlib.Path,
+    devices: parallel.Replicas | parallel.Mesh,
+    *,
+    after_step: int,
+  ):
     """Reads the prompts and loads the scorer. Lines of steps after `after_step` are dropped first.
 
     Args:
@@ -55,10 +62,10 @@ class Watcher:
     self._mesh = devices if isinstance(devices, parallel.Mesh) else parallel.Mesh()
     self._tokenizer = tokenization.load_tokenizer(config.tokenizer)
     self._draw = Draw(
-        num_samples=config.sample_count, max_new_tokens=config.sample_max_new_tokens,
-        seed=config.seed)
+      num_samples=config.sample_count, max_new_tokens=config.sample_max_new_tokens, seed=config.seed
+    )
     self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._mesh)
-    self._stop_ids = tuple(loader.without_borrowed(subset).data.report.get("stop_ids", ()))
+    self._stop_ids = tuple(loader.without_mismatched(subset).data.report.get("stop_ids", ()))
     self._prompts, self._ids = self._read(subset)
     self._generator = None
     self._path = workdir / "samples.jsonl"
@@ -83,13 +90,15 @@ class Watcher:
     lines = []
     for batch in self._generator.batches([len(ids) for ids in self._ids]):
       drawn = self._generator([self._ids[i] for i in batch], batch)
-      lines += [self._record(step, i, k, each)
-                for i, samples in zip(batch, drawn) for k, each in enumerate(samples)]
+      lines += [
+        self._record(step, i, k, each) for i, samples in zip(batch, drawn) for k, each in enumerate(samples)
+      ]
     self._generator.renew()
     lines.sort(key=lambda line: (line["index"], line["sample"]))
     if self._score:
       scores = self._score(
-          [self._prompts[line["index"]] for line in lines], [line["response"] for line in lines])
+        [self._prompts[line["index"]] for line in lines], [line["response"] for line in lines]
+      )
       for line, score in zip(lines, scores):
         line["score"] = float(score)
     with disk_errors(self._path.parent), open(self._path, "a", encoding="utf-8") as file:
@@ -104,26 +113,39 @@ class Watcher:
       room = min(room, self._model.longest - self._draw.max_new_tokens)
     if room < 1:
       raise ConfigError(
-          f"config.sample_max_new_tokens is {self._draw.max_new_tokens} and the model has "
-          f"{self._model.longest} positions, which leaves none for a prompt; lower it")
+        f"config.sample_max_new_tokens is {self._draw.max_new_tokens} and the model has "
+        f"{self._model.longest} positions, which leaves none for a prompt; lower it"
+      )
     if config.sample_prompts:
       prompts = list(read_prompts(config.sample_prompts, limit).values())
       keep = end_kept(config.data)
       ids, cut = encode(
-          prompts, self._tokenizer, longest=room, keep=keep, path=config.sample_prompts,
-          reading=tokenization.Reading.of(config.data), vocab_size=self._model.vocab_size)
+        prompts,
+        self._tokenizer,
+        longest=room,
+        keep=keep,
+        path=config.sample_prompts,
+        reading=tokenization.Reading.of(config.data),
+        vocab_size=self._model.vocab_size,
+      )
     else:
       distinct = {tuple(subset.comparison(i)[0].tolist()): None for i in range(len(subset))}
       fitting = [list(ids) for ids in distinct if 0 < len(ids) <= room]
       ids, cut = fitting[:limit], 0
-      prompts = [Example(self._tokenizer.decode(
-          each, skip_special_tokens=True, clean_up_tokenization_spaces=False), ()) for each in ids]
+      prompts = [
+        Example(
+          self._tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False), ()
+        )
+        for each in ids
+      ]
     if not ids:
       raise ConfigError(
-          f"config.sample_every is {config.sample_every} but the data hold no prompt of at most {room} "
-          "tokens; set sample_prompts")
-    say(f"{len(ids)} prompts are answered every {config.sample_every} steps, {cut} of them cut to "
-        f"{room} tokens")
+        f"config.sample_every is {config.sample_every} but the data hold no prompt of at most {room} "
+        "tokens; set sample_prompts"
+      )
+    say(
+      f"{len(ids)} prompts are answered every {config.sample_every} steps, {cut} of them cut to {room} tokens"
+    )
     return prompts, ids
 
   def _take(self, params: Any, reference: Any | None) -> None:
@@ -133,18 +155,31 @@ class Watcher:
     if adapter is not None:
       params = lora.merge(jax.tree.map(np.asarray, reference), jax.tree.map(np.asarray, params), adapter)
     if self._generator is None:
-      loaded = lambda params: params and weights.Loaded(
-          self._model, params, self._config.tokenizer, "the policy", self._config, self._stop_ids)
+      loaded = lambda params: (
+        params
+        and weights.Loaded(
+          self._model, params, self._config.tokenizer, "the policy", self._config, self._stop_ids
+        )
+      )
       self._generator = Generator(
-          loaded(params), loaded(reference), self._draw, eos=self._tokenizer.eos_token_id,
-          batch_size=min(len(self._ids), self._config.batch_size), devices=self._mesh)
+        loaded(params),
+        loaded(reference),
+        self._draw,
+        eos=self._tokenizer.eos_token_id,
+        batch_size=min(len(self._ids), self._config.batch_size),
+        devices=self._mesh,
+      )
     else:
       self._generator.renew(params, reference)
 
   def _record(self, step: int, index: int, number: int, drawn: Sample) -> dict[str, Any]:
     return {
-        "step": step, "index": index, "sample": number, **records.prompt_record(self._prompts[index]),
-        **files.told(self._tokenizer, self._ids[index], drawn)}
+      "step": step,
+      "index": index,
+      "sample": number,
+      **records.prompt_record(self._prompts[index]),
+      **files.told(self._tokenizer, self._ids[index], drawn),
+    }
 
 
 def means(lines: list[dict]) -> dict[str, float]:
@@ -159,22 +194,29 @@ def means(lines: list[dict]) -> dict[str, float]:
   prompts = np.array([line["index"] for line in lines])
   for name, each in values.items():
     by_prompt = [np.mean(np.array(each)[prompts == i]) for i in np.unique(prompts)]
-    result[f"{name}_error"] = float(
-        np.std(by_prompt, ddof=1) / len(by_prompt)**0.5) if len(by_prompt) > 1 else float("nan")
+    result[f"{name}_error"] = (
+      float(np.std(by_prompt, ddof=1) / len(by_prompt) ** 0.5) if len(by_prompt) > 1 else float("nan")
+    )
   return result
 
 
 def make_watcher(
-    config: ml_collections.ConfigDict, model: ModelConfig, subset: loader.Subset,
-    workdir: pathlib.Path, devices: parallel.Replicas | parallel.Mesh, *, after_step: int,
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  subset: loader.Subset,
+  workdir: pathlib.Path,
+  devices: parallel.Replicas | parallel.Mesh,
+  *,
+  after_step: int,
 ) -> Watcher | None:
   """Returns the watcher of a run, or None where it draws no samples."""
   if not config.sample_every:
     return None
   if jax.process_count() > 1:
     raise ConfigError(
-        f"config.sample_every is {config.sample_every} and the run has {jax.process_count()} processes; "
-        "samples are drawn in one: set sample_every=0, and python -m dpojax.sample its checkpoints")
+      f"config.sample_every is {config.sample_every} and the run has {jax.process_count()} processes; "
+      "samples are drawn in one: set sample_every=0, and python -m dpojax.sample its checkpoints"
+    )
   if config.reference.mode == "stored" and not config.lora.rank:
     say("samples will have no KL: of a stored reference no model is kept")
   return Watcher(config, model, subset, workdir, devices, after_step=after_step)

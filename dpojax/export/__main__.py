@@ -34,8 +34,12 @@ def main():
     else:
       done = writer.export(options.workdir, options.out, step=options.step, dtype=options.dtype)
   what = "adapter" if options.lora else "policy"
-  print(f"the {what} of step {done.step} of {options.workdir} is in {options.out}; texts end at "
-        f"{' '.join(map(str, done.stop_ids))}", *done.notes, sep="\n")
+  print(
+    f"the {what} of step {done.step} of {options.workdir} is in {options.out}; texts end at "
+    f"{' '.join(map(str, done.stop_ids))}",
+    *done.notes,
+    sep="\n",
+  )
 
 
 if __name__ == "__main__":

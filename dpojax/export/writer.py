@@ -5,7 +5,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dpojax.data import tokenization
-from dpojax.export import readback
+from dpojax.export import verify
 from dpojax.models import hf, peft
 from dpojax.models.families import HuggingFaceError
 from dpojax.training import checkpoint, weights
@@ -26,7 +26,7 @@ class Exported(NamedTuple):
 
 
 def export(
-    workdir: str | os.PathLike, out: str | os.PathLike, *, step: int | None = None, dtype: str = ""
+  workdir: str | os.PathLike, out: str | os.PathLike, *, step: int | None = None, dtype: str = ""
 ) -> Exported:
   """Writes the policy of a run to a folder, and reads it back.
 
@@ -42,12 +42,12 @@ def export(
   token_ids, stop_ids = _token_ids(policy, tokenizer)
   hf.save(out, policy.config, policy.params, dtype=dtype, **token_ids)
   _write_tokenizer(tokenizer, policy.settings.tokenizer, out)
-  checked = readback.check(out, policy.config, policy.params, tokenizer, stop_ids)
+  checked = verify.check(out, policy.config, policy.params, tokenizer, stop_ids)
   return Exported(policy.step, stop_ids, (str(checked),))
 
 
 def export_adapter(
-    workdir: str | os.PathLike, out: str | os.PathLike, *, step: int | None = None, base: str = ""
+  workdir: str | os.PathLike, out: str | os.PathLike, *, step: int | None = None, base: str = ""
 ) -> Exported:
   """Writes the adapter of a run to a folder that PEFT reads, and reads it back where its base is.
 
@@ -68,8 +68,9 @@ def export_adapter(
   started = adapter.settings.model.checkpoint
   if not base and (not hf.is_model(started) or peft.is_adapter_folder(started)):
     raise HuggingFaceError(
-        f"the adapter of {workdir} is on {started!r}, which is no Hugging Face model that PEFT could "
-        f"load; write that one with dpojax.export or PEFT, and name its folder with --base")
+      f"the adapter of {workdir} is on {started!r}, which is no Hugging Face model that PEFT could "
+      f"load; write that one with dpojax.export or PEFT, and name its folder with --base"
+    )
   base = base or started
   tokenizer = tokenization.load_tokenizer(adapter.settings.tokenizer)
   token_ids, stop_ids = _token_ids(adapter, tokenizer)
@@ -79,28 +80,38 @@ def export_adapter(
   notes = [_read_back(workdir, adapter, out, base, tokenizer, stop_ids)]
   if set(stop_ids) != set(weights.published_stop_ids(adapter.config)):
     notes.append(
-        f"transformers generates with the base's generation_config.json, which does not end at {stop_ids}: "
-        f"give generate the one of {out}, by generation_config=GenerationConfig.from_pretrained(FOLDER)")
+      f"transformers generates with the base's generation_config.json, which does not end at {stop_ids}: "
+      f"give generate the one of {out}, by generation_config=GenerationConfig.from_pretrained(FOLDER)"
+    )
   return Exported(adapter.step, stop_ids, tuple(notes))
 
 
 def _token_ids(
-    trained: checkpoint.Policy | checkpoint.Adapter, tokenizer: Any
+  trained: checkpoint.Policy | checkpoint.Adapter, tokenizer: Any
 ) -> tuple[dict[str, int | list[int] | None], tuple[int, ...]]:
   """Returns the special ids that a folder is written with, and all that end a text in it.
 
   Every id that ended a response in training does, and what the model ended with before still may.
   """
-  stop_ids = tuple(dict.fromkeys((
-      *(trained.stop_ids or [tokenizer.eos_token_id]), *weights.published_stop_ids(trained.config))))
+  stop_ids = tuple(
+    dict.fromkeys(
+      (*(trained.stop_ids or [tokenizer.eos_token_id]), *weights.published_stop_ids(trained.config))
+    )
+  )
   return dict(
-      bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-      eos_token_id=list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]), stop_ids
+    bos_token_id=tokenizer.bos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
+    eos_token_id=list(stop_ids) if len(stop_ids) > 1 else stop_ids[0],
+  ), stop_ids
 
 
 def _read_back(
-    workdir: str | os.PathLike, adapter: checkpoint.Adapter, out: str | os.PathLike, base: str,
-    tokenizer: Any, stop_ids: tuple[int, ...],
+  workdir: str | os.PathLike,
+  adapter: checkpoint.Adapter,
+  out: str | os.PathLike,
+  base: str,
+  tokenizer: Any,
+  stop_ids: tuple[int, ...],
 ) -> str:
   """Holds an adapter's folder to the merged policy, if the base that it names is there.
 
@@ -109,9 +120,11 @@ def _read_back(
   if base != adapter.settings.model.checkpoint and not hf.is_model_folder(os.path.expanduser(base)):
     return f"not read back: the base {base!r} is no folder here"
   policy = checkpoint.load_policy(workdir, adapter.step)
-  return str(readback.check(
-      out, policy.config, policy.params, tokenizer, stop_ids,
-      merged=adapter.settings.model.param_dtype))
+  return str(
+    verify.check(
+      out, policy.config, policy.params, tokenizer, stop_ids, merged=adapter.settings.model.param_dtype
+    )
+  )
 
 
 def _write_tokenizer(tokenizer: Any, name: str, out: str | os.PathLike) -> None:

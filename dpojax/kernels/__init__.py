@@ -1,5 +1,6 @@
-"""What a backend needs to compute fast what is written plainly elsewhere: attention, and the head's log-probs.
+"""What a backend needs to compute fast what is plain elsewhere: attention, and the head's log-probs.
 
-Begin with `attention`, the rule and the plain form that all others are held to; `backends` chooses between it,
-`blockwise` and `fused`, and `head` is `dpojax.log_probs` on CPUs. Only jax is imported here.
+Begin with `attention`, the rule and the plain form that all others are held to; `backends` chooses between
+it, `blockwise` and `fused`. `head` is what `dpojax.log_probs` is made of, `head_on_cpu` its form on CPUs.
+Only jax is imported here.
 """

@@ -6,7 +6,8 @@ only the last of these, counted in positions of the sequence, never in places of
 follows the same rule: its keys carry the same three numbers.
 """
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,22 @@ def visible(query: TokenIds, key: TokenIds, *, window: int = 0) -> jax.Array:
   """
   q = jax.tree.map(lambda x: x[..., :, None], query)
   k = jax.tree.map(lambda x: x[..., None, :], key)
-  seen = ((q.comparison == k.comparison) & (k.position <= q.position)
-          & ((k.branch == 0) | (k.branch == q.branch)))
+  seen = (
+    (q.comparison == k.comparison) & (k.position <= q.position) & ((k.branch == 0) | (k.branch == q.branch))
+  )
   return seen & (q.position - k.position < window) if window else seen
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, query_ids: TokenIds, key_ids: TokenIds, *,
-    scale: float = 0.0, window: int = 0, soft_cap: float = 0.0,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_ids: TokenIds,
+  key_ids: TokenIds,
+  *,
+  scale: float = 0.0,
+  window: int = 0,
+  soft_cap: float = 0.0,
 ) -> jax.Array:
   """Returns softmax(scale q k^T) v under the rule, scores and softmax in float32 at least.
 
@@ -89,8 +98,13 @@ class Keys(NamedTuple):
 
 
 def cached_attention(
-    q: jax.Array, query_ids: TokenIds, parts: Sequence[Keys], *,
-    scale: float = 0.0, window: int = 0, soft_cap: float = 0.0,
+  q: jax.Array,
+  query_ids: TokenIds,
+  parts: Sequence[Keys],
+  *,
+  scale: float = 0.0,
+  window: int = 0,
+  soft_cap: float = 0.0,
 ) -> jax.Array:
   """Returns `attention` over the keys of all parts, as if they stood in one row.
 
@@ -132,7 +146,8 @@ def cached_attention(
   weights = jax.nn.softmax(scores.reshape(-1, scores.shape[-1]), axis=-1).reshape(scores.shape)
   ends = np.cumsum([part.k.shape[2] for part in parts])[:-1]
   mixed = sum(
-      apart(jnp.einsum("rmqt,rmth->rmqh", together(w.astype(part.v.dtype), part), part.v))
-      for w, part in zip(jnp.split(weights, ends, axis=-1), parts))
+    apart(jnp.einsum("rmqt,rmth->rmqh", together(w.astype(part.v.dtype), part), part.v))
+    for w, part in zip(jnp.split(weights, ends, axis=-1), parts)
+  )
   mixed = mixed.reshape(rows, key_heads, heads // key_heads, length, head_size)
   return jnp.moveaxis(mixed, 3, 1).reshape(rows, length, heads, head_size)

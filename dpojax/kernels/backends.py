@@ -9,7 +9,7 @@ SHORT = 2 * blockwise.BLOCK
 """Tokens of a row up to which dense scores are the cheapest form."""
 
 
-def attention_form(asked: str, *, platform: str, length: int = 0, fits: bool = True) -> str:
+def attention_backend(asked: str, *, platform: str, length: int = 0, fits: bool = True) -> str:
   """Returns the form that runs: 'dense', 'blockwise' or 'fused'.
 
   Args:
@@ -23,12 +23,14 @@ def attention_form(asked: str, *, platform: str, length: int = 0, fits: bool = T
   """
   if asked == "fused" and platform not in fused.PLATFORMS:
     raise ValueError(
-        f"model.attention is 'fused', which runs on {' and '.join(fused.PLATFORMS)}, not on "
-        f"{platform}; set model.attention='auto'")
+      f"model.attention is 'fused', which runs on {' and '.join(fused.PLATFORMS)}, not on "
+      f"{platform}; set model.attention='auto'"
+    )
   if asked == "fused" and not fits:
     raise ValueError(
-        f"model.attention is 'fused' but rows of {length} tokens do not fit this {platform}'s vector "
-        "memory; set model.attention='auto', or a smaller row_length")
+      f"model.attention is 'fused' but rows of {length} tokens do not fit this {platform}'s vector "
+      "memory; set model.attention='auto', or a smaller row_length"
+    )
   if asked != "auto":
     return asked
   if length <= SHORT:
@@ -36,9 +38,7 @@ def attention_form(asked: str, *, platform: str, length: int = 0, fits: bool = T
   return "fused" if platform in fused.PLATFORMS and fits else "blockwise"
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, asked: str, **choices
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, asked: str, **choices) -> jax.Array:
   """Returns `attention.attention` of tokens among themselves, in the form that suits; padding is any.
 
   Args:
@@ -47,8 +47,7 @@ def attend(
     **choices: scale, window and soft_cap.
   """
   platform = jax.default_backend()
-  form = attention_form(
-      asked, platform=platform, length=q.shape[1], fits=fused.fits(q, k, platform))
+  form = attention_backend(asked, platform=platform, length=q.shape[1], fits=fused.fits(q, k, platform))
   if form == "fused":
     return fused.fused_attention(q, k, v, ids, **choices)
   if form == "blockwise":

@@ -5,8 +5,9 @@ queries visits only the blocks of keys that some query of it may see, so in pack
 that of the comparisons, not of the row, and memory is linear in the row length.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,17 @@ class Form(NamedTuple):
 
 
 def blockwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, scale: float = 0.0,
-    window: int = 0, soft_cap: float = 0.0, block: int = BLOCK, rows_at_once: int = 0,
-    heads_at_once: int = 0,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ids: TokenIds,
+  *,
+  scale: float = 0.0,
+  window: int = 0,
+  soft_cap: float = 0.0,
+  block: int = BLOCK,
+  rows_at_once: int = 0,
+  heads_at_once: int = 0,
 ) -> jax.Array:
   """Returns `attention.attention` of tokens among themselves; 0 for padding.
 
@@ -71,9 +80,12 @@ def blockwise_attention(
 
   groups = key_heads // heads_at_once, heads_at_once
   out = _attend(
-      cut(q, *groups, heads // key_heads, head_size), cut(k, *groups, head_size),
-      cut(v, *groups, head_size), jax.tree.map(cut, ids),
-      Form(scale or head_size**-0.5, window, soft_cap))
+    cut(q, *groups, heads // key_heads, head_size),
+    cut(k, *groups, head_size),
+    cut(v, *groups, head_size),
+    jax.tree.map(cut, ids),
+    Form(scale or head_size**-0.5, window, soft_cap),
+  )
   return out.reshape(rows, length + padding, heads, head_size)[:, :length]
 
 
@@ -93,8 +105,9 @@ def visible_blocks(ids: TokenIds, *, window: int = 0) -> jax.Array:
   most = jax.tree.map(lambda x: jnp.where(there, x, -1).max(-1), ids)
   q_least, q_most = (jax.tree.map(lambda x: x[..., :, None], ends) for ends in (least, most))
   k_least, k_most = (jax.tree.map(lambda x: x[..., None, :], ends) for ends in (least, most))
-  meets = lambda name: ((getattr(q_least, name) <= getattr(k_most, name))
-                        & (getattr(k_least, name) <= getattr(q_most, name)))
+  meets = lambda name: (
+    (getattr(q_least, name) <= getattr(k_most, name)) & (getattr(k_least, name) <= getattr(q_most, name))
+  )
   seen = meets("comparison") & (k_least.position <= q_most.position)
   seen &= (k_least.branch == 0) | meets("branch")
   if window:
@@ -116,7 +129,7 @@ class _Place(NamedTuple):
 
 
 def _start(x: jax.Array, at: _Place) -> tuple:
-  return (0, at.row, at.block, 0, at.group, *[0] * x.ndim)[:x.ndim]
+  return (0, at.row, at.block, 0, at.group, *[0] * x.ndim)[: x.ndim]
 
 
 def _part(x: jax.Array, at: _Place, order: str) -> jax.Array:
@@ -125,7 +138,7 @@ def _part(x: jax.Array, at: _Place, order: str) -> jax.Array:
   Of x [A, N, B, T, C, ...] that is [A, T, ...]. Arrays stay as they come, tokens before heads: what is
   rearranged is never more than a part.
   """
-  places = (1, 2, 4)[:x.ndim - 2]
+  places = (1, 2, 4)[: x.ndim - 2]
   sizes = [1 if i in places else size for i, size in enumerate(x.shape)]
   part = jax.lax.dynamic_slice(x, _start(x, at), sizes)
   return jnp.einsum(order, jnp.squeeze(part, places))
@@ -135,8 +148,7 @@ def _ids_at(ids: TokenIds, at: _Place) -> TokenIds:
   return jax.tree.map(lambda x: _part(x, at, "rt->rt"), ids)
 
 
-def _with_part(
-    x: jax.Array, part: jax.Array, at: _Place, order: str, *, add: bool = False) -> jax.Array:
+def _with_part(x: jax.Array, part: jax.Array, at: _Place, order: str, *, add: bool = False) -> jax.Array:
   """Returns x [A, N, B, T, C, ...] with the part in its place, or added to what is there."""
   part = jnp.expand_dims(jnp.einsum(order, part), (1, 2, 4)).astype(x.dtype)
   if add:
@@ -210,22 +222,25 @@ def _forward(q, k, v, ids, form):
       weights = jnp.exp(scores - new[:, :, None])
       old = jnp.exp(most - new)
       mixed = mixed * old[:, :, None] + _einsum(
-          "rmht,rmtgq->rmhgq", _part(v, key, "rtmh->rmht"), weights.astype(v.dtype))
+        "rmht,rmtgq->rmhgq", _part(v, key, "rtmh->rmht"), weights.astype(v.dtype)
+      )
       return j + 1, new, total * old + jnp.sum(weights, axis=2), mixed
 
     numbers = q_part.shape[:2] + q_part.shape[3:]
     _, most, total, mixed = jax.lax.while_loop(
-        lambda carry: carry[0] < count[at.row, at.block], visit,
-        (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide),
-         jnp.zeros(q_part.shape, wide)))
+      lambda carry: carry[0] < count[at.row, at.block],
+      visit,
+      (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide), jnp.zeros(q_part.shape, wide)),
+    )
     sees = most > NEVER / 2
     total = jnp.where(sees, total, 1)
     mixed = jnp.where(sees[:, :, None], mixed / total[:, :, None], 0)
-    return (_with_part(out, mixed, at, "rmhgt->rtmgh"),
-            _with_part(normaliser, jnp.where(sees, most + jnp.log(total), 0), at, "rmgt->rtmg"))
+    return (
+      _with_part(out, mixed, at, "rmhgt->rtmgh"),
+      _with_part(normaliser, jnp.where(sees, most + jnp.log(total), 0), at, "rmgt->rtmg"),
+    )
 
-  out, normaliser = kept(*_over_queries(
-      q, of_queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], wide))))
+  out, normaliser = kept(*_over_queries(q, of_queries, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], wide))))
   return out, (q, k, v, ids, visited, out, normaliser)
 
 
@@ -237,8 +252,7 @@ def _backward(form, residuals, cotangent):
     q_grad, *grads = carry
     query_ids = _ids_at(ids, at)
     q_part, cotangent_part = (_part(x, at, "rtmgh->rmgth") for x in (q, cotangent))
-    q_across, cotangent_across, out_across = (
-        _part(x, at, "rtmgh->rmhgt") for x in (q, cotangent, out))
+    q_across, cotangent_across, out_across = (_part(x, at, "rtmgh->rmhgt") for x in (q, cotangent, out))
     normaliser_part = _part(normaliser, at, "rtmg->rmgt")[:, :, None]
     inner = jnp.sum(cotangent_across.astype(wide) * out_across.astype(wide), axis=2)[:, :, None]
 
@@ -257,17 +271,17 @@ def _backward(form, residuals, cotangent):
       query_grad += _einsum("rmht,rmtgq->rmhgq", _part(k, key, "rtmh->rmht"), scores_grad)
       add = lambda grad, part: _with_part(grad, part, key, "rmth->rtmh", add=True)
       k_grad = add(k_grad, _einsum("rmtgq,rmgqh->rmth", scores_grad, q_part))
-      v_grad = add(v_grad, _einsum(
-          "rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))
+      v_grad = add(v_grad, _einsum("rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))
       return j + 1, query_grad, k_grad, v_grad
 
     _, query_grad, *grads = jax.lax.while_loop(
-        lambda carry: carry[0] < count[at.row, at.block], visit,
-        (0, jnp.zeros(q_across.shape, wide), *grads))
+      lambda carry: carry[0] < count[at.row, at.block], visit, (0, jnp.zeros(q_across.shape, wide), *grads)
+    )
     return _with_part(q_grad, query_grad, at, "rmhgt->rtmgh"), *grads
 
   q_grad, k_grad, v_grad = _over_queries(
-      q, of_queries, (jnp.zeros_like(q), jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)))
+    q, of_queries, (jnp.zeros_like(q), jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+  )
   return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
 
 

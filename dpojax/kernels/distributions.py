@@ -28,7 +28,7 @@ def _chunks(shape: tuple[int, ...], head: Head, where: jax.Array | None, chunk_s
 
 
 def token_log_collisions(
-    hidden: jax.Array, head: jax.Array | Head, *, chunk_size: int | None = None
+  hidden: jax.Array, head: jax.Array | Head, *, chunk_size: int | None = None
 ) -> jax.Array:
   """Returns log sum_v p(v)^2, p = softmax(hidden head^T), [..., S] float32: the log-probability
   that two draws of the token agree. Shapes and memory are those of `token_log_probs`; it is for
@@ -45,9 +45,13 @@ def token_log_collisions(
 
 
 def token_kl_from(
-    hidden: jax.Array, head: jax.Array | Head, reference_hidden: jax.Array,
-    reference_head: jax.Array | Head, *, where: jax.Array | None = None,
-    chunk_size: int | None = None,
+  hidden: jax.Array,
+  head: jax.Array | Head,
+  reference_hidden: jax.Array,
+  reference_head: jax.Array | Head,
+  *,
+  where: jax.Array | None = None,
+  chunk_size: int | None = None,
 ) -> jax.Array:
   """Returns the exact KL(reference || policy) of the next token at each place, in float32.
 
@@ -67,21 +71,35 @@ def token_kl_from(
   shape, vocabulary = hidden.shape[:-1], head.weights.shape[0]
   if reference_hidden.shape[:-1] != shape or reference_head.weights.shape[0] != vocabulary:
     raise ValueError(
-        f"hidden [..., S, D] {hidden.shape} and head [V, D] {head.weights.shape} of the policy and "
-        f"{reference_hidden.shape} and {reference_head.weights.shape} of the reference do not belong "
-        "together")
+      f"hidden [..., S, D] {hidden.shape} and head [V, D] {head.weights.shape} of the policy and "
+      f"{reference_hidden.shape} and {reference_head.weights.shape} of the reference do not belong "
+      "together"
+    )
   frozen = jax.lax.stop_gradient((reference_hidden, reference_head))
   chunked = _chunks(shape, head, where, chunk_size)
-  values = chunked.join(_chunked_kl(
-      chunked.split(hidden, tail=1), head, chunked.split(frozen[0], tail=1), frozen[1],
-      chunked.count, chunked.cuts), shape)
+  values = chunked.join(
+    _chunked_kl(
+      chunked.split(hidden, tail=1),
+      head,
+      chunked.split(frozen[0], tail=1),
+      frozen[1],
+      chunked.count,
+      chunked.cuts,
+    ),
+    shape,
+  )
   return values if where is None else jnp.where(where, values, 0)
 
 
 def token_mixed_log_probs(
-    hidden: jax.Array, head: jax.Array | Head, reference_hidden: jax.Array,
-    reference_head: jax.Array | Head, target: jax.Array, *, share: jax.Array | float,
-    chunk_size: int | None = None,
+  hidden: jax.Array,
+  head: jax.Array | Head,
+  reference_hidden: jax.Array,
+  reference_head: jax.Array | Head,
+  target: jax.Array,
+  *,
+  share: jax.Array | float,
+  chunk_size: int | None = None,
 ) -> jax.Array:
   """Returns log softmax((1 - share) logits + share reference logits)[target], [..., S] float32.
 
@@ -97,8 +115,7 @@ def token_mixed_log_probs(
     chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-  parts = (chunked.split(hidden, tail=1), chunked.split(reference_hidden, tail=1),
-           chunked.split(target))
+  parts = (chunked.split(hidden, tail=1), chunked.split(reference_hidden, tail=1), chunked.split(target))
   return jax.lax.stop_gradient(chunked.join(jax.lax.map(one_chunk, parts), target.shape))
 
 
@@ -119,8 +136,7 @@ def _kl_forward(hidden, head, reference, reference_head, count, cuts):
     return (kl.at[c].set(value), ours.at[c].set(our), theirs.at[c].set(their)), carry
 
   zeros = jnp.zeros(hidden.shape[:-1], dtype)
-  (kl, ours, theirs), _ = over_chunks(
-      count, cuts, one_chunk, (hidden, reference), (zeros, zeros, zeros), ())
+  (kl, ours, theirs), _ = over_chunks(count, cuts, one_chunk, (hidden, reference), (zeros, zeros, zeros), ())
   return kl, (hidden, head, reference, reference_head, count, ours, theirs)
 
 
@@ -139,7 +155,8 @@ def _kl_backward(cuts, residuals, cotangent):
 
   zeros = jnp.zeros(hidden.shape, dtype), jax.tree.map(wide_zeros, head)
   hidden_grad, head_grad = over_chunks(
-      count, cuts, one_chunk, (hidden, reference, ours, theirs, cotangent), *zeros)
+    count, cuts, one_chunk, (hidden, reference, ours, theirs, cotangent), *zeros
+  )
   head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
   return hidden_grad.astype(hidden.dtype), head_grad, None, None, None
 

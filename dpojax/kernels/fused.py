@@ -9,8 +9,9 @@ knows no soft cap.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,17 @@ class Form(NamedTuple):
 
 
 def fused_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, scale: float = 0.0,
-    window: int = 0, soft_cap: float = 0.0, block: int = 0, platform: str = "",
-    interpret: bool = False,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ids: TokenIds,
+  *,
+  scale: float = 0.0,
+  window: int = 0,
+  soft_cap: float = 0.0,
+  block: int = 0,
+  platform: str = "",
+  interpret: bool = False,
 ) -> jax.Array:
   """Returns `attention.attention` of tokens among themselves; 0 for padding.
 
@@ -56,7 +65,7 @@ def fused_attention(
   """
   platform = platform or jax.default_backend()
   block = block or _block(platform, q.shape[-1], q.dtype.itemsize)
-  form = Form(scale or q.shape[-1]**-0.5, window, soft_cap, block, platform, interpret)
+  form = Form(scale or q.shape[-1] ** -0.5, window, soft_cap, block, platform, interpret)
   return _over_devices(partial(_whole_blocks, form=form), q.shape[0], k.shape[2])(q, k, v, ids)
 
 
@@ -94,8 +103,7 @@ def _over_devices(function: Callable, rows: int, key_heads: int) -> Callable:
   if not (at_rows or at_heads):
     return function
   tokens, heads = PartitionSpec(at_rows), PartitionSpec(at_rows, None, at_heads)
-  return jax.shard_map(
-      function, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
+  return jax.shard_map(function, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
 
 
 def _whole_blocks(q, k, v, ids, form):
@@ -124,10 +132,14 @@ def _forward(q, k, v, ids, form):
   numbers = jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), wide_of(q.dtype))
   part = _parts(q, form)
   out, normaliser = _call(
-      _forward_kernel, (*q.shape[:3], q.shape[3] // form.block), _visits(ids, form),
-      [(ids, part.ids), (ids, part.row_ids), (q, part.queries), (k, part.row_keys),
-       (v, part.row_keys)],
-      [(q, part.queries), (numbers, part.numbers)], part, form)
+    _forward_kernel,
+    (*q.shape[:3], q.shape[3] // form.block),
+    _visits(ids, form),
+    [(ids, part.ids), (ids, part.row_ids), (q, part.queries), (k, part.row_keys), (v, part.row_keys)],
+    [(q, part.queries), (numbers, part.numbers)],
+    part,
+    form,
+  )
   out, normaliser = kept(out, normaliser)
   return out, (q, k, v, ids, out, normaliser)
 
@@ -138,18 +150,42 @@ def _backward(form, residuals, cotangent):
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
   rows, key_heads, group, length, _ = q.shape
   part = _parts(q, form)
-  q_grad, = _call(
-      _query_kernel, (rows, key_heads, group, length // form.block), _visits(ids, form),
-      [(ids, part.ids), (ids, part.row_ids), (q, part.queries), (k, part.row_keys),
-       (v, part.row_keys), (cotangent, part.queries), (normaliser, part.numbers),
-       (inner, part.numbers)],
-      [(q, part.queries)], part, form)
+  (q_grad,) = _call(
+    _query_kernel,
+    (rows, key_heads, group, length // form.block),
+    _visits(ids, form),
+    [
+      (ids, part.ids),
+      (ids, part.row_ids),
+      (q, part.queries),
+      (k, part.row_keys),
+      (v, part.row_keys),
+      (cotangent, part.queries),
+      (normaliser, part.numbers),
+      (inner, part.numbers),
+    ],
+    [(q, part.queries)],
+    part,
+    form,
+  )
   k_grad, v_grad = _call(
-      _key_kernel, (rows, key_heads, length // form.block), _visits(ids, form, by_keys=True),
-      [(ids, part.row_ids), (ids, part.ids), (q, part.row_queries), (k, part.keys),
-       (v, part.keys), (cotangent, part.row_queries), (normaliser, part.row_numbers),
-       (inner, part.row_numbers)],
-      [(k, part.keys), (v, part.keys)], part, form)
+    _key_kernel,
+    (rows, key_heads, length // form.block),
+    _visits(ids, form, by_keys=True),
+    [
+      (ids, part.row_ids),
+      (ids, part.ids),
+      (q, part.row_queries),
+      (k, part.keys),
+      (v, part.keys),
+      (cotangent, part.row_queries),
+      (normaliser, part.row_numbers),
+      (inner, part.row_numbers),
+    ],
+    [(k, part.keys), (v, part.keys)],
+    part,
+    form,
+  )
   return q_grad, k_grad, v_grad, None
 
 
@@ -184,38 +220,46 @@ def _parts(q: jax.Array, form: Form) -> _Parts:
     # Scalars have a memory of their own. A whole row is not worth a second buffer for the next one.
     steering, whole = dict(memory_space=mosaic.SMEM), dict(pipeline_mode=pl.Buffered(1))
   return _Parts(
-      room=16 * 2**20 + _row_bytes(group, length, size, q.dtype),
-      visits=tuple(
-          pl.BlockSpec((None, None, 1, count), lambda r, *at: (r, at[-1], 0, 0), **steering)
-          for count in (1, length // block)),
-      ids=pl.BlockSpec((None, 3, block), lambda r, *at: (r, 0, at[-1])),
-      row_ids=pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0), **whole),
-      queries=pl.BlockSpec((None, None, None, block, size), lambda r, m, g, i: (r, m, g, i, 0)),
-      row_queries=pl.BlockSpec(
-          (None, None, group, length, size), lambda r, m, i: (r, m, 0, 0, 0), **whole),
-      numbers=pl.BlockSpec((None, None, None, 1, block), lambda r, m, g, i: (r, m, g, 0, i)),
-      row_numbers=pl.BlockSpec(
-          (None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0), **whole),
-      keys=pl.BlockSpec((None, None, block, size), lambda r, m, i: (r, m, i, 0)),
-      row_keys=pl.BlockSpec((None, None, length, size), lambda r, m, *at: (r, m, 0, 0), **whole))
+    room=16 * 2**20 + _row_bytes(group, length, size, q.dtype),
+    visits=tuple(
+      pl.BlockSpec((None, None, 1, count), lambda r, *at: (r, at[-1], 0, 0), **steering)
+      for count in (1, length // block)
+    ),
+    ids=pl.BlockSpec((None, 3, block), lambda r, *at: (r, 0, at[-1])),
+    row_ids=pl.BlockSpec((None, 3, length), lambda r, *at: (r, 0, 0), **whole),
+    queries=pl.BlockSpec((None, None, None, block, size), lambda r, m, g, i: (r, m, g, i, 0)),
+    row_queries=pl.BlockSpec((None, None, group, length, size), lambda r, m, i: (r, m, 0, 0, 0), **whole),
+    numbers=pl.BlockSpec((None, None, None, 1, block), lambda r, m, g, i: (r, m, g, 0, i)),
+    row_numbers=pl.BlockSpec((None, None, group, 1, length), lambda r, m, i: (r, m, 0, 0, 0), **whole),
+    keys=pl.BlockSpec((None, None, block, size), lambda r, m, i: (r, m, i, 0)),
+    row_keys=pl.BlockSpec((None, None, length, size), lambda r, m, *at: (r, m, 0, 0), **whole),
+  )
 
 
 def _call(
-    kernel: Callable, grid: Sequence[int], steering: tuple[jax.Array, jax.Array], inputs: Sequence[Any],
-    outputs: Sequence[Any], part: _Parts, form: Form,
+  kernel: Callable,
+  grid: Sequence[int],
+  steering: tuple[jax.Array, jax.Array],
+  inputs: Sequence[Any],
+  outputs: Sequence[Any],
+  part: _Parts,
+  form: Form,
 ) -> Sequence[jax.Array]:
   """Returns the outputs that a kernel makes of its inputs, each an array, or its like, and its part."""
   if form.platform == "tpu":
-    params = mosaic.CompilerParams(
-        dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=part.room)
+    params = mosaic.CompilerParams(dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=part.room)
   else:
     params = triton.CompilerParams(num_warps=4, num_stages=2)
   arrays, parts = zip(*inputs)
   return pl.pallas_call(
-      partial(kernel, form=form), grid=grid, in_specs=(*part.visits, *parts),
-      out_specs=[part for _, part in outputs],
-      out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs],
-      compiler_params=params, interpret=form.interpret)(*steering, *arrays)
+    partial(kernel, form=form),
+    grid=grid,
+    in_specs=(*part.visits, *parts),
+    out_specs=[part for _, part in outputs],
+    out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs],
+    compiler_params=params,
+    interpret=form.interpret,
+  )(*steering, *arrays)
 
 
 def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -229,7 +273,8 @@ def _visits(ids: jax.Array, form: Form, *, by_keys: bool = False) -> tuple[jax.A
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
   """The product of two matrices over an axis of each, summed in float32 at least."""
   return jax.lax.dot_general(
-      a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=wide_of(a.dtype))
+    a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=wide_of(a.dtype)
+  )
 
 
 def _tokens(block: jax.Array, form: Form) -> pl.Slice:
@@ -286,14 +331,14 @@ def _forward_kernel(count, order, q_ids, k_ids, q, k, v, out, normaliser, *, for
 
   zero = jnp.zeros((form.block, 1), wide)
   most, total, mixed = jax.lax.fori_loop(
-      0, count[0, 0], visit, (zero + NEVER, zero, jnp.zeros(q.shape, wide)))
+    0, count[0, 0], visit, (zero + NEVER, zero, jnp.zeros(q.shape, wide))
+  )
   total = jnp.where(total > 0, total, 1.0)
   out[...] = (mixed / total).astype(out.dtype)
   normaliser[...] = (most + jnp.log(total)).T
 
 
-def _query_kernel(
-    count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, q_grad, *, form):
+def _query_kernel(count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, q_grad, *, form):
   """Sums the gradient of a block of queries, visiting blocks of keys."""
   queries = _Queries(q[...], _ids(q_ids), cotangent[...], normaliser[0, :], inner[0, :])
 
@@ -307,8 +352,7 @@ def _query_kernel(
   q_grad[...] = jax.lax.fori_loop(0, count[0, 0], visit, total).astype(q_grad.dtype)
 
 
-def _key_kernel(
-    count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, k_grad, v_grad, *, form):
+def _key_kernel(count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inner, k_grad, v_grad, *, form):
   """Sums the gradients of a block of keys, visiting blocks of queries in each head of the group."""
   keys, values, key_ids, blocks = k[...], v[...], _ids(k_ids), count[0, 0]
 
@@ -316,8 +360,8 @@ def _key_kernel(
     k_total, v_total = carry
     head, at = jax.lax.div(j, blocks), _tokens(order[0, jax.lax.rem(j, blocks)], form)
     queries = _Queries(
-        q[head, at, :], _ids(q_ids, at), cotangent[head, at, :], normaliser[head, 0, at],
-        inner[head, 0, at])
+      q[head, at, :], _ids(q_ids, at), cotangent[head, at, :], normaliser[head, 0, at], inner[head, 0, at]
+    )
     weights, grad = _gradients(queries, keys, values, key_ids, form)
     k_total += _dot(grad.astype(keys.dtype), queries.q, 0, 0)
     v_total += _dot(weights.astype(keys.dtype), queries.cotangent, 0, 0)

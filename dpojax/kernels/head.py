@@ -4,8 +4,9 @@
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,11 @@ def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
   """
   head = as_head(head)
   logits = jnp.einsum(
-      "vd,...d->v...", head.weights.astype(hidden.dtype), hidden,
-      preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+    "vd,...d->v...",
+    head.weights.astype(hidden.dtype),
+    hidden,
+    preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+  )
   return shaped(jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1), head)
 
 
@@ -64,8 +68,8 @@ def wide_zeros(x) -> jax.Array:
 def logits_of_chunk(hidden: jax.Array, head: Head) -> jax.Array:
   """Logits [..., V] of the head in the dtype of the hidden states, accumulated in float32."""
   logits = jnp.einsum(
-      "...d,vd->...v", hidden, head.weights.astype(hidden.dtype),
-      preferred_element_type=wide(hidden))
+    "...d,vd->...v", hidden, head.weights.astype(hidden.dtype), preferred_element_type=wide(hidden)
+  )
   return shaped(logits, head)
 
 
@@ -95,7 +99,8 @@ def through_head(logits_grad, logits, hidden, head, weights, head_grad) -> tuple
     bias_grad += jnp.sum(logits_grad, axis=0)
   logits_grad = logits_grad.astype(hidden.dtype)
   weights_grad = head_grad.weights + jnp.einsum(
-      "tv,td->vd", logits_grad, hidden, preferred_element_type=head_grad.weights.dtype)
+    "tv,td->vd", logits_grad, hidden, preferred_element_type=head_grad.weights.dtype
+  )
   hidden_grad = jnp.einsum("tv,vd->td", logits_grad, weights, preferred_element_type=wide(hidden))
   return hidden_grad, Head(weights_grad, bias_grad, head_grad.soft_cap)
 
@@ -116,7 +121,7 @@ class Chunks(NamedTuple):
   def split(self, x: jax.Array, *, tail: int = 0) -> jax.Array:
     """[..., S] with `tail` more axes -> [C, t] with them."""
     leading = x.ndim - 1 - tail
-    rest = x.shape[leading + 1:]
+    rest = x.shape[leading + 1 :]
     if self.order is not None:
       x = x.reshape(-1, *rest)[self.order]
       leading = 0
@@ -129,7 +134,7 @@ class Chunks(NamedTuple):
     """The inverse: [C, t] -> `shape`, [..., S]."""
     rest = x.shape[2:]
     if self.order is not None:
-      flat = x.reshape(-1, *rest)[:self.order.size]
+      flat = x.reshape(-1, *rest)[: self.order.size]
       return jnp.zeros_like(flat).at[self.order].set(flat, unique_indices=True).reshape(*shape, *rest)
     *leading, length = shape
     x = x.reshape(self.number, *leading, self.size, *rest)
@@ -144,7 +149,8 @@ def default_size(vocabulary: int) -> int:
 
 
 def in_chunks(
-    shape: tuple[int, ...], where: jax.Array | None, *, size: int, per_index: bool = False) -> Chunks:
+  shape: tuple[int, ...], where: jax.Array | None, *, size: int, per_index: bool = False
+) -> Chunks:
   """Returns how tokens of a shape [..., S] are cut.
 
   Args:
@@ -179,6 +185,7 @@ def over_chunks(count, cuts: int, step: Callable, read: Any, written: Any, carry
   `read` and `written` are trees of [C, t, ...], of the last chunk only the pieces that count; `count`
   is of pieces, see `Chunks`.
   """
+
   def loop(first, last, read, written, carry):
     return jax.lax.fori_loop(first, last, lambda c, both: step(c, read, *both), (written, carry))
 

@@ -1,12 +1,12 @@
-"""`dpojax.log_probs` on CPUs: the vocabulary too is walked over in blocks, so that logits never leave the cache.
+"""`dpojax.log_probs` on CPUs: the vocabulary is walked over in blocks too, so that logits stay in the cache.
 
 The same numbers as the plain loop to rounding. What is different is all for the cache and the vector units:
 blocks of the head that a core's cache holds beside their logits, a running maximum over blocks, reductions in
 lanes, and a last chunk cut in pieces.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +89,13 @@ def _forward(hidden, head, target, count, cuts):
         logits = jnp.where(new[None], logits, _LEAST)
       larger = jnp.maximum(most[c], _over_lanes(jnp.max, logits))
       added = _over_lanes(jnp.sum, jnp.exp(logits - larger[:, None]))
-      return (most.at[c].set(larger),
-              total.at[c].set(total[c] * jnp.exp(most[c] - larger) + added)), carry
+      return (most.at[c].set(larger), total.at[c].set(total[c] * jnp.exp(most[c] - larger) + added)), carry
 
     return over_chunks(count, cuts, one_chunk, hidden, sums, ())[0]
 
   most, total = jax.lax.fori_loop(
-      0, number, one_block, (jnp.full(target.shape, _LEAST, dtype), jnp.zeros(target.shape, dtype)))
+    0, number, one_block, (jnp.full(target.shape, _LEAST, dtype), jnp.zeros(target.shape, dtype))
+  )
   normaliser = most + jnp.log(jnp.where(total > 0, total, 1))  # 0 where a chunk was not computed
   values = target_logits(hidden, head, target) - normaliser
   return values, (hidden, head, target, count, normaliser)
@@ -124,7 +124,8 @@ def _backward(cuts, residuals, cotangent):
 
     part_grad = jax.tree.map(wide_zeros, part)
     hidden_grad, part_grad = over_chunks(
-        count, cuts, one_chunk, (hidden, target, normaliser, cotangent), hidden_grad, part_grad)
+      count, cuts, one_chunk, (hidden, target, normaliser, cotangent), hidden_grad, part_grad
+    )
     if number == 1:
       return hidden_grad, part_grad
 
@@ -133,12 +134,12 @@ def _backward(cuts, residuals, cotangent):
       return jax.lax.dynamic_update_slice_in_dim(whole, before + piece, start, axis=0)
 
     bias_grad = head_grad.bias if head.bias is None else add(head_grad.bias, part_grad.bias)
-    return hidden_grad, Head(
-        add(head_grad.weights, part_grad.weights), bias_grad, head_grad.soft_cap)
+    return hidden_grad, Head(add(head_grad.weights, part_grad.weights), bias_grad, head_grad.soft_cap)
 
   zeros = jnp.zeros(hidden.shape, dtype), jax.tree.map(wide_zeros, head)
   hidden_grad, head_grad = (
-      one_block(0, zeros) if number == 1 else jax.lax.fori_loop(0, number, one_block, zeros))
+    one_block(0, zeros) if number == 1 else jax.lax.fori_loop(0, number, one_block, zeros)
+  )
   head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
   return hidden_grad.astype(hidden.dtype), head_grad, None, None
 

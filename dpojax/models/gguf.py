@@ -6,7 +6,8 @@ that nothing that changes the model is passed over. The `gguf` package reads and
 
 import os
 import pathlib
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,23 +17,43 @@ from dpojax.models.config import RopeScaling
 from dpojax.models.families import HuggingFaceError
 
 TENSORS = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj"}
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
+  "attn_norm": "input_layernorm",
+  "ffn_norm": "post_attention_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
 """Modules of a file and of a folder; those of layer n follow `blk.n.` and `model.layers.n.`."""
 
 CONFIG = {
-    "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta"}
+  "context_length": "max_position_embeddings",
+  "embedding_length": "hidden_size",
+  "block_count": "num_hidden_layers",
+  "feed_forward_length": "intermediate_size",
+  "attention.head_count": "num_attention_heads",
+  "attention.head_count_kv": "num_key_value_heads",
+  "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+  "rope.freq_base": "rope_theta",
+}
 """Keys of a file, behind its architecture, and of a config.json."""
 
-CHECKED = ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length",
-           "rope.scaling.type", "rope.scaling.factor")
+CHECKED = (
+  "vocab_size",
+  "rope.dimension_count",
+  "attention.key_length",
+  "attention.value_length",
+  "rope.scaling.type",
+  "rope.scaling.factor",
+)
 """Other keys that are understood: they agree with the tensors, or stretch positions evenly."""
 
 
@@ -59,11 +80,20 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", True, lambda names: {
-        "attention_bias": "blk.0.attn_output.bias" in names, "mlp_bias": "blk.0.ffn_up.bias" in names}),
-    "qwen2": Architecture("qwen2", False, lambda names: {"use_sliding_window": False}),
-    "qwen3": Architecture("qwen3", False, lambda names: {
-        "use_sliding_window": False, "attention_bias": "blk.0.attn_q.bias" in names}),
+  "llama": Architecture(
+    "llama",
+    True,
+    lambda names: {
+      "attention_bias": "blk.0.attn_output.bias" in names,
+      "mlp_bias": "blk.0.ffn_up.bias" in names,
+    },
+  ),
+  "qwen2": Architecture("qwen2", False, lambda names: {"use_sliding_window": False}),
+  "qwen3": Architecture(
+    "qwen3",
+    False,
+    lambda names: {"use_sliding_window": False, "attention_bias": "blk.0.attn_q.bias" in names},
+  ),
 }
 """By `general.architecture`."""
 
@@ -127,21 +157,29 @@ def config_of(file: File) -> dict[str, Any]:
   name = file.get("general.architecture")
   if name not in ARCHITECTURES:
     raise HuggingFaceError(
-        f"{file.path} is of architecture {name!r}, which is not supported; supported are "
-        f"{', '.join(ARCHITECTURES)}: convert the published folder instead")
+      f"{file.path} is of architecture {name!r}, which is not supported; supported are "
+      f"{', '.join(ARCHITECTURES)}: convert the published folder instead"
+    )
   architecture = ARCHITECTURES[name]
-  ours = {key.removeprefix(f"{name}."): value for key, value in file.values.items()
-          if key.startswith(f"{name}.")}
+  ours = {
+    key.removeprefix(f"{name}."): value for key, value in file.values.items() if key.startswith(f"{name}.")
+  }
   for key, value in ours.items():
     if key not in CONFIG and key not in CHECKED:
       raise HuggingFaceError(f"{file.path} says {name}.{key} = {_short(value)}, which is not supported")
   values = _sizes(file, name, ours)
   return {
-      "architectures": [families.FAMILIES[architecture.model_type].architecture],
-      "model_type": architecture.model_type, "hidden_act": "silu",
-      "vocab_size": _vocabulary(file, ours), "tie_word_embeddings": "output.weight" not in file.tensors,
-      **values, **_rope_scaling(file, name, ours, values), **architecture.changes(set(file.tensors)),
-      "torch_dtype": "float32", **file.quantisation()}
+    "architectures": [families.FAMILIES[architecture.model_type].architecture],
+    "model_type": architecture.model_type,
+    "hidden_act": "silu",
+    "vocab_size": _vocabulary(file, ours),
+    "tie_word_embeddings": "output.weight" not in file.tensors,
+    **values,
+    **_rope_scaling(file, name, ours, values),
+    **architecture.changes(set(file.tensors)),
+    "torch_dtype": "float32",
+    **file.quantisation(),
+  }
 
 
 def write(folder: str | os.PathLike, file: File, *, dtype: str = "float32", **token_ids) -> dict[str, Any]:
@@ -157,20 +195,25 @@ def write(folder: str | os.PathLike, file: File, *, dtype: str = "float32", **to
     HuggingFaceError: the file has other tensors than its metadata describe, or one cannot be used.
     DiskError: the disk is full or cannot be written.
   """
-  config = config_of(file) | {"torch_dtype": dtype} | {
-      key: value for key, value in token_ids.items() if value is not None}
+  config = (
+    config_of(file)
+    | {"torch_dtype": dtype}
+    | {key: value for key, value in token_ids.items() if value is not None}
+  )
   sources = {_name(file, name): name for name in file.tensors if name != ROPE_FACTORS}
   shapes = hf.tensor_shapes(config)
   for what, names in (("lacks", shapes.keys() - sources.keys()), ("has", sources.keys() - shapes.keys())):
     if names:
       raise HuggingFaceError(
-          f"{file.path} {what} tensors that its metadata {'ask' if what == 'lacks' else 'do not ask'} for: "
-          f"{', '.join(sorted(sources.get(name, name) for name in names)[:5])}")
+        f"{file.path} {what} tensors that its metadata {'ask' if what == 'lacks' else 'do not ask'} for: "
+        f"{', '.join(sorted(sources.get(name, name) for name in names)[:5])}"
+      )
   for name, source in sources.items():
     shape = tuple(int(n) for n in reversed(file.tensors[source].shape))
     if shape != shapes[name]:
       raise HuggingFaceError(
-          f"{file.path}: tensor {source} is {list(shape)} but the metadata make it {list(shapes[name])}")
+        f"{file.path}: tensor {source} is {list(shape)} but the metadata make it {list(shapes[name])}"
+      )
   heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
   permuted = ARCHITECTURES[file.get("general.architecture")].permuted
 
@@ -193,17 +236,21 @@ def halves_of_neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _dequantized(file: File, name: str) -> np.ndarray:
   import gguf
+
   tensor = file.tensors[name]
   try:
     values = gguf.dequantize(tensor.data, tensor.tensor_type)
   except (NotImplementedError, ValueError) as error:
     raise HuggingFaceError(
-        f"{file.path}: tensor {name} is of type {tensor.tensor_type.name}, which the gguf package cannot "
-        f"dequantise ({error})") from error
+      f"{file.path}: tensor {name} is of type {tensor.tensor_type.name}, which the gguf package cannot "
+      f"dequantise ({error})"
+    ) from error
   bad = values[~np.isfinite(values)]
   if bad.size:
-    raise HuggingFaceError(f"{file.path}: tensor {name} holds {bad[0]}, {bad.size} of {values.size} values "
-                           "are not finite; fetch the file again")
+    raise HuggingFaceError(
+      f"{file.path}: tensor {name} holds {bad[0]}, {bad.size} of {values.size} values "
+      "are not finite; fetch the file again"
+    )
   return values
 
 
@@ -211,8 +258,10 @@ def _rounded(file: File, name: str, values: np.ndarray, dtype: str) -> np.ndarra
   with np.errstate(over="ignore"):
     rounded = values.astype(jnp.dtype(dtype))
   if not np.all(np.isfinite(rounded)):
-    raise HuggingFaceError(f"{file.path}: tensor {name} holds {values[np.abs(values).argmax()]}, which does "
-                           f"not fit {dtype}; take --dtype=float32")
+    raise HuggingFaceError(
+      f"{file.path}: tensor {name} holds {values[np.abs(values).argmax()]}, which does "
+      f"not fit {dtype}; take --dtype=float32"
+    )
   return rounded
 
 
@@ -232,8 +281,9 @@ def _sizes(file: File, name: str, ours: dict[str, Any]) -> dict[str, Any]:
   """Returns the numbers of a config.json: a layer's are those of every layer, and heads are rotated whole."""
   heads = file.get(f"{name}.attention.head_count")
   ours = {"rope.freq_base": 10000.0, "attention.head_count_kv": heads} | ours
-  values = {theirs: ours.get(key) if key in ours else file.get(f"{name}.{key}")
-            for key, theirs in CONFIG.items()}
+  values = {
+    theirs: ours.get(key) if key in ours else file.get(f"{name}.{key}") for key, theirs in CONFIG.items()
+  }
   for key, value in values.items():
     if isinstance(value, (list, str, bool)) or not value > 0:
       raise HuggingFaceError(f"{file.path} makes {key} {_short(value)}; it must be one number above 0")
@@ -241,7 +291,8 @@ def _sizes(file: File, name: str, ours: dict[str, Any]) -> dict[str, Any]:
   for key in ("rope.dimension_count", "attention.value_length"):
     if ours.get(key, size) != size:
       raise HuggingFaceError(
-          f"{file.path} says {name}.{key} = {ours[key]} of heads of {size}, which is not supported")
+        f"{file.path} says {name}.{key} = {ours[key]} of heads of {size}, which is not supported"
+      )
   return {key: _decimal(value) for key, value in values.items()} | {"head_dim": size}
 
 
@@ -266,11 +317,18 @@ def _rope_scaling(file: File, name: str, ours: dict[str, Any], values: dict[str,
     want = rotary.frequencies(*of) / rotary.frequencies(*of, llama3)
     if given.shape != want.shape or not np.allclose(given, want, rtol=1e-4):
       raise HuggingFaceError(
-          f"{file.path}: tensor {ROPE_FACTORS} ends with {factor} and is not what Llama 3.1 divides its "
-          "rotary frequencies by, which is not supported")
-    return {"rope_scaling": {
-        "rope_type": llama3.name, "factor": factor, "low_freq_factor": llama3.low,
-        "high_freq_factor": llama3.high, "original_max_position_embeddings": llama3.original_positions}}
+        f"{file.path}: tensor {ROPE_FACTORS} ends with {factor} and is not what Llama 3.1 divides its "
+        "rotary frequencies by, which is not supported"
+      )
+    return {
+      "rope_scaling": {
+        "rope_type": llama3.name,
+        "factor": factor,
+        "low_freq_factor": llama3.low,
+        "high_freq_factor": llama3.high,
+        "original_max_position_embeddings": llama3.original_positions,
+      }
+    }
   kind = ours.get("rope.scaling.type", "none")
   if kind == "none":
     return {}

@@ -16,7 +16,8 @@ import os
 import pathlib
 import re
 import shutil
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -36,8 +37,16 @@ BLOCK_BYTES = 2**26
 """Of a file, what is in memory at once while it is read: 64 MiB of parameters."""
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer.model",
+  "chat_template.jinja",
+  "chat_template.json",
+)
 
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
@@ -82,9 +91,13 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   if folder.is_dir():
     return folder
   with _fetching(name):
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
-        ignore_patterns=["*/*", "consolidated*"]))
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        str(name),
+        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+        ignore_patterns=["*/*", "consolidated*"],
+      )
+    )
 
 
 def read_config(name: str | os.PathLike) -> ModelConfig:
@@ -109,8 +122,8 @@ def _fetching(name: str | os.PathLike) -> Iterator[None]:
   except Exception as error:  # huggingface_hub and what carries it raise many kinds
     reason = str(error).strip().partition("\n")[0]
     raise HuggingFaceError(
-        f"model {str(name)!r} is no folder and cannot be fetched from the hub ({reason}); give a "
-        "folder with config.json and *.safetensors, or a hub name while there is a network"
+      f"model {str(name)!r} is no folder and cannot be fetched from the hub ({reason}); give a "
+      "folder with config.json and *.safetensors, or a hub name while there is a network"
     ) from error
 
 
@@ -119,19 +132,18 @@ def _base(folder: pathlib.Path) -> str:
   base = peft.read_settings(folder)["base_model_name_or_path"]
   if peft.is_adapter_folder(pathlib.Path(base).expanduser()):
     raise HuggingFaceError(
-        f"the adapter {folder} is on {base!r}, an adapter too; merge that one with PEFT and save the model")
+      f"the adapter {folder} is on {base!r}, an adapter too; merge that one with PEFT and save the model"
+    )
   return base
 
 
-def load(
-    name: str | os.PathLike, *, place: Place | None = None, dtype: str = "float32", **changes
-) -> Model:
+def load(name: str | os.PathLike, *, place: Place | None = None, dtype: str = "float32", **changes) -> Model:
   """Returns the model of a folder or hub name; that of an adapter of PEFT's is merged into its base.
 
   Args:
     name: the folder or hub name.
     place: where a parameter is kept, and so which parts of it are read; by default whole, as NumPy
-      arrays. `parallel.Mesh.place_part` reads for each device its own part.
+      arrays. `parallel.Mesh.place_shard` reads for each device its own part.
     dtype: of the parameters, 'float32' or 'bfloat16'.
     **changes: what the weights leave open in the config: dtype, remat, attention, scan_layers.
 
@@ -169,7 +181,7 @@ def load(
         source = piece.of(tensor(piece.name), config)[index[1:]]
         rows = max(1, len(layer) * BLOCK_BYTES // max(1, layer.nbytes))
         for i in range(0, len(layer), rows):
-          layer[i:i + rows] = source[i:i + rows]
+          layer[i : i + rows] = source[i : i + rows]
           files.forget(names[piece.name])
       return part
 
@@ -180,8 +192,13 @@ def load(
 
 
 def save(
-    folder: str | os.PathLike, config: ModelConfig, params: Any, *, dtype: str = "",
-    shard_bytes: int = SHARD_BYTES, **token_ids
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  params: Any,
+  *,
+  dtype: str = "",
+  shard_bytes: int = SHARD_BYTES,
+  **token_ids,
 ) -> None:
   """Writes a model as a folder that `transformers` reads.
 
@@ -206,22 +223,25 @@ def save(
     raise HuggingFaceError(f"{folder} is not empty; give a folder that is, or a new one")
   if "reward_head" in params:
     raise HuggingFaceError(
-        "the model has a reward head, for which causal language models of transformers have no "
-        "place; write a policy, or take the head out of params")
-  published = json.loads(config.published) if config.published else {
-      "config": families.write_config(config) | dict.fromkeys(token_ids), "dtype": "float32"}
+      "the model has a reward head, for which causal language models of transformers have no "
+      "place; write a policy, or take the head out of params"
+    )
+  published = (
+    json.loads(config.published)
+    if config.published
+    else {"config": families.write_config(config) | dict.fromkeys(token_ids), "dtype": "float32"}
+  )
   token_ids = {key: value for key, value in token_ids.items() if value is not None}
   values = published["config"] | token_ids
   if dtype:
-    values = {key: value for key, value in values.items() if key != "dtype"} | {
-        "torch_dtype": dtype}
+    values = {key: value for key, value in values.items() if key != "dtype"} | {"torch_dtype": dtype}
   family = families.family_of(values)
   arrays = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   stacks = _stacks(config, family)
   if arrays.keys() != stacks.keys():
     raise HuggingFaceError(
-        f"params are not those of the config: {_some(arrays.keys() ^ stacks.keys())} are in one "
-        "of them only")
+      f"params are not those of the config: {_some(arrays.keys() ^ stacks.keys())} are in one of them only"
+    )
 
   holders = collections.defaultdict(list)  # of each tensor: its pieces, and where they are
   for path, stack in stacks.items():
@@ -242,8 +262,7 @@ def save(
         try:
           piece.of(whole, config)[...] = np.asarray(arrays[path][index])
         except FloatingPointError as error:
-          raise HuggingFaceError(
-              f"{name} does not fit into {entry.dtype}; choose another dtype") from error
+          raise HuggingFaceError(f"{name} does not fit into {entry.dtype}; choose another dtype") from error
     return whole
 
   with disk_errors(folder):
@@ -260,12 +279,15 @@ def tensor_shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     HuggingFaceError: its family, or a value, is not supported.
   """
   config, family = families.read_config(values), families.family_of(values)
-  return {piece.name: families.dimensions(config, piece.tensor.shape)
-          for stack in _stacks(config, family).values() for piece in stack.pieces}
+  return {
+    piece.name: families.dimensions(config, piece.tensor.shape)
+    for stack in _stacks(config, family).values()
+    for piece in stack.pieces
+  }
 
 
 def write_tensors(
-    folder: str | os.PathLike, values: dict[str, Any], tensor: Callable[[str], np.ndarray], dtype: str,
+  folder: str | os.PathLike, values: dict[str, Any], tensor: Callable[[str], np.ndarray], dtype: str
 ) -> None:
   """Writes a model that is at hand tensor by tensor: its safetensors files and its config.json.
 
@@ -287,7 +309,8 @@ def write_tensors(
 
 
 def save_generation_config(
-    folder: str | os.PathLike, config: ModelConfig, **token_ids: int | list[int] | None) -> None:
+  folder: str | os.PathLike, config: ModelConfig, **token_ids: int | list[int] | None
+) -> None:
   """Writes a folder's generation_config.json, if there is anything to say in it; see `save`.
 
   Raises:
@@ -359,11 +382,12 @@ class _Files:
       absent, twice = set(promised) - found.keys(), self.entries.keys() & found.keys()
       if absent:
         raise HuggingFaceError(
-            f"{index} says that {name} has {_some(absent)}, but it has not; fetch both again")
+          f"{index} says that {name} has {_some(absent)}, but it has not; fetch both again"
+        )
       if twice:
         raise HuggingFaceError(
-            f"{folder / name} has {_some(twice)}, and so has another of the folder's files; fetch them "
-            "again")
+          f"{folder / name} has {_some(twice)}, and so has another of the folder's files; fetch them again"
+        )
       self.entries |= found
 
   def array(self, name: str) -> np.ndarray:
@@ -415,84 +439,94 @@ def _stacks(config: ModelConfig, family: Family) -> dict[str, _Stack]:
       name = path
     tensor = family.tensors[name]
     shape = leaf.shape[1:] if layered else leaf.shape
-    stacks[path] = _Stack(
-        [_Piece(tensor.name.format(layer), tensor, shape) for layer in layers], layered)
+    stacks[path] = _Stack([_Piece(tensor.name.format(layer), tensor, shape) for layer in layers], layered)
   return stacks
 
 
-def _find(
-    stacks: dict[str, _Stack], family: Family, files: _Files, config: ModelConfig
-) -> dict[str, str]:
+def _find(stacks: dict[str, _Stack], family: Family, files: _Files, config: ModelConfig) -> dict[str, str]:
   """What each tensor is called in the files, after a check that they hold these and no others."""
   bare = not any(name.startswith(family.prefix) for name in files.entries)
   wanted = {piece.name: piece for stack in stacks.values() for piece in stack.pieces}
   names = {}
   for name in wanted:
     plain = name.removeprefix(family.prefix) if bare else name
-    names[name] = family.aliases[plain] if (
-        plain not in files.entries and plain in family.aliases) else plain
+    names[name] = family.aliases[plain] if (plain not in files.entries and plain in family.aliases) else plain
   missing = set(names.values()) - files.entries.keys()
-  extra = {name for name in files.entries.keys() - set(names.values())
-           if not name.endswith(family.ignored)}
+  extra = {name for name in files.entries.keys() - set(names.values()) if not name.endswith(family.ignored)}
   head = family.tensors["head"].name
   if config.tie_embeddings and extra & {head, family.aliases.get(head)}:
-    copy, = extra & {head, family.aliases.get(head)}
+    (copy,) = extra & {head, family.aliases.get(head)}
     if not _same(files, copy, names[family.tensors["embed/embedding"].name]):
       raise HuggingFaceError(
-          f'config.json has "tie_word_embeddings": true but {copy} is not the input embedding; '
-          "set it to false to keep both")
+        f'config.json has "tie_word_embeddings": true but {copy} is not the input embedding; '
+        "set it to false to keep both"
+      )
     extra.remove(copy)
   if missing or extra:
     raise HuggingFaceError(
-        "the tensors are not those of the model config.json describes: "
-        + "; ".join(f"{what} {_some(which)}" for what, which in (
-            ("missing are", missing), ("unknown are", extra)) if which))
+      "the tensors are not those of the model config.json describes: "
+      + "; ".join(
+        f"{what} {_some(which)}"
+        for what, which in (("missing are", missing), ("unknown are", extra))
+        if which
+      )
+    )
   for name, piece in wanted.items():
     shape = families.dimensions(config, piece.tensor.shape)
     if files.entries[names[name]].shape != shape:
       raise HuggingFaceError(
-          f"tensor {names[name]} is {list(files.entries[names[name]].shape)} but config.json makes it "
-          f"{list(shape)}")
+        f"tensor {names[name]} is {list(files.entries[names[name]].shape)} but config.json makes it "
+        f"{list(shape)}"
+      )
   return names
 
 
 def _check_changes(
-    changes_of: dict[str, peft.Change], names: dict[str, str], family: Family, files: _Files) -> None:
+  changes_of: dict[str, peft.Change], names: dict[str, str], family: Family, files: _Files
+) -> None:
   """Refuses an adapter that is not one of these tensors."""
   unknown = changes_of.keys() - names.keys()
   if unknown:
     raise HuggingFaceError(
-        f"the adapter changes {_some(unknown)}, of which the base has none; give the base it is of")
+      f"the adapter changes {_some(unknown)}, of which the base has none; give the base it is of"
+    )
   for name, change in changes_of.items():
     shape = (len(change.b), change.a.shape[-1])
     there = files.entries[names[name]].shape
-    if shape[::-1 if family.inputs_first else 1] != there or change.b.shape[-1] != len(change.a):
+    if shape[:: -1 if family.inputs_first else 1] != there or change.b.shape[-1] != len(change.a):
       raise HuggingFaceError(
-          f"the adapter's change of {name} is {list(shape)} outputs and inputs, of rank "
-          f"{len(change.a)} and {change.b.shape[-1]}, but the tensor is {list(there)}")
+        f"the adapter's change of {name} is {list(shape)} outputs and inputs, of rank "
+        f"{len(change.a)} and {change.b.shape[-1]}, but the tensor is {list(there)}"
+      )
 
 
 def _same(files: _Files, name: str, other: str) -> bool:
   first, second = files.array(name), files.array(other)
-  return first.shape == second.shape and first.ndim > 0 and all(
-      np.array_equal(first[i:i + 4096], second[i:i + 4096]) for i in range(0, len(first), 4096))
+  return (
+    first.shape == second.shape
+    and first.ndim > 0
+    and all(np.array_equal(first[i : i + 4096], second[i : i + 4096]) for i in range(0, len(first), 4096))
+  )
 
 
 def _published(
-    folder: pathlib.Path, values: dict, family: Family, names: dict[str, str], files: _Files
+  folder: pathlib.Path, values: dict, family: Family, names: dict[str, str], files: _Files
 ) -> str:
   """What `save` needs to write the same folder again, as JSON."""
   dtypes = collections.Counter(files.entries[name].dtype for name in names.values())
   published = {
-      "config": values, "dtype": dtypes.most_common(1)[0][0],
-      "bare": not any(name.startswith(family.prefix) for name in names.values())}
+    "config": values,
+    "dtype": dtypes.most_common(1)[0][0],
+    "bare": not any(name.startswith(family.prefix) for name in names.values()),
+  }
   if (folder / "generation_config.json").is_file():
     generation = published["generation_config"] = read_json(folder / "generation_config.json")
     ids = generation.get("eos_token_id")
     if not all(type(each) in (int, type(None)) for each in (ids if isinstance(ids, list) else [ids])):
       raise HuggingFaceError(
-          f'{folder / "generation_config.json"} has "eos_token_id": {families.shown(ids)}; it must be an id, '
-          "or a list of them")
+        f'{folder / "generation_config.json"} has "eos_token_id": {families.shown(ids)}; it must be an id, '
+        "or a list of them"
+      )
   others = {}
   for name, actual in names.items():
     found = (actual, files.entries[actual].dtype)
@@ -510,8 +544,7 @@ def _as_published(name: str, published: dict, family: Family) -> tuple[str, str]
 
 
 def _write_shards(
-    folder: pathlib.Path, plan: dict[str, _Entry], tensor: Callable[[str], np.ndarray],
-    shard_bytes: int,
+  folder: pathlib.Path, plan: dict[str, _Entry], tensor: Callable[[str], np.ndarray], shard_bytes: int
 ) -> None:
   shards, room = [], 0
   for name in sorted(plan, key=lambda name: -jnp.dtype(plan[name].dtype).itemsize):
@@ -520,14 +553,18 @@ def _write_shards(
       room = shard_bytes
     shards[-1].append(name)
     room -= plan[name].nbytes
-  file_of = lambda i: "model.safetensors" if len(shards) == 1 else (
-      f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
+  file_of = lambda i: (
+    "model.safetensors" if len(shards) == 1 else (f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
+  )
   for i, names in enumerate(shards):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
       start, end = end, end + plan[name].nbytes
-      header[name] = {"dtype": DTYPES[plan[name].dtype], "shape": plan[name].shape,
-                      "data_offsets": [start, end]}
+      header[name] = {
+        "dtype": DTYPES[plan[name].dtype],
+        "shape": plan[name].shape,
+        "data_offsets": [start, end],
+      }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(folder / file_of(i), "wb") as file:
@@ -535,9 +572,13 @@ def _write_shards(
       for name in names:
         file.write(tensor(name).reshape(-1).view(np.uint8).data)
   if len(shards) > 1:
-    _write_json(folder / "model.safetensors.index.json", {
+    _write_json(
+      folder / "model.safetensors.index.json",
+      {
         "metadata": {"total_size": sum(entry.nbytes for entry in plan.values())},
-        "weight_map": {name: file_of(i) for i, names in enumerate(shards) for name in names}})
+        "weight_map": {name: file_of(i) for i, names in enumerate(shards) for name in names},
+      },
+    )
 
 
 def _write_json(path: pathlib.Path, values: dict) -> None:

@@ -104,8 +104,9 @@ def make_apply(config: ModelConfig, lora: Lora):
     base, adapter = params
     whole = {name: leaf for name, leaf in adapter.items() if name == WHOLE}
     scaled = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * lora.scale if path[-1].key == "b" else leaf,
-        {name: part for name, part in adapter.items() if name != WHOLE})
+      lambda path, leaf: leaf * lora.scale if path[-1].key == "b" else leaf,
+      {name: part for name, part in adapter.items() if name != WHOLE},
+    )
     return plain(base | whole, rows, **{transformer.ADAPTER: scaled})
 
   return apply
@@ -122,6 +123,7 @@ def merge(base: dict, adapter: dict, lora: Lora) -> dict:
   Returns:
     NumPy arrays: float32 where there is an adapter, and as they were elsewhere.
   """
+
   def merged(path, kernel):
     *above, last = (part.key for part in path)
     node = adapter

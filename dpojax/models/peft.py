@@ -57,25 +57,33 @@ def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
     tensors = {name: entry.array(name) for name, entry in open_tensors(folder / TENSORS).items()}
   except HuggingFaceError as error:
     raise HuggingFaceError(
-        f"the adapter {folder} cannot be read ({error}); it needs {CONFIG} and {TENSORS}") from error
-  for key, harmless in (("peft_type", ("LORA",)), ("use_dora", (None, False)),
-                        ("bias", (None, "none")), ("lora_bias", (None, False)),
-                        ("modules_to_save", (None, [])), ("trainable_token_indices", (None, []))):
+      f"the adapter {folder} cannot be read ({error}); it needs {CONFIG} and {TENSORS}"
+    ) from error
+  for key, harmless in (
+    ("peft_type", ("LORA",)),
+    ("use_dora", (None, False)),
+    ("bias", (None, "none")),
+    ("lora_bias", (None, False)),
+    ("modules_to_save", (None, [])),
+    ("trainable_token_indices", (None, [])),
+  ):
     if settings.get(key) not in harmless:
       raise HuggingFaceError(
-          f'{folder / CONFIG} has "{key}": {shown(settings.get(key))}, which is not supported; merge the '
-          "adapter with PEFT and save the model")
+        f'{folder / CONFIG} has "{key}": {shown(settings.get(key))}, which is not supported; merge the '
+        "adapter with PEFT and save the model"
+      )
   pairs = collections.defaultdict(dict)
   for name, tensor in tensors.items():
     found = re.fullmatch(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight", name)
     if not found:
       raise HuggingFaceError(
-          f"the adapter {folder} has a tensor {name[:200]}, which is not supported; supported are "
-          "lora_A.weight and lora_B.weight of projections")
+        f"the adapter {folder} has a tensor {name[:200]}, which is not supported; supported are "
+        "lora_A.weight and lora_B.weight of projections"
+      )
     if tensor.ndim != 2 or not tensor.size:
       raise HuggingFaceError(
-          f"the adapter {folder} has a tensor {name[:200]} of shape {list(tensor.shape)}; it must be a "
-          "matrix")
+        f"the adapter {folder} has a tensor {name[:200]} of shape {list(tensor.shape)}; it must be a matrix"
+      )
     pairs[found[1]][found[2]] = tensor
   changes = {}
   for module, pair in pairs.items():
@@ -95,17 +103,21 @@ def read_settings(folder: pathlib.Path) -> dict[str, Any]:
     HuggingFaceError: it is missing, is no JSON, or has a value that means nothing.
   """
   settings = {"base_model_name_or_path": "", "alpha_pattern": {}} | {
-      key: value for key, value in read_json(folder / CONFIG).items() if value is not None}
+    key: value for key, value in read_json(folder / CONFIG).items() if value is not None
+  }
+
   def check(key, fine, what):
     if not fine:
-      raise HuggingFaceError(
-          f'{folder / CONFIG} has "{key}": {shown(settings.get(key))}; it must be {what}')
+      raise HuggingFaceError(f'{folder / CONFIG} has "{key}": {shown(settings.get(key))}; it must be {what}')
 
   check("base_model_name_or_path", isinstance(settings["base_model_name_or_path"], str), "a name")
   check("lora_alpha", _is_scale(settings.get("lora_alpha")), "a finite number")
   patterns = settings["alpha_pattern"]
-  check("alpha_pattern", isinstance(patterns, dict) and all(map(_is_scale, patterns.values()))
-        and all(map(_is_pattern, patterns)), "numbers by names of modules, with a wildcard or two at most")
+  check(
+    "alpha_pattern",
+    isinstance(patterns, dict) and all(map(_is_scale, patterns.values())) and all(map(_is_pattern, patterns)),
+    "numbers by names of modules, with a wildcard or two at most",
+  )
   return settings
 
 
@@ -122,9 +134,7 @@ def _is_pattern(text: str) -> bool:
   return len(text) <= 1000 and len(re.findall(r"[*+{]", text)) <= 2 and not re.search(r"\)[*+{?]", text)
 
 
-def save(
-    folder: str | os.PathLike, config: ModelConfig, adapter: dict, lora: Lora, *, base: str
-) -> None:
+def save(folder: str | os.PathLike, config: ModelConfig, adapter: dict, lora: Lora, *, base: str) -> None:
   """Writes an adapter as a folder that PEFT loads onto the base.
 
   Args:
@@ -143,10 +153,10 @@ def save(
     raise HuggingFaceError(f"{folder} is not empty; give a folder that is, or a new one")
   if WHOLE in adapter:
     raise HuggingFaceError(
-        "the adapter has a reward head, for which causal language models of transformers have no "
-        "place; write the adapter of a policy")
-  values = json.loads(config.published)["config"] if config.published else (
-      families.write_config(config))
+      "the adapter has a reward head, for which causal language models of transformers have no "
+      "place; write the adapter of a policy"
+    )
+  values = json.loads(config.published)["config"] if config.published else (families.write_config(config))
   family = families.family_of(values)
   modules = collections.defaultdict(dict)  # module -> {projection: its a and b}
   _, by_layer = transformer.unrolled(config, adapter)
@@ -163,12 +173,22 @@ def save(
   others = {name: rank for name, rank in ranks.items() if rank != lora.rank}
   scaled = lambda rank: _plain(lora.alpha * rank / lora.rank)
   settings = {
-      "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-      "r": lora.rank, "lora_alpha": _plain(lora.alpha), "lora_dropout": 0.0, "bias": "none",
-      "target_modules": sorted(ranks), "rank_pattern": others,
-      "alpha_pattern": {name: scaled(rank) for name, rank in others.items()},
-      "fan_in_fan_out": family.inputs_first, "use_rslora": False, "use_dora": False,
-      "modules_to_save": None, "inference_mode": True}
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base,
+    "r": lora.rank,
+    "lora_alpha": _plain(lora.alpha),
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "target_modules": sorted(ranks),
+    "rank_pattern": others,
+    "alpha_pattern": {name: scaled(rank) for name, rank in others.items()},
+    "fan_in_fan_out": family.inputs_first,
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "inference_mode": True,
+  }
   with disk_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -176,7 +196,7 @@ def save(
 
 
 def _side_by_side(
-    config: ModelConfig, family: Family, parts: dict[str, dict[str, Any]]
+  config: ModelConfig, family: Family, parts: dict[str, dict[str, Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
   """A [ranks, inputs] and B [outputs, ranks] of the projections that one tensor holds."""
   tensors = [family.tensors[f"{name}/bias"] for name in parts]
@@ -205,8 +225,9 @@ def _short(family: Family, module: str) -> str:
 
 def _of_pattern(pattern: dict | None, module: str, default: float) -> float:
   """The value of the first pattern that a module's name matches, as PEFT finds it."""
-  return next((value for key, value in (pattern or {}).items()
-               if re.match(rf"(.*\.)?({key})$", module)), default)
+  return next(
+    (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default
+  )
 
 
 def _plain(x: float) -> float | int:

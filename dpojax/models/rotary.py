@@ -30,6 +30,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> 
     rotations = scaling.original_positions * plain / (2 * math.pi)
     kept = np.clip((rotations - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
   else:
+
     def pair_of(rotations):
       wavelength = scaling.original_positions / (rotations * 2 * math.pi)
       return size * math.log(wavelength) / (2 * math.log(theta))
@@ -43,15 +44,15 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> 
   return (kept * plain + (1.0 - kept) * stretched).astype(np.float32)
 
 
-class Turns(NamedTuple):
+class RotaryTable(NamedTuple):
   """How far tokens are turned: `cos` and `sin` [R, L, F] float32 of F frequencies."""
 
   cos: jax.Array
   sin: jax.Array
 
 
-def turns(positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.0) -> Turns:
-  """Returns the turns of tokens at positions [R, L] of their sequences.
+def rotary_table(positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.0) -> RotaryTable:
+  """Returns the rotary table of tokens at positions [R, L] of their sequences.
 
   Args:
     positions: of the tokens.
@@ -59,7 +60,7 @@ def turns(positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.
     magnitude: what turned dimensions are multiplied by.
   """
   angles = jnp.einsum("rl,h->rlh", positions.astype(jnp.float32), frequencies)
-  of = lambda angles: Turns(magnitude * jnp.cos(angles), magnitude * jnp.sin(angles))
+  of = lambda angles: RotaryTable(magnitude * jnp.cos(angles), magnitude * jnp.sin(angles))
   if platform() != "cpu" or angles.size % 2 or arrays_are_cut():
     return of(angles)
   # On CPUs they would be worked out again in whatever reads them, for every head and layer, which is a
@@ -67,17 +68,17 @@ def turns(positions: jax.Array, frequencies: jax.Array, *, magnitude: float = 1.
   return jax.tree.map(lambda x: x.reshape(angles.shape), jax.lax.map(of, angles.reshape(2, -1)))
 
 
-def rotate(x: jax.Array, turns: Turns, *, interleaved: bool = False) -> jax.Array:
+def rotate(x: jax.Array, table: RotaryTable, *, interleaved: bool = False) -> jax.Array:
   """Returns heads [R, L, N, H] turned; the first 2 F dimensions of each, and the others as they are.
 
   Args:
     x: queries or keys.
-    turns: of the tokens.
+    table: of the tokens.
     interleaved: whether a pair is two neighbours; else it is one of each half.
   """
-  cos, sin = (each[:, :, None] for each in turns)
+  cos, sin = (each[:, :, None] for each in table)
   half = cos.shape[-1]
-  turned, rest = x[..., :2 * half], x[..., 2 * half:]
+  turned, rest = x[..., : 2 * half], x[..., 2 * half :]
   if interleaved:
     first, second = turned[..., ::2], turned[..., 1::2]
   else:

@@ -45,8 +45,9 @@ class Entry(NamedTuple):
     """
     if self.dtype not in DTYPES:
       raise HuggingFaceError(
-          f"{self.file}: tensor {name} is of dtype {self.dtype}, which is not supported; supported are "
-          f"{', '.join(DTYPES)}")
+        f"{self.file}: tensor {name} is of dtype {self.dtype}, which is not supported; supported are "
+        f"{', '.join(DTYPES)}"
+      )
     count = math.prod(self.shape)
     return np.frombuffer(self.mapped, jnp.dtype(self.dtype), count, self.start).reshape(self.shape)
 
@@ -73,8 +74,9 @@ def open_tensors(path: pathlib.Path) -> dict[str, Entry]:
     entries = json.loads(header, object_pairs_hook=_once)
   except FileNotFoundError as error:
     raise HuggingFaceError(
-        f"{path} does not exist; weights are read from safetensors: load a model of another "
-        "format with transformers and save it again") from error
+      f"{path} does not exist; weights are read from safetensors: load a model of another "
+      "format with transformers and save it again"
+    ) from error
   except safetensors.SafetensorError as error:
     why = _what_is_wrong(header, size) or f"{error}; it has {size} bytes"
     raise HuggingFaceError(f"{path} is damaged ({why}); fetch it again") from error
@@ -82,9 +84,16 @@ def open_tensors(path: pathlib.Path) -> dict[str, Entry]:
     raise HuggingFaceError(f"{path} cannot be read ({error}); fetch it again") from error
   entries.pop("__metadata__", None)
   dtypes = {stored: name for name, stored in DTYPES.items()}
-  return {name: Entry(dtypes.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]),
-                      8 + length + entry["data_offsets"][0], path, mapped)
-          for name, entry in entries.items()}
+  return {
+    name: Entry(
+      dtypes.get(entry["dtype"], entry["dtype"]),
+      tuple(entry["shape"]),
+      8 + length + entry["data_offsets"][0],
+      path,
+      mapped,
+    )
+    for name, entry in entries.items()
+  }
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -116,14 +125,21 @@ def shards(index: pathlib.Path) -> dict[str, list[str]]:
   weight_map = read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise HuggingFaceError(
-        f'{index} has "weight_map": {shown(weight_map)}; it must give the file of each tensor')
+      f'{index} has "weight_map": {shown(weight_map)}; it must give the file of each tensor'
+    )
   for tensor, name in weight_map.items():
     # The name is what counts: in the hub's cache the file is a link that leads out of the folder.
-    if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(
-        ".safetensors") or "\\" in name or "\0" in name:
+    if (
+      not isinstance(name, str)
+      or name != os.path.basename(name)
+      or not name.endswith(".safetensors")
+      or "\\" in name
+      or "\0" in name
+    ):
       raise HuggingFaceError(
-          f"{index} says that tensor {shown(tensor)} is in {shown(name)}, which is no safetensors file "
-          "of that folder")
+        f"{index} says that tensor {shown(tensor)} is in {shown(name)}, which is no safetensors file "
+        "of that folder"
+      )
     files.setdefault(name, []).append(tensor)
   return files
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,8 +74,7 @@ class Norm(nn.Module):
     if config.norm == "layer":
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     # As einsum, whose gradient sums products six times as fast as XLA's CPU backend otherwise does.
-    x = jnp.einsum(
-        "...d,...->...d", x, jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + config.norm_eps))
+    x = jnp.einsum("...d,...->...d", x, jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + config.norm_eps))
     scale = scale.astype(x.dtype)
     x = jnp.einsum("...d,d->...d", x, 1.0 + scale if offset else scale)
     if config.norm == "layer":
@@ -98,8 +98,9 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
     kernel = self.param(
-        "kernel", nn.initializers.normal(self.scale * fan_in**-0.5), self.inputs + self.outputs)
-    leading = x.shape[:x.ndim - len(self.inputs)]
+      "kernel", nn.initializers.normal(self.scale * fan_in**-0.5), self.inputs + self.outputs
+    )
+    leading = x.shape[: x.ndim - len(self.inputs)]
     # As a product of two matrices: XLA's CPU backend multiplies those two to three times as fast as
     # it does the gradients of products with more axes.
     x = x.reshape(-1, fan_in)
@@ -115,18 +116,23 @@ class Linear(nn.Module):
 
 
 ACTIVATIONS = {
-    "swiglu": nn.silu, "geglu": nn.gelu, "gelu": nn.gelu,
-    "geglu_exact": partial(nn.gelu, approximate=False),
-    "gelu_exact": partial(nn.gelu, approximate=False)}
+  "swiglu": nn.silu,
+  "geglu": nn.gelu,
+  "gelu": nn.gelu,
+  "geglu_exact": partial(nn.gelu, approximate=False),
+  "gelu_exact": partial(nn.gelu, approximate=False),
+}
 
 
 _keeps_attention = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 REMAT_POLICIES = {
-    "full": None,
-    "attention": _keeps_attention,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keeps_attention)}
+  "full": None,
+  "attention": _keeps_attention,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keeps_attention
+  ),
+}
 """What is kept of a block for its backward pass, by `ModelConfig.remat`."""
 
 
@@ -140,10 +146,10 @@ class Block(nn.Module):
   window: int
 
   @nn.compact
-  def __call__(self, x, ids: TokenIds, turns: dict[int, rotary.Turns], cache):
+  def __call__(self, x, ids: TokenIds, rotary_tables: dict[int, rotary.RotaryTable], cache):
     config = self.config
     y = Norm(config, name="attention_norm")(x)
-    attended, cache = self._attention(y, ids, turns, cache)
+    attended, cache = self._attention(y, ids, rotary_tables, cache)
     if config.post_norms:
       attended = Norm(config, name="attention_post_norm")(attended)
     if config.residual == "sequential":
@@ -155,7 +161,7 @@ class Block(nn.Module):
       y = Norm(config, name="mlp_post_norm")(y)
     return x + y if config.residual == "sequential" else x + (attended + y), cache
 
-  def _attention(self, y, ids, turns, cache):
+  def _attention(self, y, ids, rotary_tables, cache):
     config = self.config
     width, heads = (config.width,), (config.heads, config.head_size)
     key_heads = (config.kv_heads, config.head_size)
@@ -166,22 +172,25 @@ class Block(nn.Module):
     if config.query_key_norms:
       q, k = Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k)
     if config.positions != "learned":
-      turn = partial(rotary.rotate, turns=turns[self.window],
-                     interleaved=config.positions == "interleaved")
+      turn = partial(
+        rotary.rotate, table=rotary_tables[self.window], interleaved=config.positions == "interleaved"
+      )
       q, k = turn(q), turn(k)
     form = dict(scale=config.attention_scale, window=self.window, soft_cap=config.attention_soft_cap)
     if cache is not None:
       seen, written, start = cache
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-          old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2)
+        old, jnp.moveaxis(new, 1, 2).astype(old.dtype), start, axis=2
+      )
       written = written._replace(k=write(written.k, k), v=write(written.v, v))
       cache = (written.k, written.v)
       y = cached_attention(q, ids, (*seen, written), **form)
     else:
       self.sow(SEEN, "keys_and_values", (k, v), init_fn=lambda: None, reduce_fn=lambda _, new: new)
       y = attend(q, k, v, ids, asked=config.attention, **form)
-    out = Linear(heads, width, config.biases in ("attention", "all"), self._residual_scale(),
-                 name="attention_out")
+    out = Linear(
+      heads, width, config.biases in ("attention", "all"), self._residual_scale(), name="attention_out"
+    )
     return out(y), cache
 
   def _mlp(self, y):
@@ -191,27 +200,28 @@ class Block(nn.Module):
     if config.mlp in ("gelu", "gelu_exact"):
       y = activation(Linear(width, hidden, bias, name="up")(y))
     else:
-      y = activation(Linear(width, hidden, bias, name="gate")(y)) * Linear(
-          width, hidden, bias, name="up")(y)
+      y = activation(Linear(width, hidden, bias, name="gate")(y)) * Linear(width, hidden, bias, name="up")(y)
     return Linear(hidden, width, bias, self._residual_scale(), name="down")(y)
 
   def _residual_scale(self):
     return (2 * self.config.layers) ** -0.5
 
 
-def _turns(config: ModelConfig, positions: jax.Array) -> dict[int, rotary.Turns]:
-  """Returns the turns of tokens in layers of each window; none where positions are learned."""
+def _rotary_tables(config: ModelConfig, positions: jax.Array) -> dict[int, rotary.RotaryTable]:
+  """Returns the rotary_tables of tokens in layers of each window; none where positions are learned."""
   if config.positions == "learned":
     return {}
-  size, turns = config.rotary_size or config.head_size, {}
+  size, rotary_tables = config.rotary_size or config.head_size, {}
   for window in dict.fromkeys(config.layer_windows):
     theta, scaling = config.rope_theta, config.rope_scaling
     if window and config.local_rope_theta:
       theta, scaling = config.local_rope_theta, None
-    turns[window] = rotary.turns(
-        positions, rotary.frequencies(size, theta, scaling),
-        magnitude=1.0 if scaling is None else scaling.magnitude)
-  return turns
+    rotary_tables[window] = rotary.rotary_table(
+      positions,
+      rotary.frequencies(size, theta, scaling),
+      magnitude=1.0 if scaling is None else scaling.magnitude,
+    )
+  return rotary_tables
 
 
 class Period(nn.Module):
@@ -221,9 +231,9 @@ class Period(nn.Module):
   block: type[nn.Module]
 
   @nn.compact
-  def __call__(self, x, ids, turns, cache):
+  def __call__(self, x, ids, rotary_tables, cache):
     for i, window in enumerate(self.config.layer_windows):
-      x, _ = self.block(self.config, window, name=f"block_{i}")(x, ids, turns, cache)
+      x, _ = self.block(self.config, window, name=f"block_{i}")(x, ids, rotary_tables, cache)
     return x, None
 
 
@@ -235,8 +245,7 @@ class Embed(nn.Module):
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
-    table = self.param(
-        "embedding", nn.initializers.normal(0.02), (self.size, self.config.width))
+    table = self.param("embedding", nn.initializers.normal(0.02), (self.size, self.config.width))
     return jnp.asarray(table)[ids].astype(self.config.dtype)
 
 
@@ -278,8 +287,13 @@ class Transformer(nn.Module):
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.next, axis=1)
       written_ids = jax.tree.map(write, cache.written.ids, ids)
       layer_caches = [
-          ([Keys(*part.layers[i], part.ids) for part in cache.seen],
-           Keys(*cache.written.layers[i], written_ids), cache.next) for i in range(config.layers)]
+        (
+          [Keys(*part.layers[i], part.ids) for part in cache.seen],
+          Keys(*cache.written.layers[i], written_ids),
+          cache.next,
+        )
+        for i in range(config.layers)
+      ]
     x, written = self._layers(x, ids, layer_caches)
     x = Norm(config, name="final_norm")(x)
     if cache is None:
@@ -290,7 +304,7 @@ class Transformer(nn.Module):
     """The blocks: first the scanned ones, then the others. Returns the caches of the latter too."""
     config = self.config
     windows, scanned = config.layer_windows, config.scanned_layers
-    period, turns = len(windows), _turns(config, ids.position)
+    period, rotary_tables = len(windows), _rotary_tables(config, ids.position)
 
     def rematerialised(prevent_cse):
       if config.remat == "none":
@@ -301,15 +315,19 @@ class Transformer(nn.Module):
     if scanned:
       block = rematerialised(prevent_cse=False)
       scan = partial(
-          nn.scan, variable_axes={"params": 0, SEEN: 0, ADAPTER: 0}, split_rngs={"params": True},
-          in_axes=(nn.broadcast,) * 3, length=scanned // period)
+        nn.scan,
+        variable_axes={"params": 0, SEEN: 0, ADAPTER: 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * 3,
+        length=scanned // period,
+      )
       if period == 1:
-        x, _ = scan(block)(config, windows[0], name="layers")(x, ids, turns, None)
+        x, _ = scan(block)(config, windows[0], name="layers")(x, ids, rotary_tables, None)
       else:
-        x, _ = scan(Period)(config, block, name="layers")(x, ids, turns, None)
+        x, _ = scan(Period)(config, block, name="layers")(x, ids, rotary_tables, None)
     block = rematerialised(prevent_cse=True)
     for i in range(scanned, config.layers):
-      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, turns, caches[i])
+      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, rotary_tables, caches[i])
       written.append(cache)
     return x, written
 
@@ -346,14 +364,15 @@ def laid_out(config: ModelConfig, tree: dict, scan_layers: bool) -> dict:
   if not scanned:
     return one_by_one
   stack = lambda first: jax.tree.map(
-      lambda *x: np.stack(x), *(one_by_one[f"layer_{i}"] for i in range(first, scanned, period)))
+    lambda *x: np.stack(x), *(one_by_one[f"layer_{i}"] for i in range(first, scanned, period))
+  )
   layers = stack(0) if period == 1 else {f"block_{i}": stack(i) for i in range(period)}
   there = {f"layer_{i}" for i in range(scanned)}
   return {name: part for name, part in one_by_one.items() if name not in there} | {"layers": layers}
 
 
 def read_prompts(
-    config: ModelConfig, params: dict, prompts: jax.Array, lengths: jax.Array
+  config: ModelConfig, params: dict, prompts: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, CachePart]:
   """Returns the last hidden state of each prompt, [B, D], and the keys and values of prompts.
 
@@ -373,9 +392,7 @@ def read_prompts(
   return last, CachePart(jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), seen), ids)
 
 
-def make_cache(
-    config: ModelConfig, seen: Sequence[CachePart], *, rows: int, room: int
-) -> Cache:
+def make_cache(config: ModelConfig, seen: Sequence[CachePart], *, rows: int, room: int) -> Cache:
   """Returns a cache with room for that many tokens behind what was seen.
 
   Parts that have all rows are put in front of the room, in one array: then a step makes one product
@@ -416,7 +433,8 @@ def make_apply(config: ModelConfig):
 
   def apply(params, rows, **collections) -> Outputs:
     hidden = model.apply(
-        {"params": params} | collections, rows.tokens, rows.positions, rows.comparison, rows.branch)
+      {"params": params} | collections, rows.tokens, rows.positions, rows.comparison, rows.branch
+    )
     return Outputs(hidden, make_head(config, params), params.get("reward_head"))
 
   return apply

@@ -10,14 +10,37 @@ from dpojax.training import config as config_lib
 from dpojax.training.config import ConfigError
 
 KEYS = {
-    "steps": "steps", "prompts_per_step": "batch_size", "beta": "beta", "seed": "seed",
-    "rows_at_once": "rows_at_once", "chunk_size": "chunk_size", "optimizer": "optimizer.name",
-    **{name: f"optimizer.{name}" for name in (
-        "learning_rate", "warmup_steps", "schedule", "max_grad_norm", "weight_decay")},
-    **{name: f"ppo.{name}" for name in (
-        "num_samples", "max_new_tokens", "epochs", "minibatches", "target_kl", "kl_gain",
-        "normalize_rewards", "whiten_advantages", "gamma", "lam", "clip", "value_clip",
-        "critic_learning_rate", "prompts_at_once")}}
+  "steps": "steps",
+  "prompts_per_step": "batch_size",
+  "beta": "beta",
+  "seed": "seed",
+  "rows_at_once": "rows_at_once",
+  "chunk_size": "chunk_size",
+  "optimizer": "optimizer.name",
+  **{
+    name: f"optimizer.{name}"
+    for name in ("learning_rate", "warmup_steps", "schedule", "max_grad_norm", "weight_decay")
+  },
+  **{
+    name: f"ppo.{name}"
+    for name in (
+      "num_samples",
+      "max_new_tokens",
+      "epochs",
+      "minibatches",
+      "target_kl",
+      "kl_gain",
+      "normalize_rewards",
+      "whiten_advantages",
+      "gamma",
+      "lam",
+      "clip",
+      "value_clip",
+      "critic_learning_rate",
+      "prompts_at_once",
+    )
+  },
+}
 """The config key of each of `ppo_step.Settings`."""
 
 
@@ -48,21 +71,32 @@ def validate(config: ml_collections.ConfigDict) -> Settings:
   """
   if config.objective != "ppo":
     raise ConfigError(
-        f"config.objective is {config.objective!r}; dpojax.ppo runs objective='ppo', the others are "
-        "python -m dpojax.train's")
+      f"config.objective is {config.objective!r}; dpojax.ppo runs objective='ppo', the others are "
+      "python -m dpojax.train's"
+    )
   _check_group(config)
   config_lib.validate(data_config(config))
   flat = config_lib.flatten(config)
   for key, value, why in (
-      ("model.checkpoint", "", "PPO starts from a trained model: name a workdir or a Hugging Face folder"),
-      ("ppo.reward", "", "name the workdir of a reward model's run, or module:function")):
+    ("model.checkpoint", "", "PPO starts from a trained model: name a workdir or a Hugging Face folder"),
+    ("ppo.reward", "", "name the workdir of a reward model's run, or module:function"),
+  ):
     if flat[key] == value:
       raise ConfigError(f"config.{key} is empty; {why}")
-  for key, value in (("lora.rank", 0), ("reference.mode", "inline"), ("reference.checkpoint", ""),
-                     ("reference.sync_every", 0), ("parallel.strategy", "mesh"),
-                     ("parallel.coordinator", ""), ("checkpoint_best", ""), ("loss", ""),
-                     ("beta_schedule.steps", ()), ("beta_schedule.factors", ()),
-                     ("optimizer.ema", 0.0), ("sample_every", 0)):
+  for key, value in (
+    ("lora.rank", 0),
+    ("reference.mode", "inline"),
+    ("reference.checkpoint", ""),
+    ("reference.sync_every", 0),
+    ("parallel.strategy", "mesh"),
+    ("parallel.coordinator", ""),
+    ("checkpoint_best", ""),
+    ("loss", ""),
+    ("beta_schedule.steps", ()),
+    ("beta_schedule.factors", ()),
+    ("optimizer.ema", 0.0),
+    ("sample_every", 0),
+  ):
     if flat[key] != value:
       raise ConfigError(f"config.{key} is {flat[key]!r}, which PPO does not take; set {value!r}")
   settings = Settings(**{name: flat[key] for name, key in KEYS.items()})
@@ -95,13 +129,10 @@ def _check_group(config: ml_collections.ConfigDict) -> None:
   for key in given:
     if key not in known:
       near = difflib.get_close_matches(key, list(known), n=1)
-      raise ConfigError(
-          f"config.ppo.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
+      raise ConfigError(f"config.ppo.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
   for key, default in known.items():
     if key not in given:
-      raise ConfigError(
-          f"config.ppo.{key} is missing; start a config from dpojax.ppo.config.defaults()")
+      raise ConfigError(f"config.ppo.{key} is missing; start a config from dpojax.ppo.config.defaults()")
     kinds = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(given[key], kinds) or isinstance(given[key], bool) != isinstance(default, bool):
-      raise ConfigError(
-          f"config.ppo.{key} is {given[key]!r}; it must be of type {type(default).__name__}")
+      raise ConfigError(f"config.ppo.{key} is {given[key]!r}; it must be of type {type(default).__name__}")

@@ -33,14 +33,14 @@ that `dpojax.sample`, `evaluate` and `export` read, and a killed run continues t
 import dataclasses
 import os
 import pathlib
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpojax import train as train_lib
 from dpojax.data import loader, report, tokenization
 from dpojax.evaluate import scorers
 from dpojax.models import transformer
@@ -50,15 +50,18 @@ from dpojax.ppo import losses as ppo_losses
 from dpojax.ppo import step as ppo_step
 from dpojax.ppo.step import Control, Experience, PPOState, Settings
 from dpojax.runtime.command import say
+from dpojax.runtime.stopping import stop_signal
 from dpojax.sample import rollouts, sampler
 from dpojax.sample.rollouts import Reward
 from dpojax.train import TrainingError
 from dpojax.training import checkpoint, parallel, resolve, weights
 from dpojax.training import config as config_lib
 from dpojax.training import step as step_lib
+from dpojax.training import workdir as workdir_lib
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.config import ConfigError
-from dpojax.training.parts import Parts
+from dpojax.training.log import Log
+from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.throughput import Throughput
 
 
@@ -71,9 +74,17 @@ class Trainer:
   """
 
   def __init__(
-      self, config: ModelConfig, params: Any, reward: Reward, settings: Settings, *,
-      stop_id: int | Sequence[int], devices: parallel.Mesh | None = None, reference: Any = None,
-      critic_params: Any = None):
+    self,
+    config: ModelConfig,
+    params: Any,
+    reward: Reward,
+    settings: Settings,
+    *,
+    stop_id: int | Sequence[int],
+    devices: parallel.Mesh | None = None,
+    reference: Any = None,
+    critic_params: Any = None,
+  ):
     """Places the networks.
 
     Args:
@@ -101,23 +112,40 @@ class Trainer:
     place = lambda tree: devices.place(jax.tree.map(np.asarray, tree))
     self.reference = place(params if reference is None else reference)
 
-    parts = Parts(settings.rows_at_once, devices.global_shards)
-    learners = [(params, settings.learning_rate, ppo_step.policy_objective(apply, settings)),
-                (critic_params, settings.critic_learning_rate, ppo_step.critic_objective(critic, settings))]
+    micro_batches = MicroBatches(settings.rows_at_once, devices.global_shards)
+    learners = [
+      (params, settings.learning_rate, ppo_step.policy_objective(apply, settings)),
+      (critic_params, settings.critic_learning_rate, ppo_step.critic_objective(critic, settings)),
+    ]
     states, self._steps = [], []
     for first, learning_rate, objective in learners:
       schedule, tx = ppo_step.make_optimizer(settings, learning_rate)
       states.append(devices.place(step_lib.init_state(jax.tree.map(np.asarray, first), tx)))
-      self._steps.append(devices.lift(step_lib.make_train_step(
-          objective, tx, schedule=schedule, parts=parts), donate_state=True))
-    self.state = PPOState(*states, devices.place(
-        Control(jnp.float32(settings.beta), ppo_losses.no_moments())))
-    self._sample = devices.lift(sampler.make_sampler(
-        config, max_new_tokens=settings.max_new_tokens, num_samples=settings.num_samples,
-        stop_id=stop_id), donate_state=False)
-    self._score = devices.lift(rollouts.make_score(
-        apply, critic, num_samples=settings.num_samples, chunk_size=settings.chunk_size or None,
-        parts=parts), donate_state=False)
+      self._steps.append(
+        devices.lift(
+          step_lib.make_train_step(objective, tx, schedule=schedule, micro_batches=micro_batches),
+          donate_state=True,
+        )
+      )
+    self.state = PPOState(
+      *states, devices.place(Control(jnp.float32(settings.beta), ppo_losses.no_moments()))
+    )
+    self._sample = devices.lift(
+      sampler.make_sampler(
+        config, max_new_tokens=settings.max_new_tokens, num_samples=settings.num_samples, stop_id=stop_id
+      ),
+      donate_state=False,
+    )
+    self._score = devices.lift(
+      rollouts.make_score(
+        apply,
+        critic,
+        num_samples=settings.num_samples,
+        chunk_size=settings.chunk_size or None,
+        micro_batches=micro_batches,
+      ),
+      donate_state=False,
+    )
     self._targets = devices.lift(ppo_step.make_targets(settings), donate_state=False)
 
   def step(self, number: int, prompts: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
@@ -142,12 +170,14 @@ class Trainer:
     for first in range(0, len(prompts), size):
       index = np.arange(first, first + size)
       *_, metrics = self._rollout(
-          prompts[index % len(prompts)], lengths[index % len(prompts)], (first, number + 1),
-          count=min(size, len(prompts) - first))
+        prompts[index % len(prompts)],
+        lengths[index % len(prompts)],
+        (first, number + 1),
+        count=min(size, len(prompts) - first),
+      )
       for name, value in metrics.items():
         sums[name] = sums.get(name, 0.0) + value * min(size, len(prompts) - first)
-    return {name: value / len(prompts) for name, value in sums.items()
-            if name.startswith("objective/")}
+    return {name: value / len(prompts) for name, value in sums.items() if name.startswith("objective/")}
 
   def finite(self) -> bool:
     """Returns whether every update so far was finite; one that is not is not applied."""
@@ -158,11 +188,14 @@ class Trainer:
     devices, state = self.devices, self.state
     tokens, counts, summed = self._draw(prompts, lengths, numbers)
     scores = rollouts.checked_scores(
-        self.reward, *rollouts.unpadded(prompts, lengths, tokens, counts)).reshape(counts.shape)
+      self.reward, *rollouts.unpadded(prompts, lengths, tokens, counts)
+    ).reshape(counts.shape)
     rows = rollouts.rows_of(prompts, lengths, tokens, counts)
-    scored = devices.collect_rows(self._score(
-        state.policy.params, state.critic.params, self.reference,
-        devices.place_rows(rows, len(prompts))))
+    scored = devices.collect_rows(
+      self._score(
+        state.policy.params, state.critic.params, self.reference, devices.place_rows(rows, len(prompts))
+      )
+    )
     apart = np.abs(np.sum(scored.log_probs.reshape(tokens.shape), axis=-1) - summed).mean()
     kept = jax.tree.map(lambda x: x[:count], (scored, scores, counts))
     control, targets, metrics = self._targets(state.control, *kept)
@@ -179,8 +212,7 @@ class Trainer:
     for first in range(0, len(prompts), size):
       part = slice(first, first + size)
       placed = self.devices.place_rows((prompts[part], lengths[part]), size)
-      drawn.append(self.devices.collect_rows(
-          self._sample(self.state.policy.params, *placed, keys[part])))
+      drawn.append(self.devices.collect_rows(self._sample(self.state.policy.params, *placed, keys[part])))
     return (np.concatenate(each) for each in zip(*drawn))
 
   def _update(self, number: int, experience: Experience) -> dict[str, float]:
@@ -197,41 +229,57 @@ class Trainer:
     seen = jax.device_get(seen)
     mismatch = float(seen[0].pop("policy/moved"))
     return {name: float(np.mean([each[name] for each in seen])) for name in seen[0]} | {
-        "policy/mismatch": mismatch}
+      "policy/mismatch": mismatch
+    }
 
 
 def _named(metrics: dict[str, jax.Array], which: str) -> dict[str, jax.Array]:
   """Metrics of a train step under the names the field plots."""
-  own = {"loss": f"loss/{which}", "grad_norm": f"grad_norm/{which}",
-         "learning_rate": f"learning_rate/{which}"}
+  own = {
+    "loss": f"loss/{which}",
+    "grad_norm": f"grad_norm/{which}",
+    "learning_rate": f"learning_rate/{which}",
+  }
   return {own.get(name, name): value for name, value in metrics.items()}
 
 
 def _check_rows(settings: Settings, devices: parallel.Mesh) -> None:
   """Refuses rollouts whose parts do not spread evenly over the devices."""
   for name, rows in (
-      ("prompts_per_step / minibatches", settings.prompts_per_step // settings.minibatches),
-      ("prompts_at_once", settings.prompts_at_once)):
+    ("prompts_per_step / minibatches", settings.prompts_per_step // settings.minibatches),
+    ("prompts_at_once", settings.prompts_at_once),
+  ):
     multiple = devices.row_multiple * (max(1, settings.rows_at_once) if "step" in name else 1)
     if rows % multiple:
       raise ValueError(
-          f"{name} is {rows} but rows stand on {devices.row_multiple} devices, rows_at_once="
-          f"{settings.rows_at_once} at once; make it a multiple of {multiple}")
+        f"{name} is {rows} but rows stand on {devices.row_multiple} devices, rows_at_once="
+        f"{settings.rows_at_once} at once; make it a multiple of {multiple}"
+      )
 
 
 def prompts_of_step(count: int, number: int, settings: Settings) -> np.ndarray:
   """Returns which of `count` prompts a step is about: each once an epoch, in an order of its own."""
   places = np.arange(number * settings.prompts_per_step, (number + 1) * settings.prompts_per_step)
-  orders = {epoch: np.random.default_rng([settings.seed, 1, epoch]).permutation(count)
-            for epoch in np.unique(places // count).tolist()}
+  orders = {
+    epoch: np.random.default_rng([settings.seed, 1, epoch]).permutation(count)
+    for epoch in np.unique(places // count).tolist()
+  }
   return np.array([orders[place // count][place % count] for place in places.tolist()])
 
 
 def train(
-    config: ModelConfig, params: Any, prompts: np.ndarray, lengths: np.ndarray, reward: Reward,
-    settings: Settings, *, stop_id: int | Sequence[int],
-    callback: Callable[[int, Any, dict[str, float]], None] | None = None,
-    devices: parallel.Mesh | None = None, reference: Any = None, critic_params: Any = None,
+  config: ModelConfig,
+  params: Any,
+  prompts: np.ndarray,
+  lengths: np.ndarray,
+  reward: Reward,
+  settings: Settings,
+  *,
+  stop_id: int | Sequence[int],
+  callback: Callable[[int, Any, dict[str, float]], None] | None = None,
+  devices: parallel.Mesh | None = None,
+  reference: Any = None,
+  critic_params: Any = None,
 ) -> tuple[Any, list[dict[str, float]]]:
   """Runs PPO from params; see the module's text and `Trainer`.
 
@@ -243,8 +291,16 @@ def train(
     TrainingError: an update was not finite.
   """
   rollouts.check_prompts(prompts, lengths)
-  trainer = Trainer(config, params, reward, settings, stop_id=stop_id, devices=devices,
-                    reference=reference, critic_params=critic_params)
+  trainer = Trainer(
+    config,
+    params,
+    reward,
+    settings,
+    stop_id=stop_id,
+    devices=devices,
+    reference=reference,
+    critic_params=critic_params,
+  )
   history = []
   if callback is not None:
     callback(0, trainer.state.policy.params, {})
@@ -253,8 +309,9 @@ def train(
     history.append(trainer.step(number, prompts[index], lengths[index]))
     if not trainer.finite():
       raise TrainingError(
-          f"an update of step {number + 1} is not finite; lower learning_rate="
-          f"{settings.learning_rate} or critic_learning_rate={settings.critic_learning_rate}")
+        f"an update of step {number + 1} is not finite; lower learning_rate="
+        f"{settings.learning_rate} or critic_learning_rate={settings.critic_learning_rate}"
+      )
     if callback is not None:
       callback(number + 1, trainer.state.policy.params, history[-1])
   return jax.tree.map(np.asarray, trainer.state.policy.params), history
@@ -279,25 +336,24 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
   """
   config = weights.with_tokenizer(config)
   settings = ppo_config.validate(config)
-  with train_lib.open_workdir(workdir, config) as workdir:
-    return _run(train_lib.with_template_date(config, workdir), settings, workdir)
+  with workdir_lib.open_workdir(workdir, config) as workdir:
+    return _run(workdir_lib.with_template_date(config, workdir), settings, workdir)
 
 
-def _run(
-    config: ml_collections.ConfigDict, settings: Settings, workdir: pathlib.Path) -> dict[str, float]:
+def _run(config: ml_collections.ConfigDict, settings: Settings, workdir: pathlib.Path) -> dict[str, float]:
   resolve.use_compile_cache(config)
   trainer, train_prompts, held_out, about, data = _set_up(config, settings)
-  was_report = train_lib.open_report(workdir, data)
-  train_lib.check_space(workdir, _saved(trainer.state), config)
+  was_report = workdir_lib.open_report(workdir, data)
+  workdir_lib.check_space(workdir, _saved(trainer.state), config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, owner=True)
   first = checkpoints.last_sound() or 0
   if first:
     saved, was = checkpoints.restore(first, trainer.devices.restore_target(_saved(trainer.state)))
-    train_lib.check_same(was, about, workdir, report.differences(was_report, data.report or {}))
+    workdir_lib.check_same(was, about, workdir, report.differences(was_report, data.report or {}))
     trainer.state = trainer.devices.place(_restored(saved))
     say(f"continuing from step {first} of {workdir}")
 
-  with train_lib.Log(workdir, config, first) as log, train_lib.stop_signal() as stop_asked:
+  with Log(workdir, config, first) as log, stop_signal() as stop_asked:
     if first == 0 and config.eval_every:
       log.write(0, "eval", trainer.measure(*held_out))
     throughput = Throughput()
@@ -314,9 +370,15 @@ def _run(
       stopping = stop_asked(step)
       if step == 1 or due(config.log_every):
         rates = throughput.rates()
-        log.write(step, "train", metrics | {
+        log.write(
+          step,
+          "train",
+          metrics
+          | {
             "samples_per_second": rates["pairs_per_second"],
-            "tokens_per_second": rates["tokens_per_second"]})
+            "tokens_per_second": rates["tokens_per_second"],
+          },
+        )
       if due(config.eval_every):
         log.write(step, "eval", trainer.measure(*held_out))
         throughput.start()
@@ -325,9 +387,13 @@ def _run(
       if stopping:
         checkpoints.wait()
         raise TrainingError(
-            f"stopped by a signal after step {step}; "
-            + (f"it is saved in {workdir}: the same command continues"
-               if config.checkpoint_every else "nothing is saved: checkpoint_every is 0"))
+          f"stopped by a signal after step {step}; "
+          + (
+            f"it is saved in {workdir}: the same command continues"
+            if config.checkpoint_every
+            else "nothing is saved: checkpoint_every is 0"
+          )
+        )
     checkpoints.close()
   return log.last.get("eval", log.last.get("train", {}))
 
@@ -352,37 +418,50 @@ def _restored(saved: dict[str, Any]) -> PPOState:
 def _set_up(config: ml_collections.ConfigDict, settings: Settings):
   """Returns the trainer, prompts to train on and held-out ones, what checkpoints belong to, and the data."""
   model = weights.load(config.model.checkpoint, dtype=config.model.dtype)
-  policy = dataclasses.replace(
-      model.config, remat=config.model.remat, attention=config.model.attention)
+  policy = dataclasses.replace(model.config, remat=config.model.remat, attention=config.model.attention)
   width, room = config.data.max_prompt_length, config.ppo.max_new_tokens
   if policy.longest is not None and width + room > policy.longest:
     raise ConfigError(
-        f"config.data.max_prompt_length is {width} and ppo.max_new_tokens {room}, together more than "
-        f"the {policy.longest} positions of {model.name}; lower one of them")
+      f"config.data.max_prompt_length is {width} and ppo.max_new_tokens {room}, together more than "
+      f"the {policy.longest} positions of {model.name}; lower one of them"
+    )
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
   devices = resolve.make_devices(config)
   reward = _reward(config, tokenizer, devices)
   critic = _reward_model(config, "ppo.critic", tokenizer) if config.ppo.critic else None
   if critic is not None and dataclasses.replace(critic.config, **_SAME) != dataclasses.replace(
-      policy, **_SAME):
+    policy, **_SAME
+  ):
     raise ConfigError(
-        f"config.ppo.critic is {config.ppo.critic!r}, a model of other dimensions than "
-        f"{config.model.checkpoint!r}; leave it empty")
+      f"config.ppo.critic is {config.ppo.critic!r}, a model of other dimensions than "
+      f"{config.model.checkpoint!r}; leave it empty"
+    )
   data = resolve.load_data(ppo_config.data_config(config))
   resolve.check_ids(policy, config, data)
   train_prompts = _prompts(data.train, width, "training")
   held_out = _prompts(data.held_out, width, "held-out") if config.eval_every else None
   stop_ids = tuple(dict.fromkeys((tokenizer.eos_token_id, *model.stop_ids)))
-  trainer = ppo_config.in_keys(lambda: Trainer(
-      policy, model.params, reward, settings, devices=devices, stop_id=stop_ids,
-      critic_params=critic and critic.params))
-  about = {"model": model.config.as_dict(), "data": data.fingerprint, "stop_ids": list(stop_ids),
-           "reference": checkpoint.fingerprint(model.params)}
+  trainer = ppo_config.in_keys(
+    lambda: Trainer(
+      policy,
+      model.params,
+      reward,
+      settings,
+      devices=devices,
+      stop_id=stop_ids,
+      critic_params=critic and critic.params,
+    )
+  )
+  about = {
+    "model": model.config.as_dict(),
+    "data": data.fingerprint,
+    "stop_ids": list(stop_ids),
+    "reference": checkpoint.fingerprint(model.params),
+  }
   return trainer, train_prompts, held_out, about, data
 
 
-_SAME = dict(
-    dtype="float32", remat="none", attention="auto", published="", reward_head=True, max_positions=1)
+_SAME = dict(dtype="float32", remat="none", attention="auto", published="", reward_head=True, max_positions=1)
 """What may differ between a policy and its critic."""
 
 
@@ -391,11 +470,12 @@ def _prompts(subset: loader.Subset, width: int, name: str) -> tuple[np.ndarray, 
   subset = loader.last_of_each_prompt(subset)
   ids = [subset.comparison(i)[0] for i in range(len(subset))]
   kept = [each for each in ids if 1 <= len(each) <= width]
-  say(f"{len(kept)} {name} prompts; left out: {len(ids) - len(kept)} that are empty or longer "
-              f"than {width} tokens")
+  say(
+    f"{len(kept)} {name} prompts; left out: {len(ids) - len(kept)} that are empty or longer "
+    f"than {width} tokens"
+  )
   if not kept:
-    raise ConfigError(
-        f"config.data.max_prompt_length is {width} and every {name} prompt is longer; raise it")
+    raise ConfigError(f"config.data.max_prompt_length is {width} and every {name} prompt is longer; raise it")
   return rollouts.padded(kept, width)
 
 
@@ -405,14 +485,22 @@ def _reward(config: ml_collections.ConfigDict, tokenizer: Any, devices: parallel
   if not scorers.is_function(name):
     model = _reward_model(config, "ppo.reward", tokenizer)
     return rollouts.LearnedReward(
-        model.config, model.params, devices, num_samples=config.ppo.num_samples,
-        prompt_width=config.data.max_prompt_length, max_new_tokens=config.ppo.max_new_tokens)
+      model.config,
+      model.params,
+      devices,
+      num_samples=config.ppo.num_samples,
+      prompt_width=config.data.max_prompt_length,
+      max_new_tokens=config.ppo.max_new_tokens,
+    )
   function = scorers.load_function(name, ("prompt", "response"))
-  text = lambda ids: tokenizer.decode(
-      list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+  text = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
   return lambda prompts, responses: np.array(
-      [float(function(text(p), tokenization.decode_response(tokenizer, p, r)))
-       for p, r in zip(prompts, responses)], np.float32)
+    [
+      float(function(text(p), tokenization.decode_response(tokenizer, p, r)))
+      for p, r in zip(prompts, responses)
+    ],
+    np.float32,
+  )
 
 
 def _reward_model(config: ml_collections.ConfigDict, key: str, tokenizer: Any) -> weights.Loaded:
@@ -425,14 +513,18 @@ def _reward_model(config: ml_collections.ConfigDict, key: str, tokenizer: Any) -
   model = weights.load(name)
   if not model.config.reward_head:
     raise ConfigError(
-        f"config.{key} is {name!r}, no reward model; give the workdir of a run with objective=reward")
+      f"config.{key} is {name!r}, no reward model; give the workdir of a run with objective=reward"
+    )
   if tokenization.load_tokenizer(model.tokenizer).get_vocab() != tokenizer.get_vocab():
     raise ConfigError(
-        f"config.{key} is {name!r}, whose tokenizer {model.tokenizer} has other ids than the policy's "
-        f"{config.tokenizer}; train a reward model with that one")
+      f"config.{key} is {name!r}, whose tokenizer {model.tokenizer} has other ids than the policy's "
+      f"{config.tokenizer}; train a reward model with that one"
+    )
   return model
 
 
 def _not_finite(step: int, settings: Settings) -> str:
-  return (f"an update of step {step} is not finite; lower optimizer.learning_rate="
-          f"{settings.learning_rate} or ppo.critic_learning_rate={settings.critic_learning_rate}")
+  return (
+    f"an update of step {step} is not finite; lower optimizer.learning_rate="
+    f"{settings.learning_rate} or ppo.critic_learning_rate={settings.critic_learning_rate}"
+  )

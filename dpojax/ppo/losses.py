@@ -39,8 +39,12 @@ def add_moments(moments: Moments, values: jax.Array) -> Moments:
 
 
 def token_rewards(
-    score: jax.Array, log_probs: jax.Array, reference_log_probs: jax.Array, length: jax.Array, *,
-    beta: float | jax.Array,
+  score: jax.Array,
+  log_probs: jax.Array,
+  reference_log_probs: jax.Array,
+  length: jax.Array,
+  *,
+  beta: float | jax.Array,
 ) -> jax.Array:
   """Returns the reward of each token of a response (Ziegler et al. 2019, Eq. 2), [T].
 
@@ -58,9 +62,7 @@ def token_rewards(
   return jnp.where(place < length, rewards, 0.0)
 
 
-def gae(
-    rewards: jax.Array, values: jax.Array, length: jax.Array, *, gamma: float, lam: float
-) -> jax.Array:
+def gae(rewards: jax.Array, values: jax.Array, length: jax.Array, *, gamma: float, lam: float) -> jax.Array:
   """Returns generalised advantages (Schulman et al. 2016, Eq. 16; 2017, Eq. 11) of a response, [T].
 
   Args:
@@ -89,24 +91,20 @@ def whiten(values: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def ppo_policy_loss(
-    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, *, clip: float
+  log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, *, clip: float
 ) -> jax.Array:
   """Returns minus the clipped surrogate of each token (Schulman et al. 2017, Eq. 7), [...]."""
   ratios = jnp.exp(log_probs - old_log_probs)
   return -jnp.minimum(ratios * advantages, jnp.clip(ratios, 1 - clip, 1 + clip) * advantages)
 
 
-def ppo_value_loss(
-    values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float
-) -> jax.Array:
+def ppo_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float) -> jax.Array:
   """Returns half the squared error of each value, [...], or that `clip` away from the old one, if more."""
   clipped = jnp.clip(values, old_values - clip, old_values + clip)
   return jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns)) / 2
 
 
-def adapted_beta(
-    beta: jax.Array, kl: jax.Array, *, target: float, gain: float = 0.1
-) -> jax.Array:
+def adapted_beta(beta: jax.Array, kl: jax.Array, *, target: float, gain: float = 0.1) -> jax.Array:
   """Returns the price of a nat after a step whose KL was `kl` (Ziegler et al. 2019, Sec. 2.2).
 
   Args:

@@ -5,8 +5,9 @@ Rows are those of `rollouts`: a prompt each, `[R, K, T]` the tokens of its sampl
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,19 @@ class Settings:
     """
     for name in ("steps", "prompts_per_step", "num_samples", "max_new_tokens", "epochs", "minibatches"):
       _refuse(name, getattr(self, name), getattr(self, name) >= 1, "it must be at least 1")
-    for name in ("beta", "target_kl", "kl_gain", "warmup_steps", "max_grad_norm", "weight_decay", "rows_at_once",
-                 "prompts_at_once", "chunk_size", "seed"):
-      _refuse(name, getattr(self, name), 0 <= getattr(self, name) < math.inf,
-              "it must be at least 0")
+    for name in (
+      "beta",
+      "target_kl",
+      "kl_gain",
+      "warmup_steps",
+      "max_grad_norm",
+      "weight_decay",
+      "rows_at_once",
+      "prompts_at_once",
+      "chunk_size",
+      "seed",
+    ):
+      _refuse(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "it must be at least 0")
     for name in ("clip", "value_clip", "learning_rate", "critic_learning_rate"):
       _refuse(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "it must be positive")
     for name in ("gamma", "lam"):
@@ -101,8 +111,8 @@ class Settings:
       parts = getattr(self, name)
       if parts and self.prompts_per_step % parts:
         raise ValueError(
-            f"{name} is {parts} and prompts_per_step {self.prompts_per_step}; the one must divide "
-            "the other")
+          f"{name} is {parts} and prompts_per_step {self.prompts_per_step}; the one must divide the other"
+        )
 
 
 def _refuse(name: str, value: Any, sound: bool, rule: str) -> None:
@@ -150,27 +160,30 @@ def make_targets(settings: Settings) -> Callable:
 
   Args of it: `rollouts.Scored`, the score of each sample [R, K] and its tokens [R, K].
   """
+
   def targets(control, scored, scores, counts):
     log_probs, reference, values = (x.reshape(*counts.shape, -1) for x in scored)
     moments, shown = control.moments, scores
     if settings.normalize_rewards:
       moments = ppo_losses.add_moments(moments, scores)
       shown = (scores - moments.mean) / moments.deviation()
-    rewards = _each(partial(ppo_losses.token_rewards, beta=control.beta))(
-        shown, log_probs, reference, counts)
+    rewards = _each(partial(ppo_losses.token_rewards, beta=control.beta))(shown, log_probs, reference, counts)
     advantages = _each(partial(ppo_losses.gae, gamma=settings.gamma, lam=settings.lam))(
-        rewards, values, counts)
+      rewards, values, counts
+    )
     there = jax.lax.broadcasted_iota(jnp.int32, values.shape, 2) < counts[:, :, None]
     returns = jnp.where(there, advantages + values, 0.0)
     metrics = _rollout_metrics(log_probs, reference, scores, shown, counts, control.beta)
     metrics["val/explained_variance"] = 1 - jnp.var(advantages, where=there) / jnp.maximum(
-        jnp.var(returns, where=there), 1e-8)
+      jnp.var(returns, where=there), 1e-8
+    )
     if settings.whiten_advantages:
       advantages = ppo_losses.whiten(advantages, there)
     beta = control.beta
     if settings.target_kl:
       beta = ppo_losses.adapted_beta(
-          beta, metrics["objective/kl"], target=settings.target_kl, gain=settings.kl_gain)
+        beta, metrics["objective/kl"], target=settings.target_kl, gain=settings.kl_gain
+      )
     flat = lambda x: x.reshape(x.shape[0], -1)
     aims = Targets(*map(flat, (log_probs, values, advantages, returns)))
     return Control(beta, moments), aims, metrics
@@ -186,48 +199,54 @@ def _rollout_metrics(log_probs, reference, scores, shown, counts, beta) -> dict[
   """Means over samples, under the names the field plots; `shown` are the scores that count."""
   kl = jnp.mean(jnp.sum(losses.kl_k1(log_probs, reference), axis=-1))
   return {
-      "objective/kl": kl,
-      "objective/scores": jnp.mean(scores),
-      "objective/scores_std": jnp.std(scores),
-      "objective/non_score_reward": -beta * kl,
-      "objective/rlhf_reward": jnp.mean(shown) - beta * kl,
-      "objective/entropy": -jnp.mean(jnp.sum(log_probs, axis=-1)),
-      "objective/beta": beta,
-      "objective/length": jnp.mean(counts.astype(jnp.float32)),
+    "objective/kl": kl,
+    "objective/scores": jnp.mean(scores),
+    "objective/scores_std": jnp.std(scores),
+    "objective/non_score_reward": -beta * kl,
+    "objective/rlhf_reward": jnp.mean(shown) - beta * kl,
+    "objective/entropy": -jnp.mean(jnp.sum(log_probs, axis=-1)),
+    "objective/beta": beta,
+    "objective/length": jnp.mean(counts.astype(jnp.float32)),
   }
 
 
 def policy_objective(apply: Apply, settings: Settings) -> Objective:
   """The clipped surrogate, averaged over tokens of `Experience`."""
+
   def evaluate(params, reference, experience):
     rows, targets = experience
     where = rows.slot < settings.num_samples
     log_probs = rollouts.scored_log_probs(
-        apply(params, rows), rows, where, chunk_size=settings.chunk_size or None)
-    loss = ppo_losses.ppo_policy_loss(
-        log_probs, targets.log_probs, targets.advantages, clip=settings.clip)
+      apply(params, rows), rows, where, chunk_size=settings.chunk_size or None
+    )
+    loss = ppo_losses.ppo_policy_loss(log_probs, targets.log_probs, targets.advantages, clip=settings.clip)
     moved = log_probs - targets.log_probs
     clipped = loss > -jnp.exp(moved) * targets.advantages
     mean = lambda values: mean_where(values.astype(jnp.float32), where)
     return mean(loss), {
-        "loss": mean(loss), "policy/clipfrac": mean(clipped), "policy/ratio": mean(jnp.exp(moved)),
-        "policy/approxkl": mean(losses.kl_k2(targets.log_probs, log_probs)),
-        "policy/moved": mean(jnp.abs(moved))}
+      "loss": mean(loss),
+      "policy/clipfrac": mean(clipped),
+      "policy/ratio": mean(jnp.exp(moved)),
+      "policy/approxkl": mean(losses.kl_k2(targets.log_probs, log_probs)),
+      "policy/moved": mean(jnp.abs(moved)),
+    }
 
   return Objective(evaluate, settings.num_samples, needs_reference=False)
 
 
 def critic_objective(apply: Apply, settings: Settings) -> Objective:
   """The clipped error of values, averaged over tokens of `Experience`."""
+
   def evaluate(params, reference, experience):
     rows, targets = experience
     where = rows.slot < settings.num_samples
     values = rollouts.scored_values(apply(params, rows), rows)
-    loss = ppo_losses.ppo_value_loss(
-        values, targets.values, targets.returns, clip=settings.value_clip)
+    loss = ppo_losses.ppo_value_loss(values, targets.values, targets.returns, clip=settings.value_clip)
     far = jnp.abs(values - targets.values) > settings.value_clip
     return mean_where(loss, where), {
-        "loss": mean_where(loss, where), "val/clipfrac": mean_where(far.astype(jnp.float32), where)}
+      "loss": mean_where(loss, where),
+      "val/clipfrac": mean_where(far.astype(jnp.float32), where),
+    }
 
   return Objective(evaluate, settings.num_samples, needs_reference=False)
 
@@ -235,8 +254,11 @@ def critic_objective(apply: Apply, settings: Settings) -> Objective:
 def make_optimizer(settings: Settings, learning_rate: float):
   """Returns the schedule and the optimizer of one network."""
   schedule = step_lib.make_schedule(
-      settings.schedule, learning_rate=learning_rate, warmup_steps=settings.warmup_steps,
-      steps=settings.steps * settings.epochs * settings.minibatches)
+    settings.schedule,
+    learning_rate=learning_rate,
+    warmup_steps=settings.warmup_steps,
+    steps=settings.steps * settings.epochs * settings.minibatches,
+  )
   return schedule, step_lib.make_optimizer(
-      settings.optimizer, schedule, max_grad_norm=settings.max_grad_norm,
-      weight_decay=settings.weight_decay)
+    settings.optimizer, schedule, max_grad_norm=settings.max_grad_norm, weight_decay=settings.weight_decay
+  )

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import sys
-from typing import Iterable
+from collections.abc import Iterable
 
 import xxhash
 
@@ -41,14 +41,18 @@ def of_files(folder: str | os.PathLike, names: Iterable[str]) -> dict[str, str]:
   paths = {name: pathlib.Path(folder, name) for name in names}
   sizes = {name: path.stat().st_size for name, path in paths.items()}
   with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
-    blocks = {name: [pool.submit(_of_block, path, start) for start in range(0, sizes[name], _BLOCK)]
-              for name, path in paths.items()}
-    return {name: f"{sizes[name]}:{of_bytes(b''.join(block.result() for block in of_file))}"
-            for name, of_file in blocks.items()}
+    blocks = {
+      name: [pool.submit(_of_block, path, start) for start in range(0, sizes[name], _BLOCK)]
+      for name, path in paths.items()
+    }
+    return {
+      name: f"{sizes[name]}:{of_bytes(b''.join(block.result() for block in of_file))}"
+      for name, of_file in blocks.items()
+    }
 
 
 def write(
-    folder: str | os.PathLike, *, known: dict[str, str] | None = None, leave_out: Iterable[str] = ()
+  folder: str | os.PathLike, *, known: dict[str, str] | None = None, leave_out: Iterable[str] = ()
 ) -> None:
   """Writes the digests of all files under a folder into it.
 
@@ -104,7 +108,8 @@ def check(folder: str | os.PathLike, digests: dict[str, str]) -> None:
   for name, want in digests.items():
     if found[name] != want:
       raise DamageError(
-          f"{pathlib.Path(folder, name)} is damaged (its digest is {found[name]}, written was {want})")
+        f"{pathlib.Path(folder, name)} is damaged (its digest is {found[name]}, written was {want})"
+      )
 
 
 def is_sound(folder: str | os.PathLike, *, without: bool) -> bool:

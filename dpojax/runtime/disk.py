@@ -19,10 +19,12 @@ def disk_errors(folder: str | os.PathLike):
   except Exception as error:  # tensorstore raises its own kinds, with the system's words in them
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        words in text for words in ("No space left", "quota exceeded", "File too large")):
+      words in text for words in ("No space left", "quota exceeded", "File too large")
+    ):
       raise DiskError(
-          f"the disk of {folder} is full; earlier checkpoints are intact: free some space and start "
-          "the same command again to continue from the last one") from error
+        f"the disk of {folder} is full; earlier checkpoints are intact: free some space and start "
+        "the same command again to continue from the last one"
+      ) from error
     if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
       raise DiskError(f"{folder} cannot be written ({error}); check the path and its permissions") from error
     raise

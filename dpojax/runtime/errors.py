@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-  """Something given cannot be used, or what a run needs is not there: the message says what and how to mend it.
+  """Something given cannot be used, or what a run needs is not there: the message says what, and the fix.
 
   Every error of this package that is not a defect is one; a command line shows it as one line.
   """

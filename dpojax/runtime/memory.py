@@ -3,7 +3,8 @@
 import ctypes
 import os
 import pathlib
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 

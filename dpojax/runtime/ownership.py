@@ -21,7 +21,8 @@ import shlex
 import socket
 import sys
 import time
-from typing import Iterator, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import UserError
@@ -74,8 +75,9 @@ def owned(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator
   with disk_errors(pathlib.Path(path).parent):
     holder = lock.take()
     if holder is not None and not wait:
-      raise InUseError(f"{what} is in use by another process ({holder}); wait for its end, stop it, or "
-                       "take another")
+      raise InUseError(
+        f"{what} is in use by another process ({holder}); wait for its end, stop it, or take another"
+      )
     if holder is not None:
       print(f"waiting for {what}, which another process is making ({holder})", flush=True)
     while holder is not None:
@@ -115,8 +117,15 @@ class FileLock:
       os.close(file)
       return self.take()
     command = " ".join(shlex.join(sys.orig_argv).split())[:_LONGEST_COMMAND]  # in one line
-    _write(file, Holder(socket.gethostname(), os.getpid(), command,
-                        datetime.datetime.now().astimezone().isoformat(" ", "seconds")))
+    _write(
+      file,
+      Holder(
+        socket.gethostname(),
+        os.getpid(),
+        command,
+        datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+      ),
+    )
     self._hold(file)
     return None
 
@@ -139,8 +148,12 @@ class FileLock:
     os.close(file)
     if error.errno not in _WITHOUT_LOCKS:
       raise error
-    print(f"{self._path.parent} is on a file system without locks ({error.strerror}): nothing keeps two "
-          "processes from writing there at once", file=sys.stderr, flush=True)
+    print(
+      f"{self._path.parent} is on a file system without locks ({error.strerror}): nothing keeps two "
+      "processes from writing there at once",
+      file=sys.stderr,
+      flush=True,
+    )
 
   def _is_there(self, file: int) -> bool:
     try:

@@ -62,8 +62,11 @@ def join(coordinator: str, num_processes: int, process_id: int, *, timeout: floa
   """
   if timeout and os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":  # jax sets 1
     _filter_stderr()
-  arguments = {} if coordinator == "auto" else dict(
-      coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+  arguments = (
+    {}
+    if coordinator == "auto"
+    else dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+  )
   jax.distributed.initialize(**arguments)
   if timeout and distributed.global_state.num_processes > 1:
     global _watch
@@ -97,14 +100,16 @@ def agree(what: str, facts: dict[str, Any]) -> None:
       first, other = of_all[0].get(name), theirs.get(name)
       if first != other:
         raise DisagreementError(
-            f"process {i} has {name} {other!r}, process 0 {first!r}; give all processes the same")
+          f"process {i} has {name} {other!r}, process 0 {first!r}; give all processes the same"
+        )
 
 
 def versions() -> dict[str, str]:
   """Returns the versions that decide a run's numbers."""
   names = ("dpojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   return {name: importlib.metadata.version(name) for name in names} | {
-      "python": ".".join(map(str, sys.version_info[:2]))}
+    "python": ".".join(map(str, sys.version_info[:2]))
+  }
 
 
 def digest(value: Any) -> str:
@@ -150,8 +155,9 @@ class _Watch:
     here = Process(socket.gethostname(), os.getpid(), _kernel())
     self._client.key_value_set(f"dpojax/process/{self._me}", json.dumps(here))
     self._processes = [
-        Process(*json.loads(self._client.blocking_key_value_get(f"dpojax/process/{i}", _FOREVER)))
-        for i in range(self._count)]
+      Process(*json.loads(self._client.blocking_key_value_get(f"dpojax/process/{i}", _FOREVER)))
+      for i in range(self._count)
+    ]
     self._seen = {i: (None, time.monotonic()) for i in range(self._count) if i != self._me}
     self._ended, self._told = {}, None
     self._silent = set()  # those given up: nobody waits for them to hear of it
@@ -174,8 +180,9 @@ class _Watch:
 
   def _read(self) -> None:
     """Process 0 looks for all; to the others it shows that it lives by answering."""
-    numbered = lambda name: {int(key.rpartition("/")[2]): value
-                             for key, value in self._client.key_value_dir_get(f"dpojax/{name}/")}
+    numbered = lambda name: {
+      int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(f"dpojax/{name}/")
+    }
     self._ended |= {i: text for i, text in numbered("end").items() if i != self._me}
     now = time.monotonic()
     if self._me:
@@ -252,8 +259,7 @@ class _Watch:
     self._read()
     here = self._processes[self._me].kernel
     dead = lambda process: process.kernel == here and not _lives(process.pid)
-    return all(
-        i in self._ended or i in self._silent or dead(self._processes[i]) for i in self._seen)
+    return all(i in self._ended or i in self._silent or dead(self._processes[i]) for i in self._seen)
 
   def end(self, error: BaseException) -> None:
     # If it is for the loss of a process, the watch ends this one meanwhile.
@@ -274,8 +280,9 @@ class _Watch:
       while not self._ended.keys() >= self._seen.keys() and time.monotonic() < until:
         # The watch goes on: one may be lost even now.
         time.sleep(_BEAT / 4)
-        self._ended |= {int(key.rpartition("/")[2]): text
-                        for key, text in self._client.key_value_dir_get("dpojax/end/")}
+        self._ended |= {
+          int(key.rpartition("/")[2]): text for key, text in self._client.key_value_dir_get("dpojax/end/")
+        }
     self._left.set()
     jax.distributed.shutdown()  # waits once more for all, so that none sees process 0 go before it has left
     ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # the default
@@ -305,8 +312,9 @@ class _Watch:
 def _between_processes(error: BaseException | None) -> bool:
   """Returns whether it, or what it was raised from, is about what processes do together."""
   return error is not None and (
-      re.search("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|ABORTED", str(error)) is not None
-      or _between_processes(error.__cause__))
+    re.search("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|ABORTED", str(error)) is not None
+    or _between_processes(error.__cause__)
+  )
 
 
 _places = itertools.count()
@@ -336,6 +344,7 @@ def _filter_stderr() -> None:
   global _filter
   sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
   _filter = subprocess.Popen(
-      [sys.executable, "-I", "-S", stderr_filter.__file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    [sys.executable, "-I", "-S", stderr_filter.__file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+  )
   os.dup2(_filter.stdin.fileno(), 2)
   _filter.stdin.close()

@@ -1,8 +1,8 @@
 """Passes on what the libraries of a process write to stderr, but for jax's reports of a lost process.
 
 Of a process that is lost, jax's coordination service writes tens of lines and a stack trace before it ends
-the process by SIGABRT; `dpojax.runtime.processes` says it in one. Run as a script of its own, because it has to
-outlive the process whose lines it reads. A record starts with its letter and time, as
+the process by SIGABRT; `dpojax.runtime.processes` says it in one. Run as a script of its own, because it has
+to outlive the process whose lines it reads. A record starts with its letter and time, as
 `E1127 13:56:59.553030`, and goes on to the next.
 """
 

@@ -20,11 +20,18 @@ from dpojax.sample.draws import add_draw_arguments, draw_of
 
 def main():
   parser = argparse.ArgumentParser(prog="dpojax.sample", description=__doc__.splitlines()[0])
-  parser.add_argument("--workdir", "--checkpoint", dest="model", required=True,
-                      help="a run's workdir, a Hugging Face folder or a hub name")
+  parser.add_argument(
+    "--workdir",
+    "--checkpoint",
+    dest="model",
+    required=True,
+    help="a run's workdir, a Hugging Face folder or a hub name",
+  )
   parser.add_argument("--prompts", required=True, help="a file that can be trained on, such as .jsonl")
   parser.add_argument("--form", default="", help="of its records (docs/data.md); by default recognised")
-  parser.add_argument("--on_error", default="skip", choices=("skip", "raise"), help="records without a prompt")
+  parser.add_argument(
+    "--on_error", default="skip", choices=("skip", "raise"), help="records without a prompt"
+  )
   parser.add_argument("--out", required=True, help=".jsonl to write, or to go on with")
   parser.add_argument("--max_prompt_length", type=int, default=0, help="by default the run's")
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
@@ -32,10 +39,20 @@ def main():
   options = parser.parse_args()
   with command():
     means = files.run(
-        options.model, options.prompts, options.out, draw_of(options), step=options.step,
-        reference=options.reference, batch_size=options.batch_size, limit=options.limit,
-        max_prompt_length=options.max_prompt_length, fsdp=options.fsdp, tensor=options.tensor,
-        form=options.form, on_error=options.on_error)
+      options.model,
+      options.prompts,
+      options.out,
+      draw_of(options),
+      step=options.step,
+      reference=options.reference,
+      batch_size=options.batch_size,
+      limit=options.limit,
+      max_prompt_length=options.max_prompt_length,
+      fsdp=options.fsdp,
+      tensor=options.tensor,
+      form=options.form,
+      on_error=options.on_error,
+    )
   print("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
 
 

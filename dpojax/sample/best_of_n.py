@@ -10,7 +10,8 @@ size, is a weighted mean of the sorted scores, and unbiased for the best of n ne
 """
 
 import math
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,9 +52,7 @@ def kl_bound(n: int) -> float:
   return math.log(n) - (n - 1) / n
 
 
-def expected_best(
-    scores: np.ndarray, n: int, values: np.ndarray | None = None
-) -> np.ndarray:
+def expected_best(scores: np.ndarray, n: int, values: np.ndarray | None = None) -> np.ndarray:
   """Returns the mean over all subsets of n samples of the best one's value, [...] float64.
 
   Of N samples sorted upwards the i-th is the best of C(i - 1, n - 1) of C(N, n) subsets. Samples
@@ -90,14 +89,11 @@ def _chances(count: int, n: int) -> np.ndarray:
 def _count(ordered: np.ndarray, scores: np.ndarray, side: str) -> np.ndarray:
   """Returns how many of each row are below a score ('left'), or not above it ('right'), [..., N]."""
   count = scores.shape[-1]
-  each = [np.searchsorted(a, b, side) for a, b in zip(
-      ordered.reshape(-1, count), scores.reshape(-1, count))]
+  each = [np.searchsorted(a, b, side) for a, b in zip(ordered.reshape(-1, count), scores.reshape(-1, count))]
   return np.reshape(each, scores.shape).astype(int)
 
 
-def curve(
-    scores: np.ndarray, sizes: Sequence[int], values: np.ndarray | None = None
-) -> list[Point]:
+def curve(scores: np.ndarray, sizes: Sequence[int], values: np.ndarray | None = None) -> list[Point]:
   """Returns what the best of each size is worth, from one draw.
 
   Args:
@@ -117,10 +113,19 @@ def curve(
 
 
 def draw(
-    config: ModelConfig, params: Any, prompts: np.ndarray, lengths: np.ndarray,
-    reward: rollouts.Reward, *, num_samples: int, max_new_tokens: int, stop_id: int | Sequence[int],
-    temperature: float = 1.0, prompts_at_once: int = 64, seed: int = 0,
-    devices: parallel.Mesh | None = None,
+  config: ModelConfig,
+  params: Any,
+  prompts: np.ndarray,
+  lengths: np.ndarray,
+  reward: rollouts.Reward,
+  *,
+  num_samples: int,
+  max_new_tokens: int,
+  stop_id: int | Sequence[int],
+  temperature: float = 1.0,
+  prompts_at_once: int = 64,
+  seed: int = 0,
+  devices: parallel.Mesh | None = None,
 ) -> Drawn:
   """Draws samples, each prompt read once, and scores them.
 
@@ -142,18 +147,21 @@ def draw(
   rollouts.check_prompts(prompts, lengths)
   devices = parallel.Mesh() if devices is None else devices
   size = -(-min(prompts_at_once, len(prompts)) // devices.row_multiple) * devices.row_multiple
-  sample = devices.lift(sampler.make_sampler(
-      config, max_new_tokens=max_new_tokens, num_samples=num_samples, stop_id=stop_id),
-      donate_state=False)
+  sample = devices.lift(
+    sampler.make_sampler(config, max_new_tokens=max_new_tokens, num_samples=num_samples, stop_id=stop_id),
+    donate_state=False,
+  )
   params, key, parts = devices.place(params, donated=False), jax.random.key(seed), []
   for first in range(0, len(prompts), size):
     index = np.arange(first, first + size) % len(prompts)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    drawn = devices.collect_rows(sample(
-        params, *devices.place_rows((prompts[index], lengths[index]), size), keys, temperature))
+    drawn = devices.collect_rows(
+      sample(params, *devices.place_rows((prompts[index], lengths[index]), size), keys, temperature)
+    )
     kept = slice(0, len(prompts) - first)
     tokens, counts = drawn.tokens[kept], drawn.lengths[kept]
-    scores = rollouts.checked_scores(reward, *rollouts.unpadded(
-        prompts[index][kept], lengths[index][kept], tokens, counts))
+    scores = rollouts.checked_scores(
+      reward, *rollouts.unpadded(prompts[index][kept], lengths[index][kept], tokens, counts)
+    )
     parts.append(Drawn(tokens, counts, scores.reshape(counts.shape)))
   return Drawn(*map(np.concatenate, zip(*parts)))

@@ -23,12 +23,13 @@ class Draw:
 
   def __post_init__(self):
     for name, fits, what in (
-        ("num_samples", self.num_samples >= 1, "at least 1"),
-        ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= self.temperature < float("inf"), "at least 0; 0 is greedy"),
-        ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", self.top_k >= 0, "at least 0; 0 is all ids"),
-        ("seed", self.seed >= 0, "at least 0")):
+      ("num_samples", self.num_samples >= 1, "at least 1"),
+      ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+      ("temperature", 0 <= self.temperature < float("inf"), "at least 0; 0 is greedy"),
+      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+      ("top_k", self.top_k >= 0, "at least 0; 0 is all ids"),
+      ("seed", self.seed >= 0, "at least 0"),
+    ):
       if not fits:
         raise ConfigError(f"--{name} is {getattr(self, name)}; it must be {what}")
 

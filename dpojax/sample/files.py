@@ -7,7 +7,8 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -25,9 +26,20 @@ from dpojax.training.config import ConfigError
 
 
 def run(
-    model: str, prompts: str, out: str, draw: Draw = Draw(), *, step: int | None = None,
-    reference: str = "", batch_size: int = 16, max_prompt_length: int = 0, limit: int = 0,
-    fsdp: int = 1, tensor: int = 1, form: str = "", on_error: str = "raise",
+  model: str,
+  prompts: str,
+  out: str,
+  draw: Draw = Draw(),
+  *,
+  step: int | None = None,
+  reference: str = "",
+  batch_size: int = 16,
+  max_prompt_length: int = 0,
+  limit: int = 0,
+  fsdp: int = 1,
+  tensor: int = 1,
+  form: str = "",
+  on_error: str = "raise",
 ) -> dict[str, float]:
   """Samples as the command does and returns the means over the samples in the file.
 
@@ -51,39 +63,71 @@ def run(
     DiskError: the disk is full or cannot be written.
   """
   with owned(out, f"the samples file {out}"):
-    return _run(model, prompts, pathlib.Path(out), draw, step, reference, batch_size,
-                max_prompt_length, limit, make_mesh(fsdp, tensor), form, on_error)
+    return _run(
+      model,
+      prompts,
+      pathlib.Path(out),
+      draw,
+      step,
+      reference,
+      batch_size,
+      max_prompt_length,
+      limit,
+      make_mesh(fsdp, tensor),
+      form,
+      on_error,
+    )
 
 
 def _run(
-    model, prompts, out, draw, step, reference, batch_size, max_prompt_length, limit, devices, form,
-    on_error,
+  model, prompts, out, draw, step, reference, batch_size, max_prompt_length, limit, devices, form, on_error
 ) -> dict[str, float]:
   policy = weights.load(model, step)
-  other = None if reference == "none" else (
-      weights.load(reference, dtype=policy.config.dtype) if reference
-      else weights.load_reference(policy))
+  other = (
+    None
+    if reference == "none"
+    else (weights.load(reference, dtype=policy.config.dtype) if reference else weights.load_reference(policy))
+  )
   tokenizer = tokenization.load_tokenizer(policy.tokenizer)
   texts = read_prompts(prompts, limit, form, on_error)
   generator = Generator(
-      policy, other, draw, eos=tokenizer.eos_token_id, devices=devices,
-      batch_size=min(batch_size, power_of_two(len(texts))))
+    policy,
+    other,
+    draw,
+    eos=tokenizer.eos_token_id,
+    devices=devices,
+    batch_size=min(batch_size, power_of_two(len(texts))),
+  )
   longest, keep = prompt_room(policy, generator, max_prompt_length)
   left_out, reading = [] if on_error == "skip" else None, reading_of(policy, out)
   ids, cut = encode(
-      list(texts.values()), tokenizer, longest=longest, keep=keep, path=prompts, reading=reading,
-      vocab_size=policy.config.vocab_size, left_out=left_out)
+    list(texts.values()),
+    tokenizer,
+    longest=longest,
+    keep=keep,
+    path=prompts,
+    reading=reading,
+    vocab_size=policy.config.vocab_size,
+    left_out=left_out,
+  )
   if left_out:
     say(records.counted(left_out))
   texts = {i: text for (i, text), each in zip(texts.items(), ids) if each is not None}
   ids = [each for each in ids if each is not None]
-  say(f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
-      f"{policy.name}" + (f", reference {other.name}" if other else ", no reference"))
+  say(
+    f"{len(ids)} prompts, {cut} cut to {longest} tokens; {draw.num_samples} samples each of "
+    f"{policy.name}" + (f", reference {other.name}" if other else ", no reference")
+  )
   settings = dataclasses.asdict(draw) | {
-      "model": policy.name, "weights": checkpoint.fingerprint(policy.params),
-      "reference": other and checkpoint.fingerprint(other.params), "batch_size": generator.batch_size,
-      "max_prompt_length": longest, "keep": keep, "reading": dataclasses.asdict(reading),
-      "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts.values()]).encode()).hexdigest()}
+    "model": policy.name,
+    "weights": checkpoint.fingerprint(policy.params),
+    "reference": other and checkpoint.fingerprint(other.params),
+    "batch_size": generator.batch_size,
+    "max_prompt_length": longest,
+    "keep": keep,
+    "reading": dataclasses.asdict(reading),
+    "prompts": hashlib.sha256(json.dumps([_identity(each) for each in texts.values()]).encode()).hexdigest(),
+  }
   policy = other = None  # the placed copies are the only ones now
   return _fill(out, settings, generator, texts, ids, tokenizer)
 
@@ -99,23 +143,29 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
   start = time.perf_counter()
   lines = _reopen(out, settings)
   count, numbers = generator.draw.num_samples, list(texts)
-  batches = [batch for batch in generator.batches([len(prompt) for prompt in ids])
-             if any((numbers[i], k) not in lines for i in batch for k in range(count))]
+  batches = [
+    batch
+    for batch in generator.batches([len(prompt) for prompt in ids])
+    if any((numbers[i], k) not in lines for i in batch for k in range(count))
+  ]
   again = {numbers[i] for batch in batches for i in batch}
   lines = {place: line for place, line in lines.items() if place[0] not in again}
   kept = len(lines)
   with disk_errors(out.parent):
     _rewrite(out, lines.values())
-    bar = tqdm.tqdm(total=len(ids) * count, initial=kept, unit="sample", file=sys.stderr,
-                    disable=not sys.stderr.isatty())
+    bar = tqdm.tqdm(
+      total=len(ids) * count, initial=kept, unit="sample", file=sys.stderr, disable=not sys.stderr.isatty()
+    )
     with bar, open(out, "a", encoding="utf-8") as file:
       for batch in batches:
         for i, samples in zip(batch, generator([ids[i] for i in batch], batch)):
           for k, sample in enumerate(samples):
             place = numbers[i], k
             lines[place] = json.dumps(
-                {"index": numbers[i], "sample": k, **records.prompt_record(texts[numbers[i]])}
-                | told(tokenizer, ids[i], sample), ensure_ascii=False)
+              {"index": numbers[i], "sample": k, **records.prompt_record(texts[numbers[i]])}
+              | told(tokenizer, ids[i], sample),
+              ensure_ascii=False,
+            )
             file.write(lines[place] + "\n")
         file.flush()
         bar.update(len(batch) * count)
@@ -123,26 +173,35 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
   seconds = time.perf_counter() - start
   samples = [json.loads(line) for line in lines.values()]
   new = sum(record["tokens"] for record in samples[kept:])
-  say(f"{len(samples) - kept} samples drawn ({kept} were there) in {seconds:.1f} s, "
-      f"{new / seconds:.0f} tokens a second, compiling included; written to {out}")
+  say(
+    f"{len(samples) - kept} samples drawn ({kept} were there) in {seconds:.1f} s, "
+    f"{new / seconds:.0f} tokens a second, compiling included; written to {out}"
+  )
   return summary(samples)
 
 
 def told(tokenizer: Any, prompt: Sequence[int], sample: Sample) -> dict[str, Any]:
   """Returns what a line of the output says of a sample."""
   return {
-      "response": tokenization.decode_response(
-          tokenizer, prompt, sample.ids[:-1] if sample.finished else sample.ids),
-      "log_prob": sample.log_prob, "reference_log_prob": sample.reference_log_prob,
-      "tokens": len(sample.ids), "finished": sample.finished}
+    "response": tokenization.decode_response(
+      tokenizer, prompt, sample.ids[:-1] if sample.finished else sample.ids
+    ),
+    "log_prob": sample.log_prob,
+    "reference_log_prob": sample.reference_log_prob,
+    "tokens": len(sample.ids),
+    "finished": sample.finished,
+  }
 
 
 def summary(samples: Sequence[dict]) -> dict[str, float]:
   """Returns means over samples; `kl` is of log-prob minus reference log-prob, where there is one."""
   mean = lambda values: float(np.mean(np.array(list(values), np.float64)))
-  result = {"samples": float(len(samples)), "tokens": mean(r["tokens"] for r in samples),
-            "finished": mean(r["finished"] for r in samples),
-            "log_prob": mean(r["log_prob"] for r in samples)}
+  result = {
+    "samples": float(len(samples)),
+    "tokens": mean(r["tokens"] for r in samples),
+    "finished": mean(r["finished"] for r in samples),
+    "log_prob": mean(r["log_prob"] for r in samples),
+  }
   if samples[0]["reference_log_prob"] is not None:
     result["kl"] = mean(r["log_prob"] - r["reference_log_prob"] for r in samples)
   return result
@@ -166,12 +225,13 @@ def _reopen(out: pathlib.Path, settings: dict) -> dict[tuple[int, int], str]:
     found = {(record["index"], record["sample"]): line for line in lines for record in [json.loads(line)]}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
-        f"{out} exists and was not written by this command ({error}); give another --out") from error
+      f"{out} exists and was not written by this command ({error}); give another --out"
+    ) from error
   for key, value in json.loads(json.dumps(settings)).items():
     if was.get(key) != value and key != "model":  # it may have moved; the weights tell
       raise ConfigError(
-          f"{out} holds samples of {key} {was.get(key)!r}, not {value!r}; give another --out, or "
-          "delete it")
+        f"{out} holds samples of {key} {was.get(key)!r}, not {value!r}; give another --out, or delete it"
+      )
   return found
 
 

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,8 +49,15 @@ class Generator:
   primitive, which both models' log-probs are then of."""
 
   def __init__(
-      self, policy: weights.Loaded, reference: weights.Loaded | None, draw: Draw, *, eos: int,
-      batch_size: int, devices: parallel.Mesh):
+    self,
+    policy: weights.Loaded,
+    reference: weights.Loaded | None,
+    draw: Draw,
+    *,
+    eos: int,
+    batch_size: int,
+    devices: parallel.Mesh,
+  ):
     """Places the params.
 
     Args:
@@ -63,7 +71,8 @@ class Generator:
     self.draw, self._devices = draw, devices
     self.batch_size = -(-batch_size // devices.row_multiple) * devices.row_multiple
     self._longest = min(
-        (m.config.longest for m in (policy, reference) if m and m.config.longest), default=None)
+      (m.config.longest for m in (policy, reference) if m and m.config.longest), default=None
+    )
     self._stops = tuple(dict.fromkeys((eos, *policy.stop_ids, *draw.stop_ids)))
     self._models, self._laid_out = [], []
     for model in (policy, reference) if reference is not None else (policy,):
@@ -71,19 +80,28 @@ class Generator:
       config, params = transformer.unrolled(model.config, model.params)
       config = dataclasses.replace(config, published="")
       same = [other for other in self._models if other.config == config]
-      self._models.append(same[0]._replace(params=devices.place(params)) if same
-                          else self._placed(config, params))
+      self._models.append(
+        same[0]._replace(params=devices.place(params)) if same else self._placed(config, params)
+      )
 
   def _placed(self, config: ModelConfig, params: Any) -> "_Placed":
     lift, draw = self._devices.lift, self.draw
     return _Placed(
-        config, self._devices.place(params),
-        lift(sampler.make_sampler(
-            config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples,
-            stop_id=self._stops), donate_state=False),
-        lift(reference_lib.make_score_step(
-            transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None),
-            donate_state=False))
+      config,
+      self._devices.place(params),
+      lift(
+        sampler.make_sampler(
+          config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples, stop_id=self._stops
+        ),
+        donate_state=False,
+      ),
+      lift(
+        reference_lib.make_score_step(
+          transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None
+        ),
+        donate_state=False,
+      ),
+    )
 
   def of_reference(self) -> "Generator":
     """Returns the generator of the reference's samples, scored under it and then the policy."""
@@ -95,9 +113,11 @@ class Generator:
     """Takes other params of its models, in their order; those that are not given are let go."""
     params = [*params, *[None] * (len(self._models) - len(params))]
     self._models = [
-        model._replace(params=None if each is None else self._devices.place(
-            transformer.unrolled(config, each)[1]))
-        for model, config, each in zip(self._models, self._laid_out, params)]
+      model._replace(
+        params=None if each is None else self._devices.place(transformer.unrolled(config, each)[1])
+      )
+      for model, config, each in zip(self._models, self._laid_out, params)
+    ]
 
   @property
   def longest_prompt(self) -> int | None:
@@ -127,34 +147,52 @@ class Generator:
     lengths = np.array(full([len(prompt) for prompt in prompts]), np.int32)
     padded = np.zeros((size, self._width(int(lengths.max()))), np.int32)
     for row, prompt in zip(padded, full(prompts)):
-      row[:len(prompt)] = prompt
+      row[: len(prompt)] = prompt
     seeds = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(self.draw.seed), np.array(full(numbers), np.int32))
+      jax.random.key(self.draw.seed), np.array(full(numbers), np.int32)
+    )
     policy = self._models[0]
-    drawn = self._devices.collect_rows(policy.sample(
-        policy.params, *self._devices.place_rows((padded, lengths), size), seeds,
-        self.draw.temperature, self.draw.top_p, self.draw.top_k))
-    ids = [[tokens[:n].tolist() for tokens, n in zip(*each)]
-           for each in zip(drawn.tokens[:count], drawn.lengths[:count])]
+    drawn = self._devices.collect_rows(
+      policy.sample(
+        policy.params,
+        *self._devices.place_rows((padded, lengths), size),
+        seeds,
+        self.draw.temperature,
+        self.draw.top_p,
+        self.draw.top_k,
+      )
+    )
+    ids = [
+      [tokens[:n].tolist() for tokens, n in zip(*each)]
+      for each in zip(drawn.tokens[:count], drawn.lengths[:count])
+    ]
     if len(self._models) == 1:  # nothing to compare with: a second program would only tell the same
       scores = [np.asarray(drawn.log_probs[:count])]
     else:
       scores = self._scores(prompts, ids, padded.shape[1])
     scored = lambda b, k: [float(of[b, k]) for of in scores] + [None] * (2 - len(scores))
-    return [[Sample(each, *scored(b, k), each[-1] in self._stops) for k, each in enumerate(of)]
-            for b, of in enumerate(ids)]
+    return [
+      [Sample(each, *scored(b, k), each[-1] in self._stops) for k, each in enumerate(of)]
+      for b, of in enumerate(ids)
+    ]
 
   def _scores(self, prompts, ids, width: int) -> list[np.ndarray]:
     """Returns log-probs [prompts, K] under each model; a row holds a prompt and its samples."""
     room = min(self.draw.max_new_tokens, _rounded(max(len(each) for of in ids for each in of)))
     scored = self.draw.num_samples * room
     rows = packing.fill(
-        [(np.array(prompt), [np.array(each) for each in of]) for prompt, of in zip(prompts, ids)],
-        np.arange(len(prompts)), self.batch_size, packing.RowShape(width + scored, scored, 1),
-        num_responses=self.draw.num_samples, example=range(len(prompts)))
+      [(np.array(prompt), [np.array(each) for each in of]) for prompt, of in zip(prompts, ids)],
+      np.arange(len(prompts)),
+      self.batch_size,
+      packing.RowShape(width + scored, scored, 1),
+      num_responses=self.draw.num_samples,
+      example=range(len(prompts)),
+    )
     rows = self._devices.place_rows(rows, self.batch_size)
-    return [self._devices.collect_rows(model.score(model.params, rows)[0])[:len(prompts), 0]
-            for model in self._models]
+    return [
+      self._devices.collect_rows(model.score(model.params, rows)[0])[: len(prompts), 0]
+      for model in self._models
+    ]
 
   def _width(self, length: int) -> int:
     width = _rounded(length)
@@ -172,8 +210,9 @@ def make_mesh(fsdp: int, tensor: int) -> parallel.Mesh:
   try:
     return parallel.Mesh(fsdp=fsdp, tensor=tensor)
   except ValueError as error:
-    raise ConfigError(str(error).replace("parallel.data x fsdp x tensor", "data x --fsdp x --tensor")
-                      ) from error
+    raise ConfigError(
+      str(error).replace("parallel.data x fsdp x tensor", "data x --fsdp x --tensor")
+    ) from error
 
 
 def _rounded(length: int) -> int:

@@ -5,7 +5,8 @@ import itertools
 import json
 import os
 import pathlib
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from dpojax.data import records, tokenization
 from dpojax.data.examples import DataError, Example, RecordError
@@ -17,7 +18,7 @@ from dpojax.training.config import ConfigError
 
 
 def read_prompts(
-    path: str | os.PathLike, limit: int = 0, form: str = "", on_error: str = "raise"
+  path: str | os.PathLike, limit: int = 0, form: str = "", on_error: str = "raise"
 ) -> dict[int, Example]:
   """Returns the prompts of a file, without responses, by the number of their record, from 0.
 
@@ -35,19 +36,26 @@ def read_prompts(
     raise DataError(f"--on_error is {on_error!r}; it is 'skip' or 'raise'")
   left_out = [] if on_error == "skip" else None
   every = records.read_file(
-      path, lambda record: records.parse_prompt(record, form), given="--prompts", left_out=left_out)
+    path, lambda record: records.parse_prompt(record, form), given="--prompts", left_out=left_out
+  )
   prompts = dict(itertools.islice(every, limit or None))
   if left_out:
     say(records.counted(left_out))
   if not prompts:
-    raise DataError(f"{path} has no records with a prompt; give one object with \"prompt\" a line")
+    raise DataError(f'{path} has no records with a prompt; give one object with "prompt" a line')
   return prompts
 
 
 def encode(
-    prompts: Sequence[str | list[dict] | Example], tokenizer: Any, *, longest: int, keep: str, path: Any,
-    reading: tokenization.Reading = tokenization.Reading(), vocab_size: int | None = None,
-    left_out: list | None = None,
+  prompts: Sequence[str | list[dict] | Example],
+  tokenizer: Any,
+  *,
+  longest: int,
+  keep: str,
+  path: Any,
+  reading: tokenization.Reading = tokenization.Reading(),
+  vocab_size: int | None = None,
+  left_out: list | None = None,
 ) -> tuple[list[list[int] | None], int]:
   """Returns the ids of prompts and how many were cut; None of one that is left out.
 
@@ -59,10 +67,13 @@ def encode(
   """
   ids, cuts, counts = [], 0, collections.Counter()
   encoded = tokenization.encode_prompts(
-      prompts, tokenizer, longest=longest, keep=keep, reading=reading, counts=counts)
+    prompts, tokenizer, longest=longest, keep=keep, reading=reading, counts=counts
+  )
   if named := counts["with_special_tokens_in_text"]:
-    say(f"{named} of {len(prompts)} prompts of {path} have a special token's name in their text, which is read "
-        f"as data.special_tokens={reading.special_tokens!r} says")
+    say(
+      f"{named} of {len(prompts)} prompts of {path} have a special token's name in their text, which is read "
+      f"as data.special_tokens={reading.special_tokens!r} says"
+    )
   for i, each in enumerate(encoded):
     if isinstance(each, RecordError):
       problem = f"{path} prompt {i + 1}: {each}"
@@ -74,8 +85,9 @@ def encode(
     largest = max(each[0], default=0)
     if vocab_size is not None and largest >= vocab_size:
       raise DataError(
-          f"{path} prompt {i + 1} has id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
-          f"model has embeddings of {vocab_size} ids; take its own tokenizer, or leave out that token")
+        f"{path} prompt {i + 1} has id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+        f"model has embeddings of {vocab_size} ids; take its own tokenizer, or leave out that token"
+      )
     ids.append(each[0])
     cuts += each[1]
   if all(each is None for each in ids):
@@ -95,9 +107,7 @@ def reading_of(policy: weights.Loaded, out: str | os.PathLike = "") -> tokenizat
   return tokenization.Reading(date=kept or str(tokenization.Reading().day()))
 
 
-def prompt_room(
-    policy: weights.Loaded, generator: Generator, max_prompt_length: int = 0
-) -> tuple[int, str]:
+def prompt_room(policy: weights.Loaded, generator: Generator, max_prompt_length: int = 0) -> tuple[int, str]:
   """Returns how many tokens of a prompt are kept, and of which end.
 
   Raises:
@@ -111,7 +121,8 @@ def prompt_room(
   room = generator.longest_prompt
   if room is not None and room < max(1, max_prompt_length):
     raise ConfigError(
-        f"the model has {room + generator.draw.max_new_tokens} positions, of which "
-        f"--max_new_tokens={generator.draw.max_new_tokens} leaves {max(room, 0)} for a prompt; lower "
-        "it, or --max_prompt_length")
+      f"the model has {room + generator.draw.max_new_tokens} positions, of which "
+      f"--max_new_tokens={generator.draw.max_new_tokens} leaves {max(room, 0)} for a prompt; lower "
+      "it, or --max_prompt_length"
+    )
   return min(each for each in (longest or 2**20, room or 2**20)), keep

@@ -4,7 +4,8 @@ Every array has the shape that prompts of W tokens and samples of T tokens can n
 drawn, so that what is compiled is compiled once. Scored token t of sample k stands at k * T + t.
 """
 
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from dpojax.log_probs import predicting_states, token_log_probs
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 from dpojax.training import objectives, parallel
-from dpojax.training.parts import Parts
+from dpojax.training.micro_batches import MicroBatches
 
 Reward = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], np.ndarray]
 """(prompts, responses), ids without padding -> a number of each response, [n]."""
@@ -30,9 +31,7 @@ class Scored(NamedTuple):
   values: jax.Array
 
 
-def rows_of(
-    prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts: np.ndarray
-) -> Rows:
+def rows_of(prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> Rows:
   """Returns the rows of samples; P is 1.
 
   Args:
@@ -50,24 +49,28 @@ def rows_of(
   place = np.tile(np.arange(room), samples)[None]
   both = lambda prompt, sample: np.concatenate([prompt, sample], axis=1).astype(np.int32)
   return Rows(
-      tokens=both(np.where(of_prompt, prompts, 0), np.where(of_sample, tokens.reshape(size, -1), 0)),
-      positions=both(np.where(of_prompt, np.arange(width), 0),
-                     np.where(of_sample, lengths + place, 0)),
-      comparison=both(of_prompt, of_sample),
-      branch=both(np.zeros_like(of_prompt), np.where(of_sample, which + 1, 0)),
-      source=np.where(place == 0, lengths - 1, width + which * room + place - 1).astype(np.int32),
-      target=np.where(of_sample, tokens.reshape(size, -1), 0).astype(np.int32),
-      slot=np.where(of_sample, which, samples).astype(np.int32),
-      example=np.arange(size, dtype=np.int32)[:, None])
+    tokens=both(np.where(of_prompt, prompts, 0), np.where(of_sample, tokens.reshape(size, -1), 0)),
+    positions=both(np.where(of_prompt, np.arange(width), 0), np.where(of_sample, lengths + place, 0)),
+    comparison=both(of_prompt, of_sample),
+    branch=both(np.zeros_like(of_prompt), np.where(of_sample, which + 1, 0)),
+    source=np.where(place == 0, lengths - 1, width + which * room + place - 1).astype(np.int32),
+    target=np.where(of_sample, tokens.reshape(size, -1), 0).astype(np.int32),
+    slot=np.where(of_sample, which, samples).astype(np.int32),
+    example=np.arange(size, dtype=np.int32)[:, None],
+  )
 
 
 def scored_log_probs(
-    outputs: transformer.Outputs, rows: Rows, where: jax.Array, *, chunk_size: int | None = None
+  outputs: transformer.Outputs, rows: Rows, where: jax.Array, *, chunk_size: int | None = None
 ) -> jax.Array:
   """Returns the log-prob of each scored token, [R, S]; 0 where `where` [R, S] is false."""
   return token_log_probs(
-      predicting_states(outputs.hidden, rows.source), outputs.head, rows.target, where=where,
-      chunk_size=chunk_size)
+    predicting_states(outputs.hidden, rows.source),
+    outputs.head,
+    rows.target,
+    where=where,
+    chunk_size=chunk_size,
+  )
 
 
 def scored_values(outputs: transformer.Outputs, rows: Rows) -> jax.Array:
@@ -77,19 +80,22 @@ def scored_values(outputs: transformer.Outputs, rows: Rows) -> jax.Array:
 
 
 def make_score(
-    policy: objectives.Apply, critic: objectives.Apply, *, num_samples: int,
-    chunk_size: int | None = None, parts: Parts = Parts(),
+  policy: objectives.Apply,
+  critic: objectives.Apply,
+  *,
+  num_samples: int,
+  chunk_size: int | None = None,
+  micro_batches: MicroBatches = MicroBatches(),
 ) -> Callable:
   """Returns `score(params, critic_params, reference, rows) -> Scored`, to be lifted."""
+
   def score(params, critic_params, reference, rows):
     def of_part(part):
       where = part.slot < num_samples
-      log_probs = lambda tree: scored_log_probs(
-          policy(tree, part), part, where, chunk_size=chunk_size)
-      return Scored(log_probs(params), log_probs(reference),
-                    scored_values(critic(critic_params, part), part))
+      log_probs = lambda tree: scored_log_probs(policy(tree, part), part, where, chunk_size=chunk_size)
+      return Scored(log_probs(params), log_probs(reference), scored_values(critic(critic_params, part), part))
 
-    return parts.map(of_part, rows)
+    return micro_batches.map(of_part, rows)
 
   return score
 
@@ -102,24 +108,26 @@ def check_prompts(prompts: np.ndarray, lengths: np.ndarray) -> None:
   """
   if np.ndim(prompts) != 2 or np.shape(lengths) != np.shape(prompts)[:1] or not len(prompts):
     raise ValueError(
-        f"prompts are {np.shape(prompts)} and lengths {np.shape(lengths)}; give ids [n, W], padded "
-        "on the right, and [n] lengths")
+      f"prompts are {np.shape(prompts)} and lengths {np.shape(lengths)}; give ids [n, W], padded "
+      "on the right, and [n] lengths"
+    )
   wrong = np.nonzero((lengths < 1) | (lengths > np.shape(prompts)[1]))[0]
   if len(wrong):
     raise ValueError(
-        f"prompt {wrong[0]} has length {lengths[wrong[0]]}; it must be in 1..{np.shape(prompts)[1]}")
+      f"prompt {wrong[0]} has length {lengths[wrong[0]]}; it must be in 1..{np.shape(prompts)[1]}"
+    )
 
 
 def padded(sequences: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns ids [n, width] int32, padded on the right with 0, and their lengths [n]."""
   out = np.zeros((len(sequences), width), np.int32)
   for row, ids in zip(out, sequences):
-    row[:len(ids)] = ids
+    row[: len(ids)] = ids
   return out, np.array([len(ids) for ids in sequences], np.int32)
 
 
 def unpadded(
-    prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts: np.ndarray
+  prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
   """Returns each sample's prompt and its ids, R K of both; arguments as of `rows_of`."""
   starts = [prompt[:n] for prompt, n in zip(prompts, lengths) for _ in range(tokens.shape[1])]
@@ -136,20 +144,30 @@ def checked_scores(reward: Reward, prompts, responses) -> np.ndarray:
   scores = np.asarray(reward(prompts, responses), np.float32)
   if scores.shape != (len(responses),):
     raise ValueError(
-        f"the reward returned {scores.shape} for {len(responses)} responses; return one number each")
+      f"the reward returned {scores.shape} for {len(responses)} responses; return one number each"
+    )
   if not np.isfinite(scores).all():
     first = int(np.argmin(np.isfinite(scores)))
     raise ValueError(
-        f"the reward of response {first} is {scores[first]} (ids {responses[first].tolist()}); "
-        "return finite numbers")
+      f"the reward of response {first} is {scores[first]} (ids {responses[first].tolist()}); "
+      "return finite numbers"
+    )
   return scores
 
 
 class LearnedReward:
   """The `Reward` of a reward model that reads the policy's ids: its head on each last token."""
 
-  def __init__(self, config: ModelConfig, params: Any, devices: parallel.Mesh, *, num_samples: int,
-               prompt_width: int, max_new_tokens: int):
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Any,
+    devices: parallel.Mesh,
+    *,
+    num_samples: int,
+    prompt_width: int,
+    max_new_tokens: int,
+  ):
     """Places the params.
 
     Args:
@@ -167,11 +185,15 @@ class LearnedReward:
     self._width, self._room = prompt_width, max_new_tokens
     self._params = devices.place(params)
     apply = transformer.make_apply(config)
-    self._score = devices.lift(lambda params, rows: objectives.response_rewards(
-        apply(params, rows), rows, num_responses=num_samples)[:, 0], donate_state=False)
+    self._score = devices.lift(
+      lambda params, rows: objectives.response_rewards(apply(params, rows), rows, num_responses=num_samples)[
+        :, 0
+      ],
+      donate_state=False,
+    )
 
   def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
-    starts, lengths = padded(prompts[::self._samples], self._width)
+    starts, lengths = padded(prompts[:: self._samples], self._width)
     tokens, counts = padded(responses, self._room)
     tokens = tokens.reshape(len(starts), self._samples, self._room)
     rows = rows_of(starts, lengths, tokens, counts.reshape(len(starts), self._samples))
@@ -181,7 +203,7 @@ class LearnedReward:
       index = np.minimum(np.arange(first, first + size), len(starts) - 1)
       part = self._devices.place_rows(take_rows(rows, index), size)
       values.append(self._devices.collect_rows(self._score(self._params, part)))
-    return np.concatenate(values)[:len(starts)].reshape(-1)
+    return np.concatenate(values)[: len(starts)].reshape(-1)
 
 
 def take_rows(tree: Any, index: np.ndarray) -> Any:

@@ -6,7 +6,8 @@ stands before a token. What changes from one draw to the next, temperature, top-
 traced: a sweep over it compiles once.
 """
 
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,11 @@ class Samples(NamedTuple):
 
 
 def make_sampler(
-    config: ModelConfig, *, max_new_tokens: int, num_samples: int = 1,
-    stop_id: int | Sequence[int] | None = None,
+  config: ModelConfig,
+  *,
+  max_new_tokens: int,
+  num_samples: int = 1,
+  stop_id: int | Sequence[int] | None = None,
 ) -> Callable[..., Samples]:
   """Returns `sample(params, prompts, lengths, key, temperature, top_p, top_k)`, to be jitted.
 
@@ -60,14 +64,21 @@ def make_sampler(
   """
   stops = jnp.atleast_1d(jnp.asarray(() if stop_id is None else stop_id, jnp.int32))
 
-  def sample(params: Any, prompts: jax.Array, lengths: jax.Array, key: jax.Array,
-             temperature: float | jax.Array = 1.0, top_p: float | jax.Array = 1.0,
-             top_k: int | jax.Array = 0) -> Samples:
+  def sample(
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array = 1.0,
+    top_k: int | jax.Array = 0,
+  ) -> Samples:
     batch, width = prompts.shape
     if config.longest is not None and width + max_new_tokens > config.longest:
       raise ValueError(
-          f"prompts of up to {width} tokens and {max_new_tokens} new ones are longer than the "
-          f"{config.longest} positions the model has; lower max_new_tokens or cut the prompts")
+        f"prompts of up to {width} tokens and {max_new_tokens} new ones are longer than the "
+        f"{config.longest} positions the model has; lower max_new_tokens or cut the prompts"
+      )
     rows = batch * num_samples
     repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
     last, part = transformer.read_prompts(config, params, prompts, lengths)
@@ -87,31 +98,38 @@ def make_sampler(
       done |= jnp.any(jnp.equal(*jnp.broadcast_arrays(token[:, None], stops[None])), axis=1)
       one = jnp.ones((rows, 1), jnp.int32)
       hidden, cache = decoder.apply(
-          {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache)
+        {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache
+      )
       return step + 1, done, hidden[:, 0], cache, tokens, counts, log_probs
 
     seen = [part]
     carry = (
-        0, jnp.zeros(rows, bool), repeat(last), None,
-        jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.float32))
+      0,
+      jnp.zeros(rows, bool),
+      repeat(last),
+      None,
+      jnp.zeros((rows, max_new_tokens), jnp.int32),
+      jnp.zeros(rows, jnp.int32),
+      jnp.zeros(rows, jnp.float32),
+    )
     for start, end in _stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
       step, done, hidden, cache, *drawn = jax.lax.while_loop(
-          lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend,
-          (*carry[:3], cache, *carry[4:]))
+        lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend, (*carry[:3], cache, *carry[4:])
+      )
       seen = [*cache.seen, cache.written]
       carry = step, done, hidden, None, *drawn
-    return Samples(*(
-        x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
+    return Samples(*(x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
 
   return sample
 
 
 def _in_compute_dtype(config: ModelConfig, params: Any) -> Any:
   """Casts once what every step would cast again: kernels and embeddings."""
+
   def cast(path, leaf):
     return leaf.astype(config.dtype) if path[-1].key in ("kernel", "embedding", "head") else leaf
+
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
@@ -132,8 +150,7 @@ def _stages(width: int, max_new_tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def draw(
-    logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_p: jax.Array,
-    top_k: jax.Array,
+  logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns one id a row, [R] int32, from logits [R, V], and its log-prob at temperature 1 of all ids.
 
@@ -152,14 +169,13 @@ def draw(
   return token, logit - normaliser
 
 
-def likeliest(
-    weights: jax.Array, top_p: jax.Array, top_k: jax.Array, *, few: int = 256
-) -> jax.Array:
+def likeliest(weights: jax.Array, top_p: jax.Array, top_k: jax.Array, *, few: int = 256) -> jax.Array:
   """Returns weights [R, V] in [0, 1] with those that top-k and then top-p leave out set to 0.
 
   The least that stays is mostly among the `few` largest, which are sorted; otherwise it is searched
   for among all.
   """
+
   def by_count(weights):
     wanted = jnp.full(weights.shape[0], top_k, weights.dtype)
     return _keep(weights, lambda w: (w > 0).astype(w.dtype), wanted, few)
@@ -173,7 +189,7 @@ def likeliest(
 
 
 def _keep(
-    weights: jax.Array, worth: Callable[[jax.Array], jax.Array], wanted: jax.Array, few: int
+  weights: jax.Array, worth: Callable[[jax.Array], jax.Array], wanted: jax.Array, few: int
 ) -> jax.Array:
   """Returns the fewest largest weights of each row that are worth as much as wanted [R], others 0.
 
@@ -213,7 +229,7 @@ def _in_blocks(x: jax.Array, fill: float, *, axis: int = 1) -> jax.Array:
   """Cuts an axis of V ids into [ceil(V / block), block]."""
   padding = [(0, -size % _BLOCK if i == axis else 0) for i, size in enumerate(x.shape)]
   x = jnp.pad(x, padding, constant_values=fill)
-  return x.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1:])
+  return x.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1 :])
 
 
 _take = jax.vmap(lambda row, index: row[index])
@@ -246,20 +262,16 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   weights = _in_blocks(weights, 0.0)
   blocks = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
   target = uniform * blocks[:, -1]
-  passed = lambda sums, target: jnp.sum(
-      sums <= jnp.broadcast_to(target[:, None], sums.shape), axis=-1)
+  passed = lambda sums, target: jnp.sum(sums <= jnp.broadcast_to(target[:, None], sums.shape), axis=-1)
   block = passed(blocks, target)
   within = _take(weights, block)
   rest = target - jnp.where(block > 0, _take(blocks, jnp.maximum(block - 1, 0)), 0.0)
   # Sums of a block in another order differ in their last bits: never beyond its last id of weight.
   last = _BLOCK - 1 - jnp.argmax(within[:, ::-1] > 0, axis=-1)
-  return (block * _BLOCK + jnp.minimum(passed(jnp.cumsum(within, axis=-1), rest), last)).astype(
-      jnp.int32)
+  return (block * _BLOCK + jnp.minimum(passed(jnp.cumsum(within, axis=-1), rest), last)).astype(jnp.int32)
 
 
-def _uniform_of_samples(
-    key: jax.Array, batch: int, num_samples: int, max_new_tokens: int
-) -> jax.Array:
+def _uniform_of_samples(key: jax.Array, batch: int, num_samples: int, max_new_tokens: int) -> jax.Array:
   """Returns a random number for each token of each sample of each prompt, [T, B K]."""
   each = jax.vmap(jax.random.fold_in, (None, 0))
   keys = each(key, jnp.arange(batch)) if key.ndim == 0 else key

@@ -14,7 +14,8 @@ import os
 import pathlib
 import shutil
 import sys
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,7 @@ class Adapter(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run, written in the background, each complete or not there at all."""
 
-  def __init__(
-      self, workdir: str | os.PathLike, *, keep: int, best: str = "", owner: bool = False):
+  def __init__(self, workdir: str | os.PathLike, *, keep: int, best: str = "", owner: bool = False):
     """Opens `workdir/checkpoints`.
 
     Args:
@@ -85,32 +85,42 @@ class Checkpoints:
     policies = ocp.checkpoint_managers.preservation_policy
     kept = [policies.LatestN(keep)] if keep else [policies.PreserveAll()]
     if best:
-      kept.append(policies.BestN(
-          get_metric_fn=lambda metrics: metrics[best], n=1, reverse=not _higher_is_better(best),
-          keep_checkpoints_without_metrics=False))
+      kept.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics[best],
+          n=1,
+          reverse=not _higher_is_better(best),
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
     self._writing = 0
     # What training makes does not get smaller: compressing took more time than all the rest.
     arrays = lambda: checkpoint_files.Arrays(use_compression=False)
     self._manager = ocp.CheckpointManager(
-        self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            async_options=ocp.AsyncOptions(
-                post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing))),
-        item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(),
-                       "reference": arrays()})
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing)
+        ),
+      ),
+      item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(), "reference": arrays()},
+    )
     self._checked = set()  # (step, item), once a run: they are not read again
     self._saving = None
     if owner and (removed := self._remove_half_written()):
-      print(f"removed from {self.folder}, half written by a run that was stopped: {', '.join(removed)}",
-            flush=True)
+      print(
+        f"removed from {self.folder}, half written by a run that was stopped: {', '.join(removed)}",
+        flush=True,
+      )
 
   def steps(self) -> list[int]:
     """Returns the steps that can be restored, ascending."""
     return sorted(self._manager.all_steps())
 
   def save(
-      self, step: int, state: Any, about: dict, metrics: dict | None = None, reference: Any = None
+    self, step: int, state: Any, about: dict, metrics: dict | None = None, reference: Any = None
   ) -> None:
     """Starts writing the state and what it belongs to, when the save before has ended.
 
@@ -131,9 +141,12 @@ class Checkpoints:
     with self._saving_errors(step):
       self._saving = self._writing = step
       self._manager.save(
-          step, metrics=metrics, args=ocp.args.Composite(
-              state=checkpoint_files.Save(state), about=ocp.args.JsonSave(about | checkpoint_files.MARK),
-              **moving))
+        step,
+        metrics=metrics,
+        args=ocp.args.Composite(
+          state=checkpoint_files.Save(state), about=ocp.args.JsonSave(about | checkpoint_files.MARK), **moving
+        ),
+      )
 
   def last_sound(self, *, together: bool = True) -> int | None:
     """Returns the last step whose files are as they were written, or None where there is no step.
@@ -167,8 +180,7 @@ class Checkpoints:
     Raises:
       CheckpointError: its files are damaged.
     """
-    restored = self._restore(
-        step, state=_into(target), about=ocp.args.JsonRestore())
+    restored = self._restore(step, state=_into(target), about=ocp.args.JsonRestore())
     return restored.state, _without_mark(restored.about)
 
   def restore_reference(self, step: int, target: Any) -> Any:
@@ -193,8 +205,12 @@ class Checkpoints:
       raise self._unreadable(step, error) from error
     as_array = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
     restored = self._restore(
-        step, about=ocp.args.JsonRestore(), state=checkpoint_files.Restore(
-            tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)))
+      step,
+      about=ocp.args.JsonRestore(),
+      state=checkpoint_files.Restore(
+        tree, partial_restore=bool(part), restore_args=jax.tree.map(as_array, tree)
+      ),
+    )
     return restored.state[part] if part else restored.state, _without_mark(restored.about)
 
   def restore_about(self, step: int) -> dict:
@@ -228,8 +244,9 @@ class Checkpoints:
     earlier = [other for other in self.steps() if other < step]
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     return CheckpointError(
-        f"the checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder to "
-        "continue from " + (f"step {earlier[-1]}" if earlier else "the start"))
+      f"the checkpoint {self.folder / str(step)} cannot be read ({reason}); delete that folder to "
+      "continue from " + (f"step {earlier[-1]}" if earlier else "the start")
+    )
 
   def _set_aside(self, step: int) -> None:
     """Moves a step to `workdir/damaged`, under a name that is free."""
@@ -237,8 +254,11 @@ class Checkpoints:
       with disk_errors(self.folder):
         aside = self.folder.parent / "damaged"
         aside.mkdir(exist_ok=True)
-        name = next(name for i in itertools.count()
-                    if not (aside / (name := f"{step}.{i}" if i else str(step))).exists())
+        name = next(
+          name
+          for i in itertools.count()
+          if not (aside / (name := f"{step}.{i}" if i else str(step))).exists()
+        )
         os.rename(self.folder / str(step), aside / name)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
@@ -275,9 +295,10 @@ class Checkpoints:
       kind = DiskError if isinstance(error, DiskError) else CheckpointError
       good = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
       raise kind(
-          f"step {step} could not be saved: {str(error).strip().splitlines()[0]}. "
-          + (f"Step {good[-1]} is the last that is saved" if good else "No step is saved")
-          + ("; what was half written is removed" if removed else "")) from error
+        f"step {step} could not be saved: {str(error).strip().splitlines()[0]}. "
+        + (f"Step {good[-1]} is the last that is saved" if good else "No step is saved")
+        + ("; what was half written is removed" if removed else "")
+      ) from error
 
   def _remove_half_written(self) -> list[str]:
     """Removes what Orbax has not renamed to its step, and returns their names; process 0 does it."""
@@ -308,10 +329,12 @@ class _SaidOnce(logging.Filter):
 
 def _show_unless_late(show: Callable) -> Callable:
   """Returns the hook without what tensorstore shows of writes that end after the first of them failed."""
+
   def shown(unraisable):
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
       show(unraisable)
+
   return shown
 
 
@@ -356,12 +379,11 @@ def load_adapter(workdir: str | os.PathLike, step: int | None = None) -> Adapter
   adapter = config_lib.lora_of(policy.settings)
   if adapter is None:
     raise CheckpointError(f"{workdir} holds no adapter: it was run with lora.rank=0")
-  return Adapter(
-      policy.config, adapter, policy.params, policy.step, policy.settings, policy.stop_ids)
+  return Adapter(policy.config, adapter, policy.params, policy.step, policy.settings, policy.stop_ids)
 
 
 def load_weights(
-    name: str, *, place: hf.Place | None = None, dtype: str = "float32", scan_layers: bool = True
+  name: str, *, place: hf.Place | None = None, dtype: str = "float32", scan_layers: bool = True
 ) -> Policy | hf.Model:
   """Returns the `config` and `params` of a run's workdir, a Hugging Face folder or a hub name.
 
@@ -379,9 +401,12 @@ def load_weights(
   if hf.is_model(name):
     return hf.load(name, place=place, dtype=dtype, scan_layers=scan_layers)
   policy = load_policy(name)
-  return policy._replace(params={
-      name: part if name == lora.WHOLE else jax.tree.map(
-          lambda x: np.asarray(x, jnp.dtype(dtype)), part) for name, part in policy.params.items()})
+  return policy._replace(
+    params={
+      name: part if name == lora.WHOLE else jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), part)
+      for name, part in policy.params.items()
+    }
+  )
 
 
 def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:
@@ -394,39 +419,43 @@ def _load(workdir: str | os.PathLike, step: int | None) -> tuple[Policy, dict]:
     else:
       params, about = checkpoints.restore_arrays(step, "params")
   return Policy(
-      ModelConfig(**about["model"]), params, step, settings, tuple(about.get("stop_ids", ()))), about
+    ModelConfig(**about["model"]), params, step, settings, tuple(about.get("stop_ids", ()))
+  ), about
 
 
 @contextlib.contextmanager
-def _opened(
-    workdir: str | os.PathLike, step: int | None = None) -> Iterator[tuple[Checkpoints, int]]:
+def _opened(workdir: str | os.PathLike, step: int | None = None) -> Iterator[tuple[Checkpoints, int]]:
   """Opens the checkpoints of a run; gives the last step where none is named."""
   load_settings(workdir)
   checkpoints = Checkpoints(workdir, keep=0)
   steps = checkpoints.steps()
   if not steps or (step is not None and step not in steps):
     raise CheckpointError(
-        f"{workdir} holds no checkpoint" + (f" of step {step}" if step is not None else "")
-        + f"; it holds {steps}. Run it with checkpoint_every > 0")
+      f"{workdir} holds no checkpoint"
+      + (f" of step {step}" if step is not None else "")
+      + f"; it holds {steps}. Run it with checkpoint_every > 0"
+    )
   yield checkpoints, checkpoints.last_sound(together=False) if step is None else step
   checkpoints.close()
 
 
-def _base_of(
-    settings: ml_collections.ConfigDict, about: dict, workdir: str | os.PathLike) -> Any:
+def _base_of(settings: ml_collections.ConfigDict, about: dict, workdir: str | os.PathLike) -> Any:
   """The params that a run's adapter is on."""
   name = settings.model.checkpoint
   try:
     params = load_weights(
-        name, dtype=settings.model.param_dtype, scan_layers=settings.model.scan_layers).params
+      name, dtype=settings.model.param_dtype, scan_layers=settings.model.scan_layers
+    ).params
   except (CheckpointError, HuggingFaceError) as error:
     raise CheckpointError(
-        f"{workdir} holds an adapter on {name!r}, which cannot be read ({error}); put it back, or "
-        f"write where it is now as model.checkpoint into {workdir}/config.json") from error
+      f"{workdir} holds an adapter on {name!r}, which cannot be read ({error}); put it back, or "
+      f"write where it is now as model.checkpoint into {workdir}/config.json"
+    ) from error
   params = {key: part for key, part in params.items() if key != lora.WHOLE}
   if fingerprint(params) != about["reference"]:
     raise CheckpointError(
-        f"{workdir} holds an adapter on other weights than {name!r} has now; bring those back")
+      f"{workdir} holds an adapter on other weights than {name!r} has now; bring those back"
+    )
   return params
 
 
@@ -445,7 +474,8 @@ def load_settings(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
       config_lib.flatten(settings)[key]
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise CheckpointError(
-        f"{workdir} is neither a model nor the workdir of a run ({path}: {error})") from error
+      f"{workdir} is neither a model nor the workdir of a run ({path}: {error})"
+    ) from error
   return settings
 
 
@@ -489,7 +519,7 @@ def _host_checksum(leaf: np.ndarray) -> np.ndarray:
   """`_checksum` of an array of the host, block by block: one program for arrays of any shape."""
   flat, sums = leaf.reshape(-1), np.zeros(2, np.uint32)
   for start in range(0, flat.size, _CHECKSUM_BLOCK):
-    block = flat[start:start + _CHECKSUM_BLOCK]
+    block = flat[start : start + _CHECKSUM_BLOCK]
     length = block.size
     if length < _CHECKSUM_BLOCK:
       block = np.concatenate([block, np.zeros(_CHECKSUM_BLOCK - length, block.dtype)])
@@ -502,8 +532,7 @@ def _without_mark(about: dict) -> dict:
 
 
 def _into(target: Any) -> checkpoint_files.Restore:
-  return checkpoint_files.Restore(
-      target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+  return checkpoint_files.Restore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 def _higher_is_better(metric: str) -> bool:

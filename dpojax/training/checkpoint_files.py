@@ -7,7 +7,8 @@ import dataclasses
 import json
 import pathlib
 import re
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,8 +102,14 @@ def check(folder: pathlib.Path, items: Iterable[str], *, together: bool) -> bool
     found = digests.read(folder)
     if found is None and _is_marked(folder / "about" / "metadata"):
       raise DamageError(f"{folder / digests.FILE} is missing")
-    digests.check(folder, {name: value for name, value in (found or {}).items()
-                           if name.split("/")[0] in items and (_writer(name) or 0) % share[1] == share[0]})
+    digests.check(
+      folder,
+      {
+        name: value
+        for name, value in (found or {}).items()
+        if name.split("/")[0] in items and (_writer(name) or 0) % share[1] == share[0]
+      },
+    )
   except DamageError as error:
     problem = str(error)
   if together:
@@ -130,7 +137,7 @@ def _first_of_all(problem: str) -> str:
   if jax.process_count() == 1:
     return problem
   text = np.zeros(2048, np.uint8)
-  raw = np.frombuffer(problem.encode()[:len(text)], np.uint8)
-  text[:len(raw)] = raw
+  raw = np.frombuffer(problem.encode()[: len(text)], np.uint8)
+  text[: len(raw)] = raw
   told = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text))
   return next(filter(None, told), "")

@@ -16,9 +16,9 @@ from dpojax.runtime.errors import UserError
 from dpojax.training import parallel, preference, step
 
 LOSSES = {
-    "sft": ("sequence_sum", "token_mean"),
-    "dpo": tuple(preference.LOSSES),
-    "reward": ("bradley_terry",),
+  "sft": ("sequence_sum", "token_mean"),
+  "dpo": tuple(preference.LOSSES),
+  "reward": ("bradley_terry",),
 }
 """Names `config.loss` takes, by objective; for 'dpo' also several, comma-separated, which add."""
 
@@ -26,31 +26,46 @@ COMBINED = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
 """Keys of `loss_options` that change what a loss is given. The others are keywords of losses."""
 
 _KNOBS = {
-    "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
-    "delta": (math.isfinite, "finite"),
-    "tau": (lambda x: 0 < x < math.inf, "positive"),
-    "alpha": (lambda x: 0 <= x < math.inf, "at least 0"),
-    "gamma": (lambda x: 0 <= x < math.inf, "at least 0"),
-    "weight": (lambda x: 0 < x < math.inf, "positive"),
-    "mix": (lambda x: 0 < x < 1, "in (0, 1)"),
-    "gap": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "epsilon": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "desirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
-    "undesirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
+  "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
+  "delta": (math.isfinite, "finite"),
+  "tau": (lambda x: 0 < x < math.inf, "positive"),
+  "alpha": (lambda x: 0 <= x < math.inf, "at least 0"),
+  "gamma": (lambda x: 0 <= x < math.inf, "at least 0"),
+  "weight": (lambda x: 0 < x < math.inf, "positive"),
+  "mix": (lambda x: 0 < x < 1, "in (0, 1)"),
+  "gap": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+  "epsilon": (lambda x: 0 <= x < 1, "in [0, 1)"),
+  "desirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
+  "undesirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
 }
 """Keywords of losses that `config.loss_options` takes, and the values that make sense."""
 
 _NARROWER = {
-    "exo_pair": ("label_smoothing", 1.0, "between 0 and 1"),
-    "f_dpo_alpha_divergence": ("alpha", 1.0, "between 0 and 1"),
-    "alphapo": ("alpha", 100.0, "above 0"), "h_dpo": ("alpha", 100.0, "above 0")}
+  "exo_pair": ("label_smoothing", 1.0, "between 0 and 1"),
+  "f_dpo_alpha_divergence": ("alpha", 1.0, "between 0 and 1"),
+  "alphapo": ("alpha", 100.0, "above 0"),
+  "h_dpo": ("alpha", 100.0, "above 0"),
+}
 """Losses that take less of a knob than others: its name, its bound above (0 is below), in words."""
 
 MAY_CHANGE = (
-    "steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_keep", "checkpoint_best",
-    "profile_steps", "parallel", "model.attention", "wandb_project", "sample_", "data.cache_dir",
-    "check_memory", "compile_cache")
-"""Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to rounding."""
+  "steps",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+  "checkpoint_keep",
+  "checkpoint_best",
+  "profile_steps",
+  "parallel",
+  "model.attention",
+  "wandb_project",
+  "sample_",
+  "data.cache_dir",
+  "check_memory",
+  "compile_cache",
+)
+"""Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to
+rounding."""
 
 
 class ConfigError(UserError, ValueError):
@@ -97,7 +112,9 @@ def defaults() -> ml_collections.ConfigDict:
   config.model.param_dtype = "float32"  # of params; bfloat16 under an adapter only
   config.model.remat = "none"  # what the backward pass recomputes: none, full, attention, dots
   config.model.attention = "auto"  # blockwise; fused, on GPUs and TPUs; auto: by the machine
-  config.model.scan_layers = True  # one compiled block for all layers; False: slower to compile, faster on CPUs
+  config.model.scan_layers = (
+    True  # one compiled block for all layers; False: slower to compile, faster on CPUs
+  )
 
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 0  # of a low-rank adapter on model.checkpoint, alone trained; 0: no adapter
@@ -193,12 +210,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
       value, default = list(value) if isinstance(value, (list, tuple)) else value, []
     kinds = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-      raise ConfigError(
-          f"config.{key} is {value!r}; it must be of type {type(default).__name__}")
+      raise ConfigError(f"config.{key} is {value!r}; it must be of type {type(default).__name__}")
   missing = [key for key in known if key not in given]
   if missing:
     raise ConfigError(
-        f"config.{missing[0]} is missing; start a config from dpojax.training.config.defaults()")
+      f"config.{missing[0]} is missing; start a config from dpojax.training.config.defaults()"
+    )
 
   _one_of(config, "objective", LOSSES)
   _check_losses(config)
@@ -217,16 +234,45 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "optimizer.schedule", step.SCHEDULES)
   _one_of(config, "beta_schedule.between", step.BETWEEN)
   _one_of(config, "parallel.strategy", parallel.STRATEGIES)
-  for key in ("steps", "batch_size", "row_length", "data.max_length",
-              "data.max_prompt_length", "log_every", "sample_limit", "sample_count",
-              "sample_max_new_tokens", "model.width", "model.layers", "model.heads",
-              "parallel.fsdp", "parallel.tensor", "parallel.num_processes"):
+  for key in (
+    "steps",
+    "batch_size",
+    "row_length",
+    "data.max_length",
+    "data.max_prompt_length",
+    "log_every",
+    "sample_limit",
+    "sample_count",
+    "sample_max_new_tokens",
+    "model.width",
+    "model.layers",
+    "model.heads",
+    "parallel.fsdp",
+    "parallel.tensor",
+    "parallel.num_processes",
+  ):
     _at_least(config, key, 1)
-  for key in ("seed", "chunk_size", "rows_at_once", "sample_every", "eval_every", "checkpoint_every",
-              "checkpoint_keep", "data.eval_size", "model.vocab_size", "model.kv_heads",
-              "model.max_positions", "reference.sync_every", "optimizer.warmup_steps",
-              "optimizer.max_grad_norm", "optimizer.weight_decay", "lora.rank", "parallel.data",
-              "parallel.process_id", "parallel.lost_after"):
+  for key in (
+    "seed",
+    "chunk_size",
+    "rows_at_once",
+    "sample_every",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "data.eval_size",
+    "model.vocab_size",
+    "model.kv_heads",
+    "model.max_positions",
+    "reference.sync_every",
+    "optimizer.warmup_steps",
+    "optimizer.max_grad_norm",
+    "optimizer.weight_decay",
+    "lora.rank",
+    "parallel.data",
+    "parallel.process_id",
+    "parallel.lost_after",
+  ):
     _at_least(config, key, 0)
   for key in ("beta", "optimizer.learning_rate", "lora.alpha"):
     if not (math.isfinite(given[key]) and given[key] > 0):
@@ -239,8 +285,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _check_reading(config) -> None:
   if not isinstance(config.data.template_arguments, (ml_collections.ConfigDict, dict)):
     raise ConfigError(
-        f"config.data.template_arguments is {config.data.template_arguments!r}; give a mapping, such as "
-        "{'enable_thinking': False}")
+      f"config.data.template_arguments is {config.data.template_arguments!r}; give a mapping, such as "
+      "{'enable_thinking': False}"
+    )
   try:
     templates.Reading.of(config.data)
   except DataError as error:
@@ -251,44 +298,55 @@ def _check_combinations(config) -> None:
   data = config.data
   if 0 < config.parallel.lost_after < 5:
     raise ConfigError(
-        f"config.parallel.lost_after is {config.parallel.lost_after}; processes show every second that "
-        "they live, and a second may be late: give at least 5, or 0")
+      f"config.parallel.lost_after is {config.parallel.lost_after}; processes show every second that "
+      "they live, and a second may be late: give at least 5, or 0"
+    )
   if not config.tokenizer:
     raise ConfigError("config.tokenizer is empty; set it to a tokenizer folder or hub name")
   if data.source == "jsonl" and not data.path:
     raise ConfigError("config.data.path is empty; data.source='jsonl' needs local .jsonl files")
   if data.form and data.source != "jsonl":
-    raise ConfigError(f"config.data.form is {data.form!r}, but data.source={data.source!r} has a form of "
-                      "its own; leave it empty")
+    raise ConfigError(
+      f"config.data.form is {data.form!r}, but data.source={data.source!r} has a form of "
+      "its own; leave it empty"
+    )
   if data.max_prompt_length >= data.max_length:
     raise ConfigError(
-        f"config.data.max_prompt_length is {data.max_prompt_length} and data.max_length "
-        f"{data.max_length}; leave room for responses: lower max_prompt_length")
+      f"config.data.max_prompt_length is {data.max_prompt_length} and data.max_length "
+      f"{data.max_length}; leave room for responses: lower max_prompt_length"
+    )
   if config.row_length < data.max_length:
     raise ConfigError(
-        f"config.row_length is {config.row_length}, shorter than data.max_length "
-        f"{data.max_length}; raise row_length")
+      f"config.row_length is {config.row_length}, shorter than data.max_length "
+      f"{data.max_length}; raise row_length"
+    )
   if not config.model.checkpoint and config.model.width % config.model.heads:
     raise ConfigError(
-        f"config.model.width is {config.model.width} and model.heads {config.model.heads}; "
-        "heads must divide width")
+      f"config.model.width is {config.model.width} and model.heads {config.model.heads}; "
+      "heads must divide width"
+    )
   if config.eval_every and not data.eval_path and not data.eval_size:
     raise ConfigError(
-        f"config.eval_every is {config.eval_every} but there is nothing to evaluate on; set "
-        "data.eval_path or data.eval_size, or eval_every=0")
+      f"config.eval_every is {config.eval_every} but there is nothing to evaluate on; set "
+      "data.eval_path or data.eval_size, or eval_every=0"
+    )
   if config.sample_every and config.objective == "reward":
-    raise ConfigError(f"config.sample_every is {config.sample_every} but a reward model writes nothing; "
-                      "set it to 0")
-  if config.checkpoint_best and not (
-      config.eval_every and config.checkpoint_every and config.checkpoint_every % config.eval_every == 0):
     raise ConfigError(
-        f"config.checkpoint_best is {config.checkpoint_best!r} but checkpoint_every="
-        f"{config.checkpoint_every} is not a multiple of eval_every={config.eval_every}; "
-        "a checkpoint is ranked by the evaluation made at its step")
+      f"config.sample_every is {config.sample_every} but a reward model writes nothing; set it to 0"
+    )
+  if config.checkpoint_best and not (
+    config.eval_every and config.checkpoint_every and config.checkpoint_every % config.eval_every == 0
+  ):
+    raise ConfigError(
+      f"config.checkpoint_best is {config.checkpoint_best!r} but checkpoint_every="
+      f"{config.checkpoint_every} is not a multiple of eval_every={config.eval_every}; "
+      "a checkpoint is ranked by the evaluation made at its step"
+    )
   if config.wandb_project and importlib.util.find_spec("wandb") is None:
     raise ConfigError(
-        f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
-        "pip install 'dpojax[wandb]', or leave it empty")
+      f"config.wandb_project is {config.wandb_project!r} but wandb is not installed; "
+      "pip install 'dpojax[wandb]', or leave it empty"
+    )
 
 
 def _check_optimizer(config) -> None:
@@ -296,16 +354,18 @@ def _check_optimizer(config) -> None:
   settings = config.optimizer
   if settings.weight_decay and settings.name not in step.DECAYS:
     raise ConfigError(
-        f"config.optimizer.weight_decay is {settings.weight_decay} but {settings.name} has none; set it "
-        f"to 0, or name one of {', '.join(step.DECAYS)}")
+      f"config.optimizer.weight_decay is {settings.weight_decay} but {settings.name} has none; set it "
+      f"to 0, or name one of {', '.join(step.DECAYS)}"
+    )
   if not 0 <= settings.ema < 1:
     raise ConfigError(f"config.optimizer.ema is {settings.ema}; it must be in [0, 1)")
   if settings.name in step.AVERAGES:
     for key, none in (("ema", 0.0), ("schedule", "constant")):
       if settings[key] != none:
         raise ConfigError(
-            f"config.optimizer.{key} is {settings[key]!r} but {settings.name} averages params in its "
-            f"place; set optimizer.{key}={none!r}")
+          f"config.optimizer.{key} is {settings[key]!r} but {settings.name} averages params in its "
+          f"place; set optimizer.{key}={none!r}"
+        )
 
 
 def averages(config: ml_collections.ConfigDict) -> bool:
@@ -320,29 +380,35 @@ def _check_lora(config) -> None:
     if name not in lora.TARGETS:
       near = difflib.get_close_matches(name, lora.TARGETS, n=1)
       raise ConfigError(
-          f"config.lora.targets is {settings.targets!r}; it must hold names of "
-          f"{', '.join(lora.TARGETS)}" + (f"; did you mean {near[0]}?" if near else ""))
+        f"config.lora.targets is {settings.targets!r}; it must hold names of "
+        f"{', '.join(lora.TARGETS)}" + (f"; did you mean {near[0]}?" if near else "")
+      )
   if not settings.rank:
     if settings.targets:
       raise ConfigError(
-          f"config.lora.targets is {settings.targets!r} but lora.rank is 0; set lora.rank, such as 16")
+        f"config.lora.targets is {settings.targets!r} but lora.rank is 0; set lora.rank, such as 16"
+      )
     if config.model.param_dtype != "float32":
       raise ConfigError(
-          f"config.model.param_dtype is {config.model.param_dtype!r} but all params are trained, and "
-          "most updates would be rounded away; set lora.rank, or param_dtype='float32'")
+        f"config.model.param_dtype is {config.model.param_dtype!r} but all params are trained, and "
+        "most updates would be rounded away; set lora.rank, or param_dtype='float32'"
+      )
     return
   if not config.model.checkpoint:
     raise ConfigError(
-        f"config.lora.rank is {settings.rank} but model.checkpoint is empty; an adapter needs "
-        "trained weights below it: name a run's workdir or a Hugging Face folder")
+      f"config.lora.rank is {settings.rank} but model.checkpoint is empty; an adapter needs "
+      "trained weights below it: name a run's workdir or a Hugging Face folder"
+    )
   if reference.checkpoint:
     raise ConfigError(
-        f"config.lora.rank is {settings.rank} and reference.checkpoint {reference.checkpoint!r}; the "
-        "reference of an adapter is the base it is on: leave reference.checkpoint unset")
+      f"config.lora.rank is {settings.rank} and reference.checkpoint {reference.checkpoint!r}; the "
+      "reference of an adapter is the base it is on: leave reference.checkpoint unset"
+    )
   if reference.sync_every:
     raise ConfigError(
-        f"config.lora.rank is {settings.rank} and reference.sync_every {reference.sync_every}; the "
-        "reference is the base below the adapter, which never moves: set sync_every=0 or rank=0")
+      f"config.lora.rank is {settings.rank} and reference.sync_every {reference.sync_every}; the "
+      "reference is the base below the adapter, which never moves: set sync_every=0 or rank=0"
+    )
 
 
 def profiled_steps(config: ml_collections.ConfigDict) -> range:
@@ -357,7 +423,8 @@ def profiled_steps(config: ml_collections.ConfigDict) -> range:
   first, _, last = text.partition(":")
   if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
     raise ConfigError(
-        f"config.profile_steps is {text!r}; give the first and the last step, such as 10:15, or ''")
+      f"config.profile_steps is {text!r}; give the first and the last step, such as 10:15, or ''"
+    )
   return range(int(first), int(last) + 1)
 
 
@@ -380,14 +447,16 @@ def losses_of(config: ml_collections.ConfigDict) -> list[str]:
 
 def knobs_of(config: ml_collections.ConfigDict) -> dict[str, float]:
   """Returns the keywords of losses that are set."""
-  return {name: value for name, value in config.loss_options.items()
-          if name in _KNOBS and value is not None}
+  return {name: value for name, value in config.loss_options.items() if name in _KNOBS and value is not None}
 
 
 def combined_with(config: ml_collections.ConfigDict) -> dict[str, bool | float]:
   """Returns what else changes the losses: the keys in `COMBINED` that are set."""
-  return {name: config.loss_options[name] for name in COMBINED
-          if config.loss_options[name] is not None and config.loss_options[name] is not False}
+  return {
+    name: config.loss_options[name]
+    for name in COMBINED
+    if config.loss_options[name] is not None and config.loss_options[name] is not False
+  }
 
 
 def _check_losses(config) -> None:
@@ -396,12 +465,14 @@ def _check_losses(config) -> None:
     if name not in allowed:
       near = difflib.get_close_matches(name, allowed, n=1)
       raise ConfigError(
-          f"config.loss is {config.loss!r}; it must be one of {', '.join(map(repr, allowed))}"
-          + (f"; did you mean {near[0]}?" if near else ""))
+        f"config.loss is {config.loss!r}; it must be one of {', '.join(map(repr, allowed))}"
+        + (f"; did you mean {near[0]}?" if near else "")
+      )
   if config.objective != "dpo":
     asked = [f"loss_options.{name}" for name in knobs_of(config) | combined_with(config)]
-    asked += [key for key in ("loss_weights", "beta_schedule.steps", "beta_schedule.factors")
-              if flatten(config)[key]]
+    asked += [
+      key for key in ("loss_weights", "beta_schedule.steps", "beta_schedule.factors") if flatten(config)[key]
+    ]
     if asked:
       raise ConfigError(f"config.{asked[0]} is set; objective={config.objective!r} takes none")
     return
@@ -415,19 +486,22 @@ def _check_schedule(config, names: list[str]) -> None:
   """Refuses a beta that moves as no step says, or that nothing reads."""
   steps, factors = config.beta_schedule.steps, config.beta_schedule.factors
   if len(steps) != len(factors):
-    raise ConfigError(f"config.beta_schedule has {len(steps)} steps and {len(factors)} factors; give "
-                      "one factor for each step")
+    raise ConfigError(
+      f"config.beta_schedule has {len(steps)} steps and {len(factors)} factors; give one factor for each step"
+    )
   for key, values, sound, text in (
-      ("steps", steps, lambda x: x >= 0, "a step, at least 0"),
-      ("factors", factors, lambda x: 0 < x < math.inf, "a positive number")):
+    ("steps", steps, lambda x: x >= 0, "a step, at least 0"),
+    ("factors", factors, lambda x: 0 < x < math.inf, "a positive number"),
+  ):
     for value in values:
       if isinstance(value, bool) or not isinstance(value, (int, float)) or not sound(value):
         raise ConfigError(f"config.beta_schedule.{key} has {value!r}; each must be {text}")
   if any(later <= earlier for earlier, later in zip(steps, steps[1:])):
     raise ConfigError(f"config.beta_schedule.steps is {tuple(steps)}; they must ascend")
   if steps and not any(preference.LOSSES[name].takes_beta() for name in names):
-    raise ConfigError(f"config.beta_schedule.steps is {tuple(steps)} but {config.loss} has no beta; "
-                      "leave it unset")
+    raise ConfigError(
+      f"config.beta_schedule.steps is {tuple(steps)} but {config.loss} has no beta; leave it unset"
+    )
 
 
 def beta_factor_of(config: ml_collections.ConfigDict) -> step.BetaFactor | None:
@@ -441,12 +515,15 @@ def beta_factor_of(config: ml_collections.ConfigDict) -> step.BetaFactor | None:
 def _check_sum(config, names: list[str]) -> None:
   """Refuses losses that do not add."""
   if len(set(names)) < len(names):
-    raise ConfigError(f"config.loss is {config.loss!r}, which names a loss twice; name it once and "
-                      "set its loss_weights")
+    raise ConfigError(
+      f"config.loss is {config.loss!r}, which names a loss twice; name it once and set its loss_weights"
+    )
   weights = config.loss_weights
   if weights and len(weights) != len(names):
-    raise ConfigError(f"config.loss_weights has {len(weights)} numbers for {len(names)} losses "
-                      f"({config.loss}); give one for each")
+    raise ConfigError(
+      f"config.loss_weights has {len(weights)} numbers for {len(names)} losses "
+      f"({config.loss}); give one for each"
+    )
   for weight in weights:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
       raise ConfigError(f"config.loss_weights has {weight!r}; every weight must be a positive number")
@@ -455,16 +532,17 @@ def _check_sum(config, names: list[str]) -> None:
     if (preference.LOSSES[name].whole_step or weighed) and config.rows_at_once:
       name = "dr_dpo" if weighed else name
       raise ConfigError(
-          f"config.loss is {config.loss!r} and rows_at_once {config.rows_at_once}: {name} compares "
-          "responses of all comparisons of a step, which are then computed apart; set rows_at_once=0")
+        f"config.loss is {config.loss!r} and rows_at_once {config.rows_at_once}: {name} compares "
+        "responses of all comparisons of a step, which are then computed apart; set rows_at_once=0"
+      )
   if config.data.num_responses != 2:
     if config.data.num_responses < 2:
-      raise ConfigError(
-          f"config.data.num_responses is {config.data.num_responses}; it must be at least 2")
+      raise ConfigError(f"config.data.num_responses is {config.data.num_responses}; it must be at least 2")
     if names != ["dpo_plackett_luce"]:
       raise ConfigError(
-          f"config.data.num_responses is {config.data.num_responses} but {config.loss} compares 2 "
-          "responses; set loss='dpo_plackett_luce' or num_responses=2")
+        f"config.data.num_responses is {config.data.num_responses} but {config.loss} compares 2 "
+        "responses; set loss='dpo_plackett_luce' or num_responses=2"
+      )
 
 
 def _check_knobs(config, chosen: list[preference.Loss]) -> None:
@@ -474,33 +552,35 @@ def _check_knobs(config, chosen: list[preference.Loss]) -> None:
     takers = [loss for loss in chosen if name in loss.knobs()]
     if not takers:
       options = sorted({knob for loss in chosen for knob in (*loss.knobs(), *loss.options)})
-      raise ConfigError(
-          f"config.loss_options.{name} is not an option of {config.loss}; it takes {options}")
+      raise ConfigError(f"config.loss_options.{name} is not an option of {config.loss}; it takes {options}")
     sound, text = _KNOBS[name]
     if not sound(value):
       raise ConfigError(f"config.loss_options.{name} is {value}; it must be {text}")
   for name in combined:
     if not any(name in loss.options for loss in chosen):
-      reason = ("it reads mean log-probs by definition" if any(loss.mean for loss in chosen)
-                and name == "length_normalize" else "it has no form with it")
-      raise ConfigError(
-          f"config.loss_options.{name} cannot be combined with {config.loss}: {reason}")
+      reason = (
+        "it reads mean log-probs by definition"
+        if any(loss.mean for loss in chosen) and name == "length_normalize"
+        else "it has no form with it"
+      )
+      raise ConfigError(f"config.loss_options.{name} cannot be combined with {config.loss}: {reason}")
   answers = [name for name in ("length_normalize", "ld_alpha", "sampo") if name in combined]
   if len(answers) > 1:
     raise ConfigError(
-        f"config.loss_options has {' and '.join(answers)}, {'two' if len(answers) == 2 else 'three'} "
-        "answers to the same question; set one of them")
+      f"config.loss_options has {' and '.join(answers)}, {'two' if len(answers) == 2 else 'three'} "
+      "answers to the same question; set one of them"
+    )
   if not combined.get("dr_dpo", 1) > 0:
     raise ConfigError(f"config.loss_options.dr_dpo is {combined['dr_dpo']}; it must be positive")
   if not 0 <= combined.get("ld_alpha", 1) <= 1:
-    raise ConfigError(
-        f"config.loss_options.ld_alpha is {combined['ld_alpha']}; it must be in [0, 1]")
+    raise ConfigError(f"config.loss_options.ld_alpha is {combined['ld_alpha']}; it must be in [0, 1]")
   for name, loss in zip(losses_of(config), chosen):
     for knob, parameter in loss.knobs().items():
       if parameter.default is parameter.empty and knob not in knobs:
         raise ConfigError(
-            f"config.loss is {config.loss!r}, which needs loss_options.{knob}; set it, such as "
-            f"--config.loss_options.{knob}=0.1")
+          f"config.loss is {config.loss!r}, which needs loss_options.{knob}; set it, such as "
+          f"--config.loss_options.{knob}=0.1"
+        )
     knob, most, text = _NARROWER.get(name, ("", 0, ""))
     if knob and not 0 < knobs.get(knob, most / 2) < most:
       raise ConfigError(f"config.loss_options.{knob} is {knobs[knob]}; {name} needs one {text}")
@@ -511,12 +591,16 @@ def _check_reference(config, names: list[str]) -> None:
   reference = config.reference
   reads = [name for name in names if preference.LOSSES[name].reads_reference]
   if reference.mode == "none" and "kto" in names:
-    raise ConfigError("config.reference.mode is 'none' but kto measures its reference point against "
-                      "the reference; set reference.mode='inline', or loss='apo_zero'")
+    raise ConfigError(
+      "config.reference.mode is 'none' but kto measures its reference point against "
+      "the reference; set reference.mode='inline', or loss='apo_zero'"
+    )
   every = [name for name in names if preference.LOSSES[name].reads_every_token]
   if every and reference.mode != "inline":
-    raise ConfigError(f"config.reference.mode is {reference.mode!r} but {every[0]} reads the reference's "
-                      "next-token distributions; set reference.mode='inline'")
+    raise ConfigError(
+      f"config.reference.mode is {reference.mode!r} but {every[0]} reads the reference's "
+      "next-token distributions; set reference.mode='inline'"
+    )
   if not reads or reference.mode == "none":
     why = f"{config.loss} has no reference" if not reads else "reference.mode is 'none'"
     for key in ("checkpoint", "sync_every"):
@@ -524,21 +608,21 @@ def _check_reference(config, names: list[str]) -> None:
         raise ConfigError(f"config.reference.{key} is {reference[key]!r} but {why}; leave it unset")
   if reference.mode == "stored":
     combined = combined_with(config)
-    for key, why in (("sync_every", "the reference then moves away from what was stored"),
-                     ("ld_alpha", "log-probs are stored as sums over tokens"),
-                     ("sampo", "log-probs are stored as sums over tokens"),
-                     ("kto", "its responses to other prompts are drawn anew for each seed")):
+    for key, why in (
+      ("sync_every", "the reference then moves away from what was stored"),
+      ("ld_alpha", "log-probs are stored as sums over tokens"),
+      ("sampo", "log-probs are stored as sums over tokens"),
+      ("kto", "its responses to other prompts are drawn anew for each seed"),
+    ):
       if key in combined or key in names or (key == "sync_every" and reference.sync_every):
-        raise ConfigError(
-            f"config.reference.mode is 'stored' with {key}: {why}; set reference.mode='inline'")
+        raise ConfigError(f"config.reference.mode is 'stored' with {key}: {why}; set reference.mode='inline'")
   if not 0 < reference.sync_alpha <= 1:
+    raise ConfigError(f"config.reference.sync_alpha is {reference.sync_alpha}; it must be in (0, 1]")
+  if reference.checkpoint and not reference.may_differ and (reference.checkpoint != config.model.checkpoint):
     raise ConfigError(
-        f"config.reference.sync_alpha is {reference.sync_alpha}; it must be in (0, 1]")
-  if reference.checkpoint and not reference.may_differ and (
-      reference.checkpoint != config.model.checkpoint):
-    raise ConfigError(
-        f"config.reference.checkpoint is {reference.checkpoint!r}, not the policy's "
-        f"{config.model.checkpoint!r}; set reference.may_differ=True if that is the purpose")
+      f"config.reference.checkpoint is {reference.checkpoint!r}, not the policy's "
+      f"{config.model.checkpoint!r}; set reference.may_differ=True if that is the purpose"
+    )
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -548,6 +632,7 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(text: str) -> ml_collections.ConfigDict:
   """Returns the config of a `config.json`."""
+
   def with_tuples(value):
     if isinstance(value, dict):
       return {key: with_tuples(inner) for key, inner in value.items()}
@@ -557,14 +642,23 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 OF_ONE_PROCESS = (
-    "parallel.process_id", "data.path", "data.eval_path", "data.cache_dir", "compile_cache", "wandb_project")
+  "parallel.process_id",
+  "data.path",
+  "data.eval_path",
+  "data.cache_dir",
+  "compile_cache",
+  "wandb_project",
+)
 """Keys in which the processes of a run may differ: of data the contents are compared."""
 
 
 def shared(config: ml_collections.ConfigDict) -> dict:
   """Returns what has to be the same in all processes of a run, as JSON values by their names."""
-  return {f"config.{key}": list(value) if isinstance(value, tuple) else value
-          for key, value in flatten(config).items() if key not in OF_ONE_PROCESS}
+  return {
+    f"config.{key}": list(value) if isinstance(value, tuple) else value
+    for key, value in flatten(config).items()
+    if key not in OF_ONE_PROCESS
+  }
 
 
 def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> None:
@@ -579,12 +673,14 @@ def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDi
   for key in sorted(before.keys() | after.keys()):
     if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
       raise ConfigError(
-          f"the workdir holds a run with config.{key}={before.get(key)!r}, not "
-          f"{after.get(key)!r}; take another workdir, or go back to its config")
+        f"the workdir holds a run with config.{key}={before.get(key)!r}, not "
+        f"{after.get(key)!r}; take another workdir, or go back to its config"
+      )
   if before["steps"] != after["steps"] and after["optimizer.schedule"] != "constant":
     raise ConfigError(
-        f"the workdir holds a run of {before['steps']} steps, not {after['steps']}, and "
-        f"optimizer.schedule={after['optimizer.schedule']!r} depends on it; take another workdir")
+      f"the workdir holds a run of {before['steps']} steps, not {after['steps']}, and "
+      f"optimizer.schedule={after['optimizer.schedule']!r} depends on it; take another workdir"
+    )
 
 
 def flatten(config) -> dict:

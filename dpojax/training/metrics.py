@@ -14,8 +14,14 @@ from dpojax.runtime.disk import disk_errors
 class MetricsWriter:
   """Appends one JSON object a line: `step`, `split`, then the metrics, in plain floats."""
 
-  def __init__(self, workdir: str | os.PathLike, *, after_step: int, wandb_project: str = "",
-               settings: dict | None = None):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    after_step: int,
+    wandb_project: str = "",
+    settings: dict | None = None,
+  ):
     """Opens the files. Lines of steps after `after_step`, and a line cut off, are dropped first.
 
     A run that was killed and continues from a checkpoint at `after_step` writes them again.
@@ -30,14 +36,19 @@ class MetricsWriter:
     self._events = event_file_writer.EventFileWriter(str(pathlib.Path(workdir) / "tensorboard"))
     if kept or lines:
       restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._events.add_event(event_pb2.Event(
-          step=after_step + 1, wall_time=time.time(), session_log=restart))
+      self._events.add_event(event_pb2.Event(step=after_step + 1, wall_time=time.time(), session_log=restart))
     self._wandb = None
     if wandb_project:
       import wandb
+
       self._wandb = wandb.init(
-          project=wandb_project, dir=str(workdir), config=settings, name=pathlib.Path(workdir).name,
-          resume="allow", id=pathlib.Path(workdir).absolute().as_posix().replace("/", "-")[-100:])
+        project=wandb_project,
+        dir=str(workdir),
+        config=settings,
+        name=pathlib.Path(workdir).name,
+        resume="allow",
+        id=pathlib.Path(workdir).absolute().as_posix().replace("/", "-")[-100:],
+      )
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
     """Writes the metrics of a step, of a split such as `train`, `eval` or `samples`.
@@ -47,10 +58,12 @@ class MetricsWriter:
     """
     with disk_errors(self.path.parent):
       self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-    values = [summary_pb2.Summary.Value(tag=f"{split}/{name}", simple_value=value)
-              for name, value in metrics.items()]
-    self._events.add_event(event_pb2.Event(
-        step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=values)))
+    values = [
+      summary_pb2.Summary.Value(tag=f"{split}/{name}", simple_value=value) for name, value in metrics.items()
+    ]
+    self._events.add_event(
+      event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=values))
+    )
     if self._wandb is not None:
       self._wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
@@ -70,5 +83,4 @@ def read_lines(path: pathlib.Path) -> list[dict]:
   """Returns the lines of a JSONL file, none if it is not there; one cut off by a kill is left out."""
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
-          if line.endswith("\n")]
+  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

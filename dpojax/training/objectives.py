@@ -4,8 +4,9 @@ An objective returns `Mean`s, a total and the count it is over. Totals and count
 and parts of a step before the one division, so a device with fewer comparisons weighs less.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ def of_adapter(objective: Objective) -> Objective:
   The base is the reference as well, so there is one whether the loss reads it or not. The apply of
   the objective that is given is that of `models.lora`.
   """
+
   def evaluate(adapter, base, rows, **at):
     return objective.evaluate(lora.Adapted(base, adapter), base, rows, **at)
 
@@ -65,13 +67,19 @@ def of_adapter(objective: Objective) -> Objective:
 
 
 def response_log_probs(
-    outputs: Outputs, rows: Rows, *, num_responses: int, chunk_size: int | None = None
+  outputs: Outputs, rows: Rows, *, num_responses: int, chunk_size: int | None = None
 ) -> SequenceLogProbs:
   """Returns the log-prob of each response and its length, [R, P, K] each."""
   comparisons = rows.example.shape[-1]
   flat = log_probs(
-      outputs.hidden, outputs.head, rows.source, rows.target, rows.slot,
-      num_slots=comparisons * num_responses, chunk_size=chunk_size)
+    outputs.hidden,
+    outputs.head,
+    rows.source,
+    rows.target,
+    rows.slot,
+    num_slots=comparisons * num_responses,
+    chunk_size=chunk_size,
+  )
   return jax.tree.map(lambda x: x.reshape(-1, comparisons, num_responses), flat)
 
 
@@ -87,8 +95,7 @@ def response_rewards(outputs: Outputs, rows: Rows, *, num_responses: int) -> jax
     return hidden[jnp.maximum(last[:-1], 0)]
 
   last_hidden = jax.vmap(one_row)(outputs.hidden, rows.comparison, rows.branch)
-  rewards = jnp.einsum(
-      "rsd,d->rs", last_hidden.astype(outputs.reward_head.dtype), outputs.reward_head)
+  rewards = jnp.einsum("rsd,d->rs", last_hidden.astype(outputs.reward_head.dtype), outputs.reward_head)
   return rewards.reshape(-1, comparisons, num_responses)
 
 
@@ -124,9 +131,9 @@ def _sft(apply: Apply, chunk_size: int | None, reduce: Callable) -> Objective:
     scores = response_log_probs(apply(params, rows), rows, num_responses=1, chunk_size=chunk_size)
     loss = reduce(scores, rows)
     metrics = {
-        "loss": loss,
-        "logps/chosen": mean_of_comparisons(scores.sums[..., 0], rows),
-        "nll_per_token": _token_mean(scores),
+      "loss": loss,
+      "logps/chosen": mean_of_comparisons(scores.sums[..., 0], rows),
+      "nll_per_token": _token_mean(scores),
     }
     return loss, metrics
 
@@ -135,6 +142,7 @@ def _sft(apply: Apply, chunk_size: int | None, reduce: Callable) -> Objective:
 
 def reward_objective(apply: Apply) -> Objective:
   """The Bradley-Terry reward model (Rafailov et al. 2023, Eq. 2): a scalar head on last tokens."""
+
   def evaluate(params, reference, rows):
     rewards = pair_of(response_rewards(apply(params, rows), rows, num_responses=2))
     loss = mean_of_comparisons(losses.bradley_terry_loss(rewards.chosen, rewards.rejected), rows)
@@ -154,8 +162,8 @@ def reward_metrics(rewards: losses.Pair, there: losses.Pair) -> dict[str, Mean]:
   margins = rewards.chosen - rewards.rejected
   both = there.chosen & there.rejected
   return {
-      "rewards/chosen": mean_where(rewards.chosen, there.chosen),
-      "rewards/rejected": mean_where(rewards.rejected, there.rejected),
-      "rewards/accuracies": mean_where((margins > 0).astype(margins.dtype), both),
-      "rewards/margins": mean_where(margins, both),
+    "rewards/chosen": mean_where(rewards.chosen, there.chosen),
+    "rewards/rejected": mean_where(rewards.rejected, there.rejected),
+    "rewards/accuracies": mean_where((margins > 0).astype(margins.dtype), both),
+    "rewards/margins": mean_where(margins, both),
   }

@@ -11,7 +11,8 @@ import itertools
 import math
 import os
 import pathlib
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,25 +25,25 @@ STRATEGIES = ("pmap", "mesh")
 AXIS = "replica"
 
 PARTITION = {
-    "embed/embedding": ("tensor", "fsdp"),
-    "positions/embedding": (None, "fsdp"),
-    "head": ("tensor", "fsdp"),
-    "head_bias": ("tensor",),
-    "query/kernel": ("fsdp", "tensor", None),
-    "key/kernel": ("fsdp", "tensor", None),
-    "value/kernel": ("fsdp", "tensor", None),
-    "attention_out/kernel": ("tensor", None, "fsdp"),
-    "gate/kernel": ("fsdp", "tensor"),
-    "up/kernel": ("fsdp", "tensor"),
-    "down/kernel": ("tensor", "fsdp"),
-    **{f"{name}/a": ("fsdp", None) for name in ("query", "key", "value", "gate", "up")},
-    **{f"{name}/b": (None, "tensor", None) for name in ("query", "key", "value")},
-    "attention_out/a": ("tensor", None, None),
-    "attention_out/b": (None, "fsdp"),
-    "gate/b": (None, "tensor"),
-    "up/b": (None, "tensor"),
-    "down/a": ("tensor", None),
-    "down/b": (None, "fsdp"),
+  "embed/embedding": ("tensor", "fsdp"),
+  "positions/embedding": (None, "fsdp"),
+  "head": ("tensor", "fsdp"),
+  "head_bias": ("tensor",),
+  "query/kernel": ("fsdp", "tensor", None),
+  "key/kernel": ("fsdp", "tensor", None),
+  "value/kernel": ("fsdp", "tensor", None),
+  "attention_out/kernel": ("tensor", None, "fsdp"),
+  "gate/kernel": ("fsdp", "tensor"),
+  "up/kernel": ("fsdp", "tensor"),
+  "down/kernel": ("tensor", "fsdp"),
+  **{f"{name}/a": ("fsdp", None) for name in ("query", "key", "value", "gate", "up")},
+  **{f"{name}/b": (None, "tensor", None) for name in ("query", "key", "value")},
+  "attention_out/a": ("tensor", None, None),
+  "attention_out/b": (None, "fsdp"),
+  "gate/b": (None, "tensor"),
+  "up/b": (None, "tensor"),
+  "down/a": ("tensor", None),
+  "down/b": (None, "fsdp"),
 }
 """Axes the trailing dimensions of a parameter are cut over, by the end of its path.
 
@@ -68,9 +69,10 @@ class Replicas:
     del donated
     count = len(self.devices)
     return jax.tree.map(
-        lambda x: jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding), tree)
+      lambda x: jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding), tree
+    )
 
-  def place_part(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> np.ndarray:
+  def place_shard(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> np.ndarray:
     """Returns a parameter that is being read: whole, to be copied to the devices by `place`."""
     return read((slice(None),) * len(leaf.shape))
 
@@ -82,8 +84,8 @@ class Replicas:
     """Returns the shapes that `place_rows` would give, of all rows of a step."""
     count = jax.device_count()
     return jax.tree.map(
-        lambda x: self._shape(
-            len(self.devices), x.shape[0] // count, *x.shape[1:], dtype=x.dtype), rows)
+      lambda x: self._shape(len(self.devices), x.shape[0] // count, *x.shape[1:], dtype=x.dtype), rows
+    )
 
   def _shape(self, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
@@ -105,21 +107,22 @@ class Replicas:
     """Places this process's rows, [R, ...] -> [devices, R / devices, ...]."""
     del total
     count = len(self.devices)
-    return jax.tree.map(
-        lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), self._sharding), rows)
+    return jax.tree.map(lambda x: jax.device_put(x.reshape(count, -1, *x.shape[1:]), self._sharding), rows)
 
   def collect_rows(self, tree: Any) -> Any:
     """Returns values of each row, [devices, R / devices, ...], as NumPy arrays [R, ...] of all rows."""
+
     def whole(x):
       local = np.concatenate([np.asarray(shard.data)[0] for shard in x.addressable_shards])
       if jax.process_count() == 1:
         return local
       return np.concatenate(multihost_utils.process_allgather(local))
+
     return jax.tree.map(whole, tree)
 
-  def lift(self, step: Callable, *, donate_state: bool) -> "Lifted":
+  def lift(self, step: Callable, *, donate_state: bool) -> "CompiledStep":
     """Returns the step over placed arguments; it donates its first argument if asked."""
-    return Lifted(jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ()))
+    return CompiledStep(jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ()))
 
 
 class Mesh:
@@ -128,8 +131,9 @@ class Mesh:
   axis_name = None
   compiles_ahead = True
 
-  def __init__(self, *, data: int = 0, fsdp: int = 1, tensor: int = 1,
-               devices: Sequence[jax.Device] | None = None):
+  def __init__(
+    self, *, data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+  ):
     """Makes the mesh of all devices, or of those given; data = 0 takes what fsdp and tensor leave.
 
     Raises:
@@ -139,30 +143,32 @@ class Mesh:
     data = data or max(1, count // (fsdp * tensor))
     if data * fsdp * tensor != count:
       raise ValueError(
-          f"parallel.data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor} "
-          f"but there are {count} devices; change the axes to multiply to {count}")
+        f"parallel.data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor} "
+        f"but there are {count} devices; change the axes to multiply to {count}"
+      )
     self.mesh = jax.make_mesh(
-        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3,
-        devices=devices)
+      (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
     self.row_multiple = self.global_shards = data * fsdp
     self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
   def shardings(self, tree: Any) -> Any:
     """Returns the sharding of each leaf, from the end of its path and its shape."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: self._sharding(
-        jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: self._sharding(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
+    )
 
   def _sharding(self, name: str, leaf: Any) -> NamedSharding:
-    axes = next((axes for end, axes in PARTITION.items()
-                 if name == end or name.endswith("/" + end)), ())
+    axes = next((axes for end, axes in PARTITION.items() if name == end or name.endswith("/" + end)), ())
     if len(axes) > len(leaf.shape):
       axes = ()
     axes = (None,) * (len(leaf.shape) - len(axes)) + axes
-    fits = (axis if axis and size % self.mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, leaf.shape))
+    fits = (
+      axis if axis and size % self.mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)
+    )
     return NamedSharding(self.mesh, PartitionSpec(*fits))
 
-  def place_part(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> jax.Array:
+  def place_shard(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> jax.Array:
     """Returns a parameter as a global array, of which each local device's part is read in turn.
 
     Args:
@@ -187,9 +193,9 @@ class Mesh:
       donated: whether a step will be given the arrays for good. Those that are in place already are
         then copied; else they are what is returned.
     """
+
     def place(leaf, sharding):
-      if isinstance(leaf, jax.Array) and (
-          leaf.sharding == sharding or not leaf.is_fully_addressable):
+      if isinstance(leaf, jax.Array) and (leaf.sharding == sharding or not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding, may_alias=not donated)
       array = np.asarray(leaf)
       return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -199,13 +205,14 @@ class Mesh:
   def placed(self, tree: Any) -> Any:
     """Returns the shapes, with shardings, that `place` would give, of a tree of arrays or shapes."""
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree, self.shardings(tree))
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      tree,
+      self.shardings(tree),
+    )
 
   def placed_rows(self, rows: Rows) -> Rows:
     """Returns the shapes, with shardings, that `place_rows` would give, of all rows of a step."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows)
 
   def collect(self, tree: Any) -> Any:
     """Returns the tree itself: global arrays are saved as they are."""
@@ -213,8 +220,7 @@ class Mesh:
 
   def restore_target(self, placed: Any) -> Any:
     """Returns shapes with shardings, to restore into without a copy on one device."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
 
   def span(self, rows: int) -> tuple[int, int]:
     """Returns the first row and the number of rows this process fills, of `rows`."""
@@ -226,11 +232,14 @@ class Mesh:
   def place_rows(self, rows: Rows, total: int) -> Rows:
     """Places this process's rows as parts of global arrays of `total` rows."""
     first, _ = self.span(total)
+
     def place(x):
       def local(index):
         start, stop, _ = index[0].indices(total)
-        return x[start - first:stop - first]
+        return x[start - first : stop - first]
+
       return jax.make_array_from_callback((total, *x.shape[1:]), self._rows, local)
+
     return jax.tree.map(place, rows)
 
   def collect_rows(self, tree: Any) -> Any:
@@ -239,25 +248,25 @@ class Mesh:
       return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
-  def lift(self, step: Callable, *, donate_state: bool) -> "Lifted":
+  def lift(self, step: Callable, *, donate_state: bool) -> "CompiledStep":
     """Returns the step under `jit`; a donated first argument keeps its shardings in the output.
 
     While it is traced the mesh is set, for code that depends on how rows are cut.
     """
     if not donate_state:
-      return Lifted(jax.jit(step), self._context)
+      return CompiledStep(jax.jit(step), self._context)
 
     def pinned(state, *args):
       state, metrics = step(state, *args)
       return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
-    return Lifted(jax.jit(pinned, donate_argnums=(0,)), self._context)
+    return CompiledStep(jax.jit(pinned, donate_argnums=(0,)), self._context)
 
   def _context(self) -> contextlib.AbstractContextManager:
     return jax.set_mesh(self.mesh)
 
 
-class Members(Mesh):
+class EnsembleMesh(Mesh):
   """Runs side by side, each whole on one device: arrays [M, ...] of M runs are cut over the devices.
 
   What it lifts is a step mapped over runs by `jax.vmap`, in which no mesh is set: a run sees its own
@@ -268,7 +277,7 @@ class Members(Mesh):
     """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
     devices = jax.devices()
     each = -(-count // len(devices))
-    super().__init__(devices=devices[:-(-count // each)])
+    super().__init__(devices=devices[: -(-count // each)])
 
   def shardings(self, tree: Any) -> Any:
     """Returns the sharding of each leaf: by its leading axis."""
@@ -282,7 +291,7 @@ class Members(Mesh):
     return contextlib.nullcontext()
 
 
-class Lifted:
+class CompiledStep:
   """A step over placed arguments, which may be compiled before there are any."""
 
   def __init__(self, jitted: Any, context: Callable = contextlib.nullcontext):
@@ -321,8 +330,9 @@ def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 
     raise ValueError(f"parallel.strategy is {strategy!r}; it must be one of {STRATEGIES}")
   if (fsdp, tensor) != (1, 1) or data not in (0, jax.device_count()):
     raise ValueError(
-        f"parallel.strategy is 'pmap' with data, fsdp, tensor = {data}, {fsdp}, {tensor}; pmap "
-        "holds everything on every device: set parallel.strategy='mesh' or leave them 0, 1, 1")
+      f"parallel.strategy is 'pmap' with data, fsdp, tensor = {data}, {fsdp}, {tensor}; pmap "
+      "holds everything on every device: set parallel.strategy='mesh' or leave them 0, 1, 1"
+    )
   return Replicas()
 
 
@@ -347,14 +357,16 @@ def memory_limit() -> int:
 def bytes_on_one(tree: Any) -> int:
   """Returns the bytes one device holds of a tree of shapes with shardings, as `placed` gives them."""
   return sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(tree))
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+  )
 
 
 def device_bytes(tree: Any) -> int:
   """Returns the bytes of a placed tree on the first local device."""
   device = jax.local_devices()[0]
   return sum(
-      math.prod(shard.data.shape) * shard.data.dtype.itemsize
-      for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
-      if shard.device == device)
+    math.prod(shard.data.shape) * shard.data.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+    for shard in leaf.addressable_shards
+    if shard.device == device
+  )

@@ -6,8 +6,9 @@ step at once. A response that is not there, of length 0, counts nothing.
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,33 +86,30 @@ class Reading(NamedTuple):
 
 
 def pairwise(
-    function: Callable, responses: Responses, reading: Reading, knobs: dict, *more: Pair) -> jax.Array:
+  function: Callable, responses: Responses, reading: Reading, knobs: dict, *more: Pair
+) -> jax.Array:
   """(policy, reference, *more, **knobs) -> loss of each pair, elementwise."""
   policy, reference = map(pair_of, reading(responses))
   values = function(policy, reference, *more, **knobs) * responses.weights
   return jnp.where(responses.pairs, values, 0)
 
 
-def with_lengths(
-    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+def with_lengths(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """`pairwise` with the responses' lengths."""
   return pairwise(function, responses, reading, knobs, pair_of(responses.lengths))
 
 
-def with_token_kl(
-    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+def with_token_kl(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """`pairwise` with the KL of each response's tokens."""
   return pairwise(function, responses, reading, knobs, pair_of(responses.token_kl))
 
 
-def with_mixed(
-    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+def with_mixed(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """`pairwise` with the log-probs of the policy moved to the reference and away from it."""
   return pairwise(function, responses, reading, knobs, *map(pair_of, responses.mixed))
 
 
-def reference_free(
-    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+def reference_free(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """(policy, **knobs) -> loss of each pair, elementwise."""
   policy = pair_of(reading(responses)[0])
   return jnp.where(responses.pairs, function(policy, **knobs) * responses.weights, 0)
@@ -122,8 +120,7 @@ def ranking(function: Callable, responses: Responses, reading: Reading, knobs: d
   return function(*reading(responses), where=responses.there, **_of_each_response(knobs))
 
 
-def sorted_pairs(
-    function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+def sorted_pairs(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """(policy, reference, *, where, **knobs) -> losses over the sorted last axis: all pairs of the step.
 
   Raises:
@@ -131,12 +128,14 @@ def sorted_pairs(
   """
   for name, value in knobs.items():
     if jnp.ndim(value):
-      raise ValueError(f"{name} is given for each comparison, but a loss of ranks mixes comparisons; "
-                       "give one number")
+      raise ValueError(
+        f"{name} is given for each comparison, but a loss of ranks mixes comparisons; give one number"
+      )
   policy, reference = map(pair_of, reading(responses))
   everything = partial(_whole_step, axis_name=responses.axis_name)
   values = function(
-      *jax.tree.map(everything, (policy, reference)), where=everything(responses.pairs), **knobs)
+    *jax.tree.map(everything, (policy, reference)), where=everything(responses.pairs), **knobs
+  )
   # Every device holds all pairs of the step: each answers for its share of their sum.
   devices = values.size // responses.pairs.size
   return jnp.sum(values.reshape(devices, *responses.pairs.shape), axis=0) / devices
@@ -199,8 +198,11 @@ class Loss(NamedTuple):
   def knobs(self) -> dict[str, inspect.Parameter]:
     """Returns the keywords it takes besides beta, with their defaults."""
     given = ("beta", "where", "divergence", "kl")
-    return {name: parameter for name, parameter in self.signature().items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in given}
+    return {
+      name: parameter
+      for name, parameter in self.signature().items()
+      if parameter.kind is parameter.KEYWORD_ONLY and name not in given
+    }
 
   @property
   def single(self) -> bool:
@@ -220,33 +222,29 @@ class Loss(NamedTuple):
 
 
 LOSSES = {name: Loss(function) for name, function in losses.PAIRWISE_LOSSES.items()} | {
-    "dpo_plackett_luce": Loss(
-        losses.dpo_plackett_luce_loss, ranking, options=("length_normalize",)),
-    "aot": Loss(
-        losses.aot_loss, sorted_pairs, options=("length_normalize", "ld_alpha"), whole_step=True),
-    "aot_unpaired": Loss(
-        losses.aot_unpaired_loss, sorted_pairs, options=("length_normalize", "ld_alpha"),
-        whole_step=True),
-    "kto": Loss(losses.kto_loss, kto, options=(), whole_step=True),
-    "bco": Loss(losses.bco_loss, bco, options=("length_normalize",), whole_step=True),
-    "h_dpo": Loss(losses.h_dpo_loss),
-    "r_dpo": Loss(losses.r_dpo_loss, with_lengths, options=("wpo", "dr_dpo")),
-    "tdpo1": Loss(losses.tdpo1_loss, with_token_kl, options=("wpo", "dr_dpo")),
-    "tdpo2": Loss(losses.tdpo2_loss, with_token_kl, options=("wpo", "dr_dpo")),
-    "epsilon_dpo": Loss(losses.epsilon_dpo_loss, with_mixed, options=("wpo", "dr_dpo")),
-    "simpo": Loss(
-        losses.simpo_loss, reference_free, reads_reference=False, mean=True,
-        options=("wpo", "dr_dpo")),
-    "alphapo": Loss(
-        losses.alphapo_loss, reference_free, reads_reference=False, mean=True,
-        options=("wpo", "dr_dpo")),
-    "cpo": Loss(losses.cpo_loss, reference_free, reads_reference=False),
-    "orpo": Loss(
-        losses.orpo_loss, reference_free, reads_reference=False, mean=True,
-        options=("wpo", "dr_dpo")),
-    "unlikelihood": Loss(losses.unlikelihood_loss, reference_free, reads_reference=False),
-    "nll": Loss(losses.nll_loss, best, reads_reference=False, options=()),
-    "nll_mean": Loss(losses.nll_loss, best, reads_reference=False, mean=True, options=()),
+  "dpo_plackett_luce": Loss(losses.dpo_plackett_luce_loss, ranking, options=("length_normalize",)),
+  "aot": Loss(losses.aot_loss, sorted_pairs, options=("length_normalize", "ld_alpha"), whole_step=True),
+  "aot_unpaired": Loss(
+    losses.aot_unpaired_loss, sorted_pairs, options=("length_normalize", "ld_alpha"), whole_step=True
+  ),
+  "kto": Loss(losses.kto_loss, kto, options=(), whole_step=True),
+  "bco": Loss(losses.bco_loss, bco, options=("length_normalize",), whole_step=True),
+  "h_dpo": Loss(losses.h_dpo_loss),
+  "r_dpo": Loss(losses.r_dpo_loss, with_lengths, options=("wpo", "dr_dpo")),
+  "tdpo1": Loss(losses.tdpo1_loss, with_token_kl, options=("wpo", "dr_dpo")),
+  "tdpo2": Loss(losses.tdpo2_loss, with_token_kl, options=("wpo", "dr_dpo")),
+  "epsilon_dpo": Loss(losses.epsilon_dpo_loss, with_mixed, options=("wpo", "dr_dpo")),
+  "simpo": Loss(
+    losses.simpo_loss, reference_free, reads_reference=False, mean=True, options=("wpo", "dr_dpo")
+  ),
+  "alphapo": Loss(
+    losses.alphapo_loss, reference_free, reads_reference=False, mean=True, options=("wpo", "dr_dpo")
+  ),
+  "cpo": Loss(losses.cpo_loss, reference_free, reads_reference=False),
+  "orpo": Loss(losses.orpo_loss, reference_free, reads_reference=False, mean=True, options=("wpo", "dr_dpo")),
+  "unlikelihood": Loss(losses.unlikelihood_loss, reference_free, reads_reference=False),
+  "nll": Loss(losses.nll_loss, best, reads_reference=False, options=()),
+  "nll_mean": Loss(losses.nll_loss, best, reads_reference=False, mean=True, options=()),
 }
 """Names `config.loss` takes. 'nll' is of summed log-probs, 'nll_mean' of each response's mean."""
 
@@ -261,22 +259,37 @@ class Term(NamedTuple):
 
 
 def make_terms(
-    names: Sequence[str], weights: Sequence[float] = (), knobs: dict[str, Any] | None = None
+  names: Sequence[str], weights: Sequence[float] = (), knobs: dict[str, Any] | None = None
 ) -> list[Term]:
   """Returns the losses of the table with these names; each gets the knobs that it takes."""
   weights = weights or [1.0] * len(names)
   return [
-      Term(name, LOSSES[name], weight,
-           {knob: value for knob, value in (knobs or {}).items() if knob in LOSSES[name].knobs()})
-      for name, weight in zip(names, weights, strict=True)]
+    Term(
+      name,
+      LOSSES[name],
+      weight,
+      {knob: value for knob, value in (knobs or {}).items() if knob in LOSSES[name].knobs()},
+    )
+    for name, weight in zip(names, weights, strict=True)
+  ]
 
 
 def preference_objective(
-    apply: Apply, terms: Sequence[Term], *, beta: float | jax.Array, num_responses: int = 2,
-    beta_factor: Callable[[jax.Array | int], jax.Array] | None = None,
-    length_normalize: bool = False, ld_alpha: float | None = None, sampo: bool = False,
-    wpo: bool = False, dr_dpo: float | None = None, with_reference: bool = True, seed: int = 0,
-    chunk_size: int | None = None, axis_name: str | None = None,
+  apply: Apply,
+  terms: Sequence[Term],
+  *,
+  beta: float | jax.Array,
+  num_responses: int = 2,
+  beta_factor: Callable[[jax.Array | int], jax.Array] | None = None,
+  length_normalize: bool = False,
+  ld_alpha: float | None = None,
+  sampo: bool = False,
+  wpo: bool = False,
+  dr_dpo: float | None = None,
+  with_reference: bool = True,
+  seed: int = 0,
+  chunk_size: int | None = None,
+  axis_name: str | None = None,
 ) -> Objective:
   """The weighted sum of losses between the responses of each comparison, chosen first.
 
@@ -309,13 +322,18 @@ def preference_objective(
   needs_reference = with_reference and any(term.loss.reads_reference for term in terms)
   asked = dict(length_normalize=length_normalize, ld_alpha=ld_alpha is not None, sampo=sampo)
   reading_of = lambda loss: Reading(
-      mean=loss.mean or (asked["length_normalize"] and "length_normalize" in loss.options),
-      shared=any(asked[name] and name in loss.options for name in ("ld_alpha", "sampo")))
+    mean=loss.mean or (asked["length_normalize"] and "length_normalize" in loss.options),
+    shared=any(asked[name] and name in loss.options for name in ("ld_alpha", "sampo")),
+  )
 
   def score(outputs, rows, step):
     tokens = token_log_probs(
-        predicting_states(outputs.hidden, rows.source), outputs.head, rows.target,
-        where=_scored(rows, rows_hold), chunk_size=chunk_size)
+      predicting_states(outputs.hidden, rows.source),
+      outputs.head,
+      rows.target,
+      where=_scored(rows, rows_hold),
+      chunk_size=chunk_size,
+    )
     sums = _by_response(tokens, rows, rows_hold)
     shared = None
     if ld_alpha is not None or sampo:
@@ -349,9 +367,15 @@ def preference_objective(
       weights = _wpo_weights(outputs, rows, tokens, lengths, chunk_size)
     cut = lambda x: x[..., :num_responses]
     return Responses(
-        cut(policy), cut(frozen), cut(lengths), None if shared is None else (shared, frozen_shared),
-        weights, kl, *_of_every_token(terms, outputs, frozen_outputs, rows, rows_hold, chunk_size),
-        axis_name)
+      cut(policy),
+      cut(frozen),
+      cut(lengths),
+      None if shared is None else (shared, frozen_shared),
+      weights,
+      kl,
+      *_of_every_token(terms, outputs, frozen_outputs, rows, rows_hold, chunk_size),
+      axis_name,
+    )
 
   def evaluate(params, reference, rows, step=0):
     responses = read(params, reference, rows, step)
@@ -370,16 +394,16 @@ def preference_objective(
       loss = loss._replace(total=loss.total + term.weight * jnp.sum(values))
     metrics = {"loss": loss} | (parts if len(terms) > 1 else {})
     first = terms[0].loss
-    metrics |= _metrics(
-        responses, reading_of(first), moved if first.takes_beta() else 1.0, needs_reference)
+    metrics |= _metrics(responses, reading_of(first), moved if first.takes_beta() else 1.0, needs_reference)
     if responses.kl is not None:
       metrics["kl"] = Mean(responses.kl * count, count)
     if beta_factor is not None or "beta" in of_rows:
       metrics["beta"] = mean_of_comparisons(jnp.broadcast_to(moved, rows.example.shape), rows)
     return loss, metrics
 
-  return Objective(evaluate, num_responses=rows_hold, needs_reference=needs_reference,
-                   moves=beta_factor is not None or sampo)
+  return Objective(
+    evaluate, num_responses=rows_hold, needs_reference=needs_reference, moves=beta_factor is not None or sampo
+  )
 
 
 def _metrics(responses: Responses, reading: Reading, beta, needs_reference: bool) -> dict[str, Mean]:
@@ -388,16 +412,16 @@ def _metrics(responses: Responses, reading: Reading, beta, needs_reference: bool
   there = pair_of(responses.there)
   sums = pair_of(responses.policy)
   metrics = reward_metrics(rewards, there) | {
-      "logps/chosen": mean_where(sums.chosen, there.chosen),
-      "logps/rejected": mean_where(sums.rejected, there.rejected),
+    "logps/chosen": mean_where(sums.chosen, there.chosen),
+    "logps/rejected": mean_where(sums.rejected, there.rejected),
   }
   if needs_reference:
     ratios = responses.policy - responses.reference
     both = pair_of(ratios)
     metrics |= {
-        "log_ratios/chosen": mean_where(both.chosen, there.chosen),
-        "log_ratios/rejected": mean_where(both.rejected, there.rejected),
-        "log_ratios/abs": mean_where(jnp.abs(ratios), responses.there),
+      "log_ratios/chosen": mean_where(both.chosen, there.chosen),
+      "log_ratios/rejected": mean_where(both.rejected, there.rejected),
+      "log_ratios/abs": mean_where(jnp.abs(ratios), responses.there),
     }
   return metrics
 
@@ -424,26 +448,34 @@ def _scored(rows: Rows, num_responses: int) -> jax.Array:
 
 
 def _of_every_token(
-    terms: Sequence[Term], outputs, reference_outputs, rows: Rows, num_responses: int, chunk_size
+  terms: Sequence[Term], outputs, reference_outputs, rows: Rows, num_responses: int, chunk_size
 ) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
   """Returns `token_kl` and `mixed` of `Responses`, either only where a loss reads it."""
   token_kl = mixed = None
   readers = {term.loss.form: term for term in terms if term.loss.reads_every_token}
   if readers and reference_outputs is None:
     raise ValueError(
-        f"{', '.join(term.name for term in readers.values())} reads the reference's next-token "
-        "distributions, which are not stored; give the reference's params")
-  models = [part for each in (outputs, reference_outputs) if readers
-            for part in (predicting_states(each.hidden, rows.source), each.head)]
+      f"{', '.join(term.name for term in readers.values())} reads the reference's next-token "
+      "distributions, which are not stored; give the reference's params"
+    )
+  models = [
+    part
+    for each in (outputs, reference_outputs)
+    if readers
+    for part in (predicting_states(each.hidden, rows.source), each.head)
+  ]
   if with_token_kl in readers:
     tokens = token_kl_from(*models, where=_scored(rows, num_responses), chunk_size=chunk_size)
     token_kl = _by_response(tokens, rows, num_responses)
   if with_mixed in readers:
     term = readers[with_mixed]
     epsilon = term.knobs.get("epsilon", term.loss.knobs()["epsilon"].default)
-    mixed = tuple(_by_response(
-        token_mixed_log_probs(*models, rows.target, share=share, chunk_size=chunk_size), rows,
-        num_responses) for share in (epsilon, -epsilon))
+    mixed = tuple(
+      _by_response(
+        token_mixed_log_probs(*models, rows.target, share=share, chunk_size=chunk_size), rows, num_responses
+      )
+      for share in (epsilon, -epsilon)
+    )
   return token_kl, mixed
 
 
@@ -451,7 +483,8 @@ def _dr_dpo_weights(values: jax.Array, responses: Responses, tau: float) -> jax.
   """Returns Dr. DPO's weights [R, P] of this device's values, among those of the whole step."""
   everything = partial(_whole_step, axis_name=responses.axis_name)
   weights = losses.dr_dpo_weights(
-      everything(jax.lax.stop_gradient(values)), tau=tau, where=everything(responses.pairs))
+    everything(jax.lax.stop_gradient(values)), tau=tau, where=everything(responses.pairs)
+  )
   if responses.axis_name is not None:
     first = jax.lax.axis_index(responses.axis_name) * values.size
     weights = jax.lax.dynamic_slice_in_dim(weights, first, values.size)
@@ -466,9 +499,11 @@ def _noise(rows: Rows, num_responses: int, seed: int, step: jax.Array | int) -> 
   last = rows.example.shape[-1] * num_responses
   places = jnp.arange(rows.slot.shape[-1])
   first = jax.vmap(lambda slot: jax.ops.segment_min(places, slot, num_segments=last + 1)[slot])(
-      jnp.asarray(rows.slot))
+    jnp.asarray(rows.slot)
+  )
   example = jnp.take_along_axis(
-      jnp.asarray(rows.example), jnp.minimum(rows.slot, last - 1) // num_responses, axis=-1)
+    jnp.asarray(rows.example), jnp.minimum(rows.slot, last - 1) // num_responses, axis=-1
+  )
   number = (places[None] - first) * num_responses + rows.slot % num_responses
   key = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -496,6 +531,7 @@ def _pair_masks(rows: Rows, num_responses: int) -> Pair:
 def _wpo_weights(outputs, rows: Rows, tokens, lengths, chunk_size) -> jax.Array:
   outputs = jax.lax.stop_gradient(outputs)
   collisions = token_log_collisions(
-      predicting_states(outputs.hidden, rows.source), outputs.head, chunk_size=chunk_size)
+    predicting_states(outputs.hidden, rows.source), outputs.head, chunk_size=chunk_size
+  )
   alignment = _by_response(tokens - collisions, rows, lengths.shape[-1])
   return losses.wpo_weights(pair_of(losses.length_normalize(alignment, lengths)))

@@ -13,7 +13,8 @@ import os
 import pathlib
 import sys
 import uuid
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,8 +27,8 @@ from dpojax.runtime import digests
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import UserError
 from dpojax.runtime.ownership import owned
+from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.objectives import Apply, response_log_probs
-from dpojax.training.parts import Parts
 
 _VERSION = 1
 _FLUSH = 64
@@ -38,21 +39,25 @@ class StoreError(UserError, RuntimeError):
 
 
 def make_score_step(
-    apply: Apply, *, num_responses: int, chunk_size: int | None, parts: Parts = Parts()
+  apply: Apply, *, num_responses: int, chunk_size: int | None, micro_batches: MicroBatches = MicroBatches()
 ) -> Callable:
   """Returns `score(params, rows) -> (log-probs [R, P, K], example [R, P])`, to be lifted."""
+
   def score(params, rows):
-    sums = lambda part: response_log_probs(
-        apply(params, part), part, num_responses=num_responses, chunk_size=chunk_size).sums
-    return parts.map(sums, rows), rows.example
+    sums = lambda part: (
+      response_log_probs(apply(params, part), part, num_responses=num_responses, chunk_size=chunk_size).sums
+    )
+    return micro_batches.map(sums, rows), rows.example
 
   return score
 
 
 def stored_log_probs(
-    subset: loader.Subset, identity: dict[str, Any], folder: str | os.PathLike,
-    score: Callable[[loader.Batch], tuple[np.ndarray, np.ndarray]],
-    make_loader: Callable[[loader.Subset], loader.Loader],
+  subset: loader.Subset,
+  identity: dict[str, Any],
+  folder: str | os.PathLike,
+  score: Callable[[loader.Batch], tuple[np.ndarray, np.ndarray]],
+  make_loader: Callable[[loader.Subset], loader.Loader],
 ) -> np.ndarray:
   """Returns the reference's summed log-prob of every response of a data set, computed if need be.
 
@@ -94,8 +99,11 @@ def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
   """Fills in what is not stored yet, and stores it."""
   position = {int(example): i for i, example in enumerate(data.example)}
   batches = make_loader(loader.all_of(data))
-  missing = [step for step, index in enumerate(batches.plan_in_order().index)
-             if np.isnan(values[index[index >= 0]]).any()]
+  missing = [
+    step
+    for step, index in enumerate(batches.plan_in_order().index)
+    if np.isnan(values[index[index >= 0]]).any()
+  ]
   fresh = []
   bar = tqdm.tqdm(missing, "reference log-probs", disable=not (is_main and sys.stderr.isatty()))
   for count, step in enumerate(bar, 1):
@@ -121,7 +129,8 @@ def _prepare(folder: pathlib.Path, identity: dict[str, Any]) -> None:
       os.replace(temporary, about)
   if was not in (None, json.loads(json.dumps(identity))):
     raise StoreError(
-        f"{about} tells of other weights, data or truncation than its folder's name; delete {folder}")
+      f"{about} tells of other weights, data or truncation than its folder's name; delete {folder}"
+    )
 
 
 def _told(about: pathlib.Path) -> dict | None:
@@ -174,7 +183,6 @@ def _write(folder: pathlib.Path, positions: list[int], values: np.ndarray) -> No
         writer.write(record.tobytes())
       writer.close()
       digest = _digest(folder, records.tobytes())
-      os.replace(
-          temporary, folder / f"{min(positions):09d}-{max(positions):09d}.{digest}.array_record")
+      os.replace(temporary, folder / f"{min(positions):09d}-{max(positions):09d}.{digest}.array_record")
     finally:
       temporary.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -25,8 +26,8 @@ from dpojax.training import config as config_lib
 from dpojax.training import objectives, preference, step, weights
 from dpojax.training import reference as reference_lib
 from dpojax.training.config import ConfigError
+from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.parallel import Mesh, Replicas, make_parallel
-from dpojax.training.parts import Parts
 
 
 class Data(NamedTuple):
@@ -43,11 +44,11 @@ class Data(NamedTuple):
   @property
   def stop_ids(self) -> list[int]:
     """The ids that end whole training responses, the most frequent first."""
-    return loader.without_borrowed(self.train).data.report.get("stop_ids", [])
+    return loader.without_mismatched(self.train).data.report.get("stop_ids", [])
 
   def fingerprints(self) -> dict[str, str | None]:
     """Returns what tells the data of one process from those of another."""
-    held_out = self.held_out and loader.without_borrowed(self.held_out).data.fingerprint
+    held_out = self.held_out and loader.without_mismatched(self.held_out).data.fingerprint
     return {"training data with digest": self.fingerprint, "held-out data with digest": held_out}
 
 
@@ -68,19 +69,28 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   settings = config.data
   cache = cache_dir(config)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
-  truncation = tokenization.Truncation(
-      settings.max_length, settings.max_prompt_length, end_kept(settings))
+  truncation = tokenization.Truncation(settings.max_length, settings.max_prompt_length, end_kept(settings))
   report = {}
 
   def tokenized(path, name, split):
     comparisons = builders.prepare(
-        settings.source, path=path, config=settings.config, data_dir=cache / "prepared",
-        on_error=settings.on_error, split=split, form=settings.get("form", ""))
+      settings.source,
+      path=path,
+      config=settings.config,
+      data_dir=cache / "prepared",
+      on_error=settings.on_error,
+      split=split,
+      form=settings.get("form", ""),
+    )
     result = tokenization.tokenize(
-        comparisons, tokenizer, truncation=truncation, reading=tokenization.Reading.of(settings),
-        cache_dir=cache / "tokenized", **_responses(config))
-    report[name] = {
-        "records": comparisons.report, "problems": comparisons.problems, "tokens": result.report}
+      comparisons,
+      tokenizer,
+      truncation=truncation,
+      reading=tokenization.Reading.of(settings),
+      cache_dir=cache / "tokenized",
+      **_responses(config),
+    )
+    report[name] = {"records": comparisons.report, "problems": comparisons.problems, "tokens": result.report}
     return result
 
   if jax.process_count() > 1 and jax.process_index() > 0:
@@ -118,9 +128,10 @@ def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.S
   rest, held_out = loader.hold_out(train, count)
   if not len(rest):
     raise DataError(
-        f"config.data.eval_size is {count} and all of {len(train)} comparisons would be held out"
-        + (", because a prompt is on one side only" if len(train) > count else "")
-        + "; lower data.eval_size, name data.eval_path, or set eval_every=0")
+      f"config.data.eval_size is {count} and all of {len(train)} comparisons would be held out"
+      + (", because a prompt is on one side only" if len(train) > count else "")
+      + "; lower data.eval_size, name data.eval_path, or set eval_every=0"
+    )
   return rest, held_out
 
 
@@ -148,16 +159,14 @@ def make_devices(config: ml_collections.ConfigDict) -> Replicas | Mesh:
   """
   settings = config.parallel
   try:
-    backends.attention_form(config.model.attention, platform=jax.default_backend())
-    return make_parallel(
-        settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
+    backends.attention_backend(config.model.attention, platform=jax.default_backend())
+    return make_parallel(settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
   except ValueError as error:
     raise ConfigError(f"config.{error}") from error
 
 
 def make_loader(
-    config: ml_collections.ConfigDict, subset: loader.Subset | loader.Mismatched,
-    devices: Replicas | Mesh,
+  config: ml_collections.ConfigDict, subset: loader.Subset | loader.Mismatched, devices: Replicas | Mesh
 ) -> loader.Loader:
   """Returns the loader of the rows that the devices are given.
 
@@ -165,28 +174,42 @@ def make_loader(
     PackingError: a comparison does not fit a row, or they are fewer than a step takes.
   """
   return loader.Loader(
-      subset, seed=config.seed, batch_size=config.batch_size, row_length=config.row_length,
-      shards=devices.row_multiple, rows_at_once=config.rows_at_once, span=devices.span)
+    subset,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    row_length=config.row_length,
+    shards=devices.row_multiple,
+    rows_at_once=config.rows_at_once,
+    span=devices.span,
+  )
 
 
-def parts_of(config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Parts:
+def micro_batches_of(config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> MicroBatches:
   """Returns how many rows of a step are computed at once."""
-  return Parts(config.rows_at_once, devices.global_shards)
+  return MicroBatches(config.rows_at_once, devices.global_shards)
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[Callable, Any]:
   """Returns the learning rate by step, and the optimizer."""
   settings = config.optimizer
   schedule = step.make_schedule(
-      settings.schedule, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
-      steps=config.steps)
+    settings.schedule,
+    learning_rate=settings.learning_rate,
+    warmup_steps=settings.warmup_steps,
+    steps=config.steps,
+  )
   return schedule, step.make_optimizer(
-      settings.name, schedule, max_grad_norm=settings.max_grad_norm,
-      weight_decay=settings.weight_decay, ema=settings.ema)
+    settings.name,
+    schedule,
+    max_grad_norm=settings.max_grad_norm,
+    weight_decay=settings.weight_decay,
+    ema=settings.ema,
+  )
 
 
 def make_evaluated(
-    config: ml_collections.ConfigDict, devices: Replicas | Mesh) -> Callable[[step.TrainState], Any]:
+  config: ml_collections.ConfigDict, devices: Replicas | Mesh
+) -> Callable[[step.TrainState], Any]:
   """Returns state -> the placed params that are to be evaluated."""
   if not config_lib.averages(config):
     return lambda state: state.params
@@ -195,19 +218,29 @@ def make_evaluated(
 
 
 def make_train_step(
-    config: ml_collections.ConfigDict, objective: objectives.Objective, devices: Replicas | Mesh
+  config: ml_collections.ConfigDict, objective: objectives.Objective, devices: Replicas | Mesh
 ) -> tuple[Any, Callable]:
   """Returns the optimizer, and the train step over the devices; it donates the state."""
   schedule, tx = make_optimizer(config)
   return tx, devices.lift(
-      step.make_train_step(
-          objective, tx, schedule=schedule, parts=parts_of(config, devices),
-          axis_name=devices.axis_name), donate_state=True)
+    step.make_train_step(
+      objective,
+      tx,
+      schedule=schedule,
+      micro_batches=micro_batches_of(config, devices),
+      axis_name=devices.axis_name,
+    ),
+    donate_state=True,
+  )
 
 
 def use_stored_reference(
-    config: ml_collections.ConfigDict, setup: "Setup", reference: Any, fingerprint: str,
-    loaders: list[loader.Loader | None], devices: Replicas | Mesh,
+  config: ml_collections.ConfigDict,
+  setup: "Setup",
+  reference: Any,
+  fingerprint: str,
+  loaders: list[loader.Loader | None],
+  devices: Replicas | Mesh,
 ) -> None:
   """Gives the loaders the reference's log-probs, from the store or computed into it.
 
@@ -219,11 +252,18 @@ def use_stored_reference(
     loaders: those whose rows are to carry the log-probs.
     devices: what everything is placed on.
   """
-  score = devices.lift(reference_lib.make_score_step(
-      transformer.make_apply(setup.model), num_responses=setup.objective.num_responses,
-      chunk_size=config.chunk_size or None, parts=parts_of(config, devices)), donate_state=False)
+  score = devices.lift(
+    reference_lib.make_score_step(
+      transformer.make_apply(setup.model),
+      num_responses=setup.objective.num_responses,
+      chunk_size=config.chunk_size or None,
+      micro_batches=micro_batches_of(config, devices),
+    ),
+    donate_state=False,
+  )
   of_batch = lambda batch: devices.collect_rows(
-      score(reference, devices.place_rows(batch.rows, batch.total_rows)))
+    score(reference, devices.place_rows(batch.rows, batch.total_rows))
+  )
   without = ("remat", "scan_layers", "published", "reward_head")
   model = {key: value for key, value in setup.model.as_dict().items() if key not in without}
   tables = {}
@@ -231,14 +271,17 @@ def use_stored_reference(
     data = each.subset.data
     if data.fingerprint not in tables:
       tables[data.fingerprint] = reference_lib.stored_log_probs(
-          each.subset, {"weights": fingerprint, "model": model}, cache_dir(config) / "reference",
-          of_batch, lambda subset: make_loader(config, subset, devices))
+        each.subset,
+        {"weights": fingerprint, "model": model},
+        cache_dir(config) / "reference",
+        of_batch,
+        lambda subset: make_loader(config, subset, devices),
+      )
     each.reference = each.subset.in_order(tables[data.fingerprint])
 
 
 def make_setup(
-    config: ml_collections.ConfigDict, *, axis_name: str | None = None,
-    place: hf.Place | None = None,
+  config: ml_collections.ConfigDict, *, axis_name: str | None = None, place: hf.Place | None = None
 ) -> Setup:
   """Makes or loads the model and its reference, and the objective over them.
 
@@ -265,8 +308,7 @@ def make_setup(
   return setup
 
 
-def make_setup_of_shapes(
-    config: ml_collections.ConfigDict, *, axis_name: str | None = None) -> Setup:
+def make_setup_of_shapes(config: ml_collections.ConfigDict, *, axis_name: str | None = None) -> Setup:
   """Returns `make_setup` with shapes in the place of arrays: no weights are read.
 
   Of a Hugging Face model only the config.json has to be there.
@@ -277,8 +319,7 @@ def make_setup_of_shapes(
   if not config.model.checkpoint:
     model = _model_of(config)
   else:
-    model = dataclasses.replace(
-        weights.read_model_config(config, "model.checkpoint"), **_left_open(config))
+    model = dataclasses.replace(weights.read_model_config(config, "model.checkpoint"), **_left_open(config))
   whole = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
   setups = []
 
@@ -287,14 +328,12 @@ def make_setup_of_shapes(
     return setups[0].params, setups[0].reference
 
   params, reference = jax.eval_shape(trained_and_frozen, whole)
-  reference = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), reference)
+  reference = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), reference)
   return setups[0]._replace(params=params, reference=reference)
 
 
 def setup_of(
-    model: ModelConfig, params: Any, config: ml_collections.ConfigDict, *,
-    axis_name: str | None = None,
+  model: ModelConfig, params: Any, config: ml_collections.ConfigDict, *, axis_name: str | None = None
 ) -> Setup:
   """Returns what a run of the config trains of a model that starts from these params.
 
@@ -305,8 +344,7 @@ def setup_of(
   if adapter is None:
     objective = _objective_of(transformer.make_apply(model), config, axis_name)
     return Setup(model, params, params if objective.needs_reference else None, objective)
-  objective = objectives.of_adapter(
-      _objective_of(lora.make_apply(model, adapter), config, axis_name))
+  objective = objectives.of_adapter(_objective_of(lora.make_apply(model, adapter), config, axis_name))
   try:
     trained = lora.init_adapter(model, adapter, jax.random.key(config.seed))
   except ValueError as error:
@@ -316,22 +354,27 @@ def setup_of(
   return Setup(model, trained, base, objective)
 
 
-def _objective_of(
-    apply: objectives.Apply, config, axis_name: str | None) -> objectives.Objective:
+def _objective_of(apply: objectives.Apply, config, axis_name: str | None) -> objectives.Objective:
   chunk_size = config.chunk_size or None
   if config.objective == "sft":
-    make = {"sequence_sum": objectives.sft_objective,
-            "token_mean": objectives.token_mean_sft_objective}[config.loss]
+    make = {"sequence_sum": objectives.sft_objective, "token_mean": objectives.token_mean_sft_objective}[
+      config.loss
+    ]
     return make(apply, chunk_size=chunk_size)
   if config.objective == "reward":
     return objectives.reward_objective(apply)
   return preference.preference_objective(
-      apply, preference.make_terms(
-          config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
-      beta=config.beta, beta_factor=config_lib.beta_factor_of(config),
-      num_responses=config.data.num_responses, seed=config.seed,
-      with_reference=config.reference.mode != "none", chunk_size=chunk_size, axis_name=axis_name,
-      **config_lib.combined_with(config))
+    apply,
+    preference.make_terms(config_lib.losses_of(config), config.loss_weights, config_lib.knobs_of(config)),
+    beta=config.beta,
+    beta_factor=config_lib.beta_factor_of(config),
+    num_responses=config.data.num_responses,
+    seed=config.seed,
+    with_reference=config.reference.mode != "none",
+    chunk_size=chunk_size,
+    axis_name=axis_name,
+    **config_lib.combined_with(config),
+  )
 
 
 def _responses(config: ml_collections.ConfigDict) -> dict[str, int]:
@@ -350,19 +393,28 @@ def _responses(config: ml_collections.ConfigDict) -> dict[str, int]:
 def _left_open(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What weights leave open in a model's config."""
   settings = config.model
-  return dict(dtype=settings.dtype, remat=settings.remat, attention=settings.attention,
-              reward_head=config.objective == "reward")
+  return dict(
+    dtype=settings.dtype,
+    remat=settings.remat,
+    attention=settings.attention,
+    reward_head=config.objective == "reward",
+  )
 
 
 def _model_of(config: ml_collections.ConfigDict) -> ModelConfig:
   settings = config.model
   make = {"llama": model_config.llama_style, "gpt2": model_config.gpt2_style}[settings.family]
   return make(
-      vocab_size=settings.vocab_size or len(tokenization.load_tokenizer(config.tokenizer)),
-      width=settings.width, layers=settings.layers, heads=settings.heads,
-      kv_heads=settings.kv_heads or None, **_left_open(config),
-      max_positions=settings.max_positions or config.data.max_length,
-      tie_embeddings=settings.tie_embeddings, scan_layers=settings.scan_layers)
+    vocab_size=settings.vocab_size or len(tokenization.load_tokenizer(config.tokenizer)),
+    width=settings.width,
+    layers=settings.layers,
+    heads=settings.heads,
+    kv_heads=settings.kv_heads or None,
+    **_left_open(config),
+    max_positions=settings.max_positions or config.data.max_length,
+    tie_embeddings=settings.tie_embeddings,
+    scan_layers=settings.scan_layers,
+  )
 
 
 def check_ids(model: ModelConfig, config: ml_collections.ConfigDict, data: Data) -> None:
@@ -371,7 +423,7 @@ def check_ids(model: ModelConfig, config: ml_collections.ConfigDict, data: Data)
   Raises:
     ConfigError: naming the id, its token and the first comparison that has it.
   """
-  subsets = [loader.without_borrowed(each) for each in (data.train, data.held_out) if each is not None]
+  subsets = [loader.without_mismatched(each) for each in (data.train, data.held_out) if each is not None]
   for tokenized in {id(each.data): each.data for each in subsets}.values():
     beyond = np.flatnonzero(tokenized.ids >= model.vocab_size)
     if not len(beyond):
@@ -380,26 +432,33 @@ def check_ids(model: ModelConfig, config: ml_collections.ConfigDict, data: Data)
     record = int(tokenized.example[np.searchsorted(tokenized.offsets, beyond[0], side="right") - 1])
     token = tokenization.load_tokenizer(config.tokenizer).convert_ids_to_tokens(found)
     raise ConfigError(
-        f"comparison {record} has id {found} ({token!r}) of the tokenizer {config.tokenizer}, but the model "
-        f"has embeddings of {model.vocab_size} ids; " + (
-            "take the model's own tokenizer, or leave out what writes that token" if config.model.
-            checkpoint else "set model.vocab_size=0, which is the tokenizer's"))
+      f"comparison {record} has id {found} ({token!r}) of the tokenizer {config.tokenizer}, but the model "
+      f"has embeddings of {model.vocab_size} ids; "
+      + (
+        "take the model's own tokenizer, or leave out what writes that token"
+        if config.model.checkpoint
+        else "set model.vocab_size=0, which is the tokenizer's"
+      )
+    )
 
 
 def _check_model(model: ModelConfig, config: ml_collections.ConfigDict) -> None:
   if model.longest is not None and config.data.max_length > model.longest:
     kind = "learned positions" if model.positions == "learned" else "dynamic rotary positions"
     raise ConfigError(
-        f"config.data.max_length is {config.data.max_length} but the model has {kind} "
-        f"for {model.longest} tokens; lower data.max_length")
+      f"config.data.max_length is {config.data.max_length} but the model has {kind} "
+      f"for {model.longest} tokens; lower data.max_length"
+    )
 
 
 def _check_same_shapes(params, reference, config) -> None:
-  shapes = lambda tree: {jax.tree_util.keystr(path): leaf.shape
-                         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  shapes = lambda tree: {
+    jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   ours, theirs = shapes(params), shapes(reference)
   for name in sorted(ours.keys() | theirs.keys()):
     if ours.get(name) != theirs.get(name):
       raise ConfigError(
-          f"config.reference.checkpoint {config.reference.checkpoint} does not fit the policy: "
-          f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy")
+        f"config.reference.checkpoint {config.reference.checkpoint} does not fit the policy: "
+        f"{name} is {theirs.get(name)} there and {ours.get(name)} in the policy"
+      )

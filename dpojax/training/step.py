@@ -1,7 +1,8 @@
 """The train step, one pure function, and the optimizer it applies."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import optax
 import optax.contrib
 
 from dpojax.losses import mix_reference
+from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.objectives import Mean, Objective
-from dpojax.training.parts import Parts
 
 SCHEDULES = ("constant", "linear", "cosine")
 BETWEEN = ("linear", "geometric", "hold")
@@ -32,26 +33,23 @@ class TrainState(NamedTuple):
   finite: jax.Array
 
 
-def make_schedule(
-    name: str, *, learning_rate: float, warmup_steps: int, steps: int
-) -> optax.Schedule:
+def make_schedule(name: str, *, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
   """Returns the learning rate of a step: linear warm-up, then constant, or decay to 0 at `steps`.
 
   The warm-up is the reference implementation's, min(1, (step + 1) / (warmup_steps + 1)): the first
   step already moves.
   """
+
   def schedule(step):
     warm = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
     done = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
-    decay = {"constant": 1.0, "linear": 1.0 - done,
-             "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}[name]
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}[name]
     return learning_rate * warm * decay
 
   return schedule
 
 
-def make_beta_factor(
-    steps: Sequence[float], factors: Sequence[float], between: str = "linear") -> BetaFactor:
+def make_beta_factor(steps: Sequence[float], factors: Sequence[float], between: str = "linear") -> BetaFactor:
   """Returns the factor of beta by step, given at some steps: as data, not code.
 
   Args:
@@ -73,8 +71,7 @@ def make_beta_factor(
 
 
 def make_optimizer(
-    name: str, schedule: optax.Schedule, *, max_grad_norm: float, weight_decay: float = 0.0,
-    ema: float = 0.0,
+  name: str, schedule: optax.Schedule, *, max_grad_norm: float, weight_decay: float = 0.0, ema: float = 0.0
 ) -> optax.GradientTransformation:
   """Returns clipping by global norm (0: none) followed by the optimizer.
 
@@ -103,36 +100,40 @@ def _adamw(schedule, weight_decay, **more):
 def _adafactor(schedule, weight_decay):
   """Steps of the learning rate itself, as Adam's, not relative to the size of the params."""
   return optax.adafactor(
-      schedule, multiply_by_parameter_scale=False, weight_decay_mask=_decayed,
-      weight_decay_rate=lambda step: weight_decay * schedule(step))
+    schedule,
+    multiply_by_parameter_scale=False,
+    weight_decay_mask=_decayed,
+    weight_decay_rate=lambda step: weight_decay * schedule(step),
+  )
 
 
 def _muon(schedule, weight_decay):
   """Muon for the matrices of layers, Nesterov's AdamW without decay for the rest; steps of Adam's size."""
   return optax.contrib.muon(
-      schedule, weight_decay=weight_decay, consistent_rms=0.2,
-      muon_weight_dimension_numbers=_matrices)
+    schedule, weight_decay=weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices
+  )
 
 
 def _schedule_free(schedule, weight_decay):
   """Schedule-free AdamW (Defazio et al. 2024): params are where gradients are taken."""
   decayed = optax.add_decayed_weights(weight_decay, mask=_decayed)
   adamw = optax.chain(
-      optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True), decayed,
-      optax.scale_by_learning_rate(schedule))
+    optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
+    decayed,
+    optax.scale_by_learning_rate(schedule),
+  )
   return optax.contrib.schedule_free(adamw, schedule, b1=0.9)
 
 
 OPTIMIZERS = {
-    "rmsprop": _rmsprop,
-    "adamw": _adamw,
-    "adamw_bfloat16": partial(_adamw, mu_dtype=jnp.bfloat16),
-    "sgd": lambda schedule, weight_decay: optax.sgd(schedule),
-    "adafactor": _adafactor,
-    "lion": lambda schedule, weight_decay: optax.lion(
-        schedule, weight_decay=weight_decay, mask=_decayed),
-    "muon": _muon,
-    "schedule_free": _schedule_free,
+  "rmsprop": _rmsprop,
+  "adamw": _adamw,
+  "adamw_bfloat16": partial(_adamw, mu_dtype=jnp.bfloat16),
+  "sgd": lambda schedule, weight_decay: optax.sgd(schedule),
+  "adafactor": _adafactor,
+  "lion": lambda schedule, weight_decay: optax.lion(schedule, weight_decay=weight_decay, mask=_decayed),
+  "muon": _muon,
+  "schedule_free": _schedule_free,
 }
 """Names `config.optimizer.name` takes: (schedule, weight decay) -> transformation. Of 'adamw_bfloat16' the
 first moment is bfloat16; the second would stand still, as it moves by a thousandth of itself."""
@@ -151,6 +152,7 @@ def _decayed(params):
 
 def _matrices(params):
   """The input and output axes of each matrix of a layer, or of an adapter to one; None of the rest."""
+
   def axes(path, leaf):
     projection, name = (["", *(key.key for key in path)])[-2:]
     if name not in ("kernel", "a", "b"):
@@ -158,7 +160,8 @@ def _matrices(params):
     inputs = 2 if projection == "attention_out" and name != "b" else 1
     outputs = 2 if projection in ("query", "key", "value") and name != "a" else 1
     return optax.contrib.MuonDimensionNumbers(
-        tuple(range(-inputs - outputs, -outputs)), tuple(range(-outputs, 0)))
+      tuple(range(-inputs - outputs, -outputs)), tuple(range(-outputs, 0))
+    )
 
   return jax.tree_util.tree_map_with_path(axes, params)
 
@@ -177,6 +180,7 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
   At step t, from 0, the mean keeps min(decay, (1 + t) / (10 + t)) of itself, so that the start is soon
   forgotten.
   """
+
   def init(params):
     return Averaged(tx.init(params), jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))
 
@@ -184,8 +188,10 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
     updates, inner = tx.update(updates, state.inner, params)
     kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
     average = jax.tree.map(
-        lambda mean, new: (kept * mean + (1 - kept) * new).astype(mean.dtype), state.average,
-        optax.apply_updates(params, updates))
+      lambda mean, new: (kept * mean + (1 - kept) * new).astype(mean.dtype),
+      state.average,
+      optax.apply_updates(params, updates),
+    )
     return updates, Averaged(inner, average, state.count + 1)
 
   return optax.GradientTransformation(init, update)
@@ -221,33 +227,37 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_train_step(
-    objective: Objective, tx: optax.GradientTransformation, *,
-    schedule: optax.Schedule | None = None, parts: Parts = Parts(), axis_name: str | None = None,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  *,
+  schedule: optax.Schedule | None = None,
+  micro_batches: MicroBatches = MicroBatches(),
+  axis_name: str | None = None,
 ) -> Callable:
   """Returns `train_step(state, reference, rows) -> (state, metrics)`, a pure function.
 
   Gradients are of the loss summed over all rows, divided once by the number it is a mean over:
-  neither the packing, nor its parts, nor the spread over devices changes them. An update that is
+  neither the packing, nor its micro-batches, nor the spread over devices changes them. An update that is
   not finite is not applied, nor is any after it: see `TrainState`.
 
   Args:
     objective: what to minimise.
     tx: the optimizer.
     schedule: the learning rate by step, for the metrics.
-    parts: how many of the rows are computed at once.
+    micro_batches: how many of the rows are computed at once.
     axis_name: the mapped axis gradients and metrics are summed over, under `pmap`.
   """
+
   def loss_total(params, reference, rows, step):
     loss, metrics = objective.at(step)(params, reference, rows)
     return loss.total, (loss.count, metrics)
 
   def one_part(params, reference, rows, step):
-    (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(
-        params, reference, rows, step)
+    (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(params, reference, rows, step)
     return grads, count, metrics
 
   def train_step(state, reference, rows):
-    sums = parts.sum(lambda part: one_part(state.params, reference, part, state.step), rows)
+    sums = micro_batches.sum(lambda part: one_part(state.params, reference, part, state.step), rows)
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
@@ -272,6 +282,7 @@ def make_reference_step(*, alpha: float) -> Callable:
 
   After an update that is not finite, when the state stands still, the reference does too.
   """
+
   def reference_step(reference, state):
     mixed = mix_reference(state.params, reference, alpha=alpha)
     return jax.tree.map(lambda new, old: jnp.where(state.finite, new, old), mixed, reference), ()
@@ -280,14 +291,15 @@ def make_reference_step(*, alpha: float) -> Callable:
 
 
 def make_eval_step(
-    objective: Objective, *, parts: Parts = Parts(), axis_name: str | None = None
+  objective: Objective, *, micro_batches: MicroBatches = MicroBatches(), axis_name: str | None = None
 ) -> Callable:
   """Returns `eval_step(params, reference, rows, step=0) -> metrics`, a dict of `Mean`s to be added up.
 
   The step matters to an objective that moves with it.
   """
+
   def eval_step(params, reference, rows, step=0):
-    metrics = parts.sum(lambda part: objective.at(step)(params, reference, part)[1], rows)
+    metrics = micro_batches.sum(lambda part: objective.at(step)(params, reference, part)[1], rows)
     return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
   return eval_step

@@ -4,7 +4,8 @@ import contextlib
 import os
 import pathlib
 import time
-from typing import Any, Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,17 +20,38 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "a100": Chip(312e12, 80e9), "h100": Chip(989e12, 80e9), "h200": Chip(989e12, 141e9),
-    "v4": Chip(275e12, 32 * 2**30), "v5e": Chip(197e12, 16 * 2**30),
-    "v5p": Chip(459e12, 95 * 2**30), "v6e": Chip(918e12, 32 * 2**30)}
+  "a100": Chip(312e12, 80e9),
+  "h100": Chip(989e12, 80e9),
+  "h200": Chip(989e12, 141e9),
+  "v4": Chip(275e12, 32 * 2**30),
+  "v5e": Chip(197e12, 16 * 2**30),
+  "v5p": Chip(459e12, 95 * 2**30),
+  "v6e": Chip(918e12, 32 * 2**30),
+}
 
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-          "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+_KINDS = {
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+}
 """What jax calls TPUs (`device_kind`); a GPU's name holds that of its chip."""
 
 METRICS = (
-    "pairs_per_second", "tokens_per_second", "tokens_per_second_per_device", "input_wait", "mfu",
-    "step_seconds", "step_seconds/input", "step_seconds/device", "step_seconds/host", "peak_memory_gib")
+  "pairs_per_second",
+  "tokens_per_second",
+  "tokens_per_second_per_device",
+  "input_wait",
+  "mfu",
+  "step_seconds",
+  "step_seconds/input",
+  "step_seconds/device",
+  "step_seconds/host",
+  "peak_memory_gib",
+)
 """Names of all that depends on the clock and the machine, and so differs between two equal runs."""
 
 
@@ -87,12 +109,15 @@ class Throughput:
     seconds, steps = time.perf_counter() - self._started, max(1, self._steps)
     of_input, of_device = self._input / steps, self._device / steps
     rates = {
-        "pairs_per_second": self._comparisons / seconds,
-        "tokens_per_second": self._tokens / seconds,
-        "tokens_per_second_per_device": self._tokens / seconds / jax.device_count(),
-        "input_wait": self._input / seconds, "step_seconds": seconds / steps,
-        "step_seconds/input": of_input, "step_seconds/device": of_device,
-        "step_seconds/host": max(0.0, seconds / steps - of_input - of_device)}
+      "pairs_per_second": self._comparisons / seconds,
+      "tokens_per_second": self._tokens / seconds,
+      "tokens_per_second_per_device": self._tokens / seconds / jax.device_count(),
+      "input_wait": self._input / seconds,
+      "step_seconds": seconds / steps,
+      "step_seconds/input": of_input,
+      "step_seconds/device": of_device,
+      "step_seconds/host": max(0.0, seconds / steps - of_input - of_device),
+    }
     if self._flops and self._peak:
       rates["mfu"] = self._flops * self._comparisons / seconds / self._peak
     stats = jax.local_devices()[0].memory_stats() or {}

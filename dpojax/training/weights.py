@@ -18,8 +18,11 @@ from dpojax.training.config import ConfigError, flatten
 
 
 def read(
-    config: ml_collections.ConfigDict, key: str, *, place: hf.Place | None = None,
-    like: ModelConfig | None = None,
+  config: ml_collections.ConfigDict,
+  key: str,
+  *,
+  place: hf.Place | None = None,
+  like: ModelConfig | None = None,
 ) -> checkpoint.Policy | hf.Model:
   """Returns what a key such as 'model.checkpoint' names: a `config` and `params`.
 
@@ -34,14 +37,16 @@ def read(
   name = flatten(config)[key]
   try:
     loaded = checkpoint.load_weights(
-        name, place=place, dtype=config.model.param_dtype,
-        scan_layers=(like or config.model).scan_layers)
+      name, place=place, dtype=config.model.param_dtype, scan_layers=(like or config.model).scan_layers
+    )
   except HuggingFaceError as error:
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
   if like is None or like.scan_layers == loaded.config.scan_layers:
     return loaded
-  return loaded._replace(config=dataclasses.replace(loaded.config, scan_layers=like.scan_layers),
-                         params=transformer.laid_out(loaded.config, loaded.params, like.scan_layers))
+  return loaded._replace(
+    config=dataclasses.replace(loaded.config, scan_layers=like.scan_layers),
+    params=transformer.laid_out(loaded.config, loaded.params, like.scan_layers),
+  )
 
 
 def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfig:
@@ -50,8 +55,7 @@ def read_model_config(config: ml_collections.ConfigDict, key: str) -> ModelConfi
   if not hf.is_model(name):
     return checkpoint.load_model_config(name)
   try:
-    return dataclasses.replace(
-        hf.read_config(name), scan_layers=config.model.scan_layers)
+    return dataclasses.replace(hf.read_config(name), scan_layers=config.model.scan_layers)
   except HuggingFaceError as error:
     raise ConfigError(f"config.{key} is {name!r}: {error}") from error
 
@@ -102,8 +106,14 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
   if not hf.is_model(path):
     policy = checkpoint.load_policy(path, step)
     config = dataclasses.replace(policy.config, **changes)
-    return Loaded(config, policy.params, policy.settings.tokenizer, f"{name} step {policy.step}",
-                  policy.settings, policy.stop_ids)
+    return Loaded(
+      config,
+      policy.params,
+      policy.settings.tokenizer,
+      f"{name} step {policy.step}",
+      policy.settings,
+      policy.stop_ids,
+    )
   if step is not None:
     raise ConfigError(f"{name} is a Hugging Face model, which has no step {step}; leave it out")
   try:
@@ -130,8 +140,7 @@ def load_reference(policy: Loaded) -> Loaded | None:
   if name:
     reference = load(name, dtype=policy.config.dtype)
     rounded = jnp.dtype(settings.model.get("param_dtype", "float32"))  # as the run has held it
-    return reference._replace(
-        params=jax.tree.map(lambda x: np.asarray(x, rounded), reference.params))
+    return reference._replace(params=jax.tree.map(lambda x: np.asarray(x, rounded), reference.params))
   if settings.objective != "dpo":
     return None
   params = transformer.init_params(policy.config, jax.random.key(settings.seed))

@@ -21,17 +21,20 @@ import time
 import numpy as np
 
 CASES = {
-    "tiny": dict(width=64, layers=2, heads=2, vocab_size=50257),
-    "small": dict(width=256, layers=4, heads=4, vocab_size=50257),
-    "large": dict(width=768, layers=12, heads=12, vocab_size=50257),
-    "gpu-1b": dict(width=2048, layers=16, heads=32, vocab_size=50257, dtype="bfloat16"),
+  "tiny": dict(width=64, layers=2, heads=2, vocab_size=50257),
+  "small": dict(width=256, layers=4, heads=4, vocab_size=50257),
+  "large": dict(width=768, layers=12, heads=12, vocab_size=50257),
+  "gpu-1b": dict(width=2048, layers=16, heads=32, vocab_size=50257, dtype="bfloat16"),
 }
 
 # glibc gives large buffers back to the system and pays a page fault for each 4 KiB when it gets
 # them again; kept and in huge pages they cost nothing.
 KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_TOP_PAD_": "268435456",
-    "THP_MEM_ALLOC_ENABLE": "1"}
+  "MALLOC_MMAP_MAX_": "0",
+  "MALLOC_TRIM_THRESHOLD_": "34359738368",
+  "MALLOC_TOP_PAD_": "268435456",
+  "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -50,12 +53,16 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--rows-at-once", type=int, default=1)
   parser.add_argument("--chunk-size", type=int, default=0, help="see config.chunk_size")
   parser.add_argument("--remat", default="none", help="see config.model.remat")
-  parser.add_argument("--scan-layers", action="store_true",
-                      help="dpojax with one compiled block for all layers: slower on CPUs, compiled sooner")
+  parser.add_argument(
+    "--scan-layers",
+    action="store_true",
+    help="dpojax with one compiled block for all layers: slower on CPUs, compiled sooner",
+  )
   parser.add_argument("--micro", default="4,8,16", help="part sizes peers are tried with")
   parser.add_argument("--threads", type=int, default=os.cpu_count())
-  parser.add_argument("--as-installed", action="store_true",
-                      help="every side with the allocator as it comes, not as suits it")
+  parser.add_argument(
+    "--as-installed", action="store_true", help="every side with the allocator as it comes, not as suits it"
+  )
   return parser.parse_args()
 
 
@@ -68,10 +75,16 @@ def run_side(side: str, settings: dict, folder: pathlib.Path, allocator: dict[st
   out.unlink(missing_ok=True)
   start = time.perf_counter()
   process = subprocess.run(
-      [sys.executable, "-m", f"experiments.benchmark.{name}_side", str(given), str(out)],
-      env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ | allocator
-      | {"TOKENIZERS_PARALLELISM": "false"}, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    [sys.executable, "-m", f"experiments.benchmark.{name}_side", str(given), str(out)],
+    env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    | os.environ
+    | allocator
+    | {"TOKENIZERS_PARALLELISM": "false"},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    check=False,
+  )
   (folder / f"{side}.log").write_text(process.stdout)
   if not out.exists():
     return {"failed": process.stdout.strip().splitlines()[-1:] or [f"exit {process.returncode}"]}
@@ -81,18 +94,20 @@ def run_side(side: str, settings: dict, folder: pathlib.Path, allocator: dict[st
 def matmul_rate() -> float:
   """Returns the machine's own rate in FLOP/s: the best of several large float32 products."""
   code = (
-      "import jax, jax.numpy as jnp, time\n"
-      "dtype = jnp.bfloat16 if jax.default_backend() == 'gpu' else jnp.float32\n"
-      "n = 8192 if jax.default_backend() == 'gpu' else 2048\n"
-      "x = jax.random.normal(jax.random.key(0), (n, n), dtype)\n"
-      "f = jax.jit(lambda a, b: a @ b); f(x, x).block_until_ready()\n"
-      "times = []\n"
-      "for _ in range(10):\n"
-      "  start = time.perf_counter(); f(x, x).block_until_ready()\n"
-      "  times.append(time.perf_counter() - start)\n"
-      "print(2 * n**3 / sorted(times)[5])\n")
-  return float(subprocess.run(
-      [sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    "import jax, jax.numpy as jnp, time\n"
+    "dtype = jnp.bfloat16 if jax.default_backend() == 'gpu' else jnp.float32\n"
+    "n = 8192 if jax.default_backend() == 'gpu' else 2048\n"
+    "x = jax.random.normal(jax.random.key(0), (n, n), dtype)\n"
+    "f = jax.jit(lambda a, b: a @ b); f(x, x).block_until_ready()\n"
+    "times = []\n"
+    "for _ in range(10):\n"
+    "  start = time.perf_counter(); f(x, x).block_until_ready()\n"
+    "  times.append(time.perf_counter() - start)\n"
+    "print(2 * n**3 / sorted(times)[5])\n"
+  )
+  return float(
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+  )
 
 
 def main():
@@ -106,11 +121,24 @@ def main():
   args.out.mkdir(parents=True, exist_ok=True)
   case = CASES[args.case]
   settings = {
-      "beta": 0.1, "learning_rate": 1e-5, "dtype": "float32", "source": "hh", "path": args.data,
-      "tokenizer": args.tokenizer, "batch_size": args.batch_size, "max_length": args.max_length,
-      "row_length": args.row_length, "rows_at_once": args.rows_at_once, "scan_layers": args.scan_layers,
-      "chunk_size": args.chunk_size, "remat": args.remat, "threads": args.threads, "steps": args.steps,
-      "cache": str(args.out / "cache"), "model": str(args.out / f"model-{args.case}")} | case
+    "beta": 0.1,
+    "learning_rate": 1e-5,
+    "dtype": "float32",
+    "source": "hh",
+    "path": args.data,
+    "tokenizer": args.tokenizer,
+    "batch_size": args.batch_size,
+    "max_length": args.max_length,
+    "row_length": args.row_length,
+    "rows_at_once": args.rows_at_once,
+    "scan_layers": args.scan_layers,
+    "chunk_size": args.chunk_size,
+    "remat": args.remat,
+    "threads": args.threads,
+    "steps": args.steps,
+    "cache": str(args.out / "cache"),
+    "model": str(args.out / f"model-{args.case}"),
+  } | case
   model = inputs.make_model(settings, pathlib.Path(settings["model"]))
   batches = inputs.make_loader(inputs.run_config(settings))
   settings |= inputs.write_pairs(settings, batches, args.out)
@@ -123,8 +151,10 @@ def main():
       peer = not side.startswith("dpojax")
       tried = [settings]
       if peer:
-        tried = [settings | {"steps": args.peer_steps, "micro": micro}
-                 for micro in (micros if side not in chosen else [chosen[side]])]
+        tried = [
+          settings | {"steps": args.peer_steps, "micro": micro}
+          for micro in (micros if side not in chosen else [chosen[side]])
+        ]
       best = None
       for each in tried:
         result = run_side(side, each, args.out, allocator) | {"micro": each.get("micro")}
@@ -132,21 +162,30 @@ def main():
           print(f"round {round_ + 1} {side} {each.get('micro')}: {result['failed']}", flush=True)
           continue
         rate = args.batch_size / statistics.median(report.counted_seconds(side, result))
-        print(f"round {round_ + 1} {side} part {each.get('micro')}: {rate:.2f} pairs/s, "
-              f"{result['peak_bytes'] / 2**30:.2f} GiB, losses {result['losses'][:2]}", flush=True)
+        print(
+          f"round {round_ + 1} {side} part {each.get('micro')}: {rate:.2f} pairs/s, "
+          f"{result['peak_bytes'] / 2**30:.2f} GiB, losses {result['losses'][:2]}",
+          flush=True,
+        )
         if best is None or rate > best[0]:
           best = rate, each.get("micro"), result
       if best is not None:
         chosen[side] = best[1]
         results[side].append(best[2])
-  lengths = batches.lengths[batches.plan(0).index[:args.steps].ravel()]
+  lengths = batches.lengths[batches.plan(0).index[: args.steps].ravel()]
   summary = {
-      "case": args.case, "settings": {k: v for k, v in settings.items() if not str(v).startswith("/")},
-      "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
-      "matmul_flops": matmul_rate(), "results": results,
-      "tokens_per_pair": float(np.mean(2 * lengths[:, 0] + lengths[:, 1:].sum(1))),
-      "flops": {side: args.batch_size * plan.necessary_flops(
-          model, lengths, 3 if side.endswith("stored") else 4) for side in sides}}
+    "case": args.case,
+    "settings": {k: v for k, v in settings.items() if not str(v).startswith("/")},
+    "date": time.strftime("%Y-%m-%d"),
+    "python": platform.python_version(),
+    "matmul_flops": matmul_rate(),
+    "results": results,
+    "tokens_per_pair": float(np.mean(2 * lengths[:, 0] + lengths[:, 1:].sum(1))),
+    "flops": {
+      side: args.batch_size * plan.necessary_flops(model, lengths, 3 if side.endswith("stored") else 4)
+      for side in sides
+    },
+  }
   (args.out / f"{args.case}.json").write_text(json.dumps(summary, indent=1))
   print(report.write(summary, args.out))
 

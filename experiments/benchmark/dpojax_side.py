@@ -26,7 +26,8 @@ def run(settings: dict) -> dict:
   reference = devices.place(setup.reference)
   if settings.get("stored"):
     resolve.use_stored_reference(
-        config, setup, reference, checkpoint.fingerprint(setup.reference), [batches], devices)
+      config, setup, reference, checkpoint.fingerprint(setup.reference), [batches], devices
+    )
     reference = None
   stored = time.perf_counter() - start
   state = devices.place(step.init_state(setup.params, tx))
@@ -47,13 +48,17 @@ def run(settings: dict) -> dict:
       compiled[batch.total_rows] = seconds.pop()
   stats = jax.local_devices()[0].memory_stats() or {}
   return {
-      "seconds": seconds, "losses": losses, "compile": sum(compiled.values()) - len(compiled) * min(
-          seconds, default=0.0), "compiles": len(compiled), "input_wait": waits,
-      "reference_pass": stored,
-      "peak_bytes": stats.get("peak_bytes_in_use") or measure.peak_bytes(),
-      "row_fill": inputs.row_fill(batches, config.steps), "lengths": batches.lengths[
-          batches.plan(0).index[:config.steps].ravel()].tolist(),
-      "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}}
+    "seconds": seconds,
+    "losses": losses,
+    "compile": sum(compiled.values()) - len(compiled) * min(seconds, default=0.0),
+    "compiles": len(compiled),
+    "input_wait": waits,
+    "reference_pass": stored,
+    "peak_bytes": stats.get("peak_bytes_in_use") or measure.peak_bytes(),
+    "row_fill": inputs.row_fill(batches, config.steps),
+    "lengths": batches.lengths[batches.plan(0).index[: config.steps].ravel()].tolist(),
+    "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__},
+  }
 
 
 if __name__ == "__main__":

@@ -38,18 +38,16 @@ def run(settings: dict) -> dict:
   if device == "cpu":
     torch.set_num_threads(settings["threads"])
   dtype = torch.bfloat16 if settings["dtype"] == "bfloat16" else torch.float32
-  load = lambda: transformers.AutoModelForCausalLM.from_pretrained(
-      settings["model"], dtype=dtype).to(device)
+  load = lambda: transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).to(device)
   policy, reference = load(), load().requires_grad_(False)
-  optimizer = torch.optim.AdamW(
-      policy.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
+  optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
   pairs, batch, micro = tokenized(settings), settings["batch_size"], settings["micro"]
   seconds, losses = [], []
   for step in range(settings["steps"]):
     start, total = measure.now(), 0.0
-    whole = pairs[step * batch:(step + 1) * batch]
+    whole = pairs[step * batch : (step + 1) * batch]
     for at in range(0, batch, micro):
-      part = whole[at:at + micro]
+      part = whole[at : at + micro]
       with torch.no_grad():
         frozen = log_probs(reference, part, device)
       ratios = log_probs(policy, part, device) - frozen
@@ -62,9 +60,12 @@ def run(settings: dict) -> dict:
     optimizer.zero_grad()
     seconds.append(measure.now() - start)
     losses.append(total)
-  return {"seconds": seconds, "losses": losses,
-          "peak_bytes": measure.peak_bytes(torch if device == "cuda" else None),
-          "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+  return {
+    "seconds": seconds,
+    "losses": losses,
+    "peak_bytes": measure.peak_bytes(torch if device == "cuda" else None),
+    "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+  }
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def run(settings: dict) -> dict:
   torch.manual_seed(0)
   dtype = torch.bfloat16 if settings["dtype"] == "bfloat16" else torch.float32
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      settings["model"], dtype=dtype, attn_implementation=settings.get("attention", "sdpa"))
+    settings["model"], dtype=dtype, attn_implementation=settings.get("attention", "sdpa")
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(settings["tokenizer"])
   tokenizer.pad_token = tokenizer.eos_token
   with open(settings["pairs"]) as lines:
@@ -41,28 +42,51 @@ def run(settings: dict) -> dict:
   clock = Clock()
   with tempfile.TemporaryDirectory() as folder:
     trainer = trl.DPOTrainer(
-        model=model, processing_class=tokenizer, train_dataset=pairs, callbacks=[clock],
-        args=trl.DPOConfig(
-            output_dir=folder, beta=settings["beta"], learning_rate=settings["learning_rate"],
-            max_steps=settings["steps"], per_device_train_batch_size=settings["micro"],
-            gradient_accumulation_steps=settings["batch_size"] // settings["micro"],
-            max_length=settings["max_length"], lr_scheduler_type="constant", max_grad_norm=10.0,
-            optim="adamw_torch_fused" if on_gpu else "adamw_torch", weight_decay=0.0,
-            bf16=settings["dtype"] == "bfloat16", gradient_checkpointing=settings.get("remat", False),
-            precompute_ref_log_probs=settings.get("stored", False), use_cpu=not on_gpu,
-            logging_steps=1, logging_strategy="steps", save_strategy="no", report_to=[],
-            disable_tqdm=True, dataloader_pin_memory=False,
-            train_sampling_strategy="sequential",
-            use_liger_kernel=settings.get("liger", False)))
+      model=model,
+      processing_class=tokenizer,
+      train_dataset=pairs,
+      callbacks=[clock],
+      args=trl.DPOConfig(
+        output_dir=folder,
+        beta=settings["beta"],
+        learning_rate=settings["learning_rate"],
+        max_steps=settings["steps"],
+        per_device_train_batch_size=settings["micro"],
+        gradient_accumulation_steps=settings["batch_size"] // settings["micro"],
+        max_length=settings["max_length"],
+        lr_scheduler_type="constant",
+        max_grad_norm=10.0,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        weight_decay=0.0,
+        bf16=settings["dtype"] == "bfloat16",
+        gradient_checkpointing=settings.get("remat", False),
+        precompute_ref_log_probs=settings.get("stored", False),
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        logging_strategy="steps",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+        use_liger_kernel=settings.get("liger", False),
+      ),
+    )
     start = time.perf_counter()
     trainer.train()
     whole = time.perf_counter() - start
   losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
   return {
-      "seconds": clock.seconds, "whole": whole, "losses": losses,
-      "peak_bytes": measure.peak_bytes(torch if on_gpu else None),
-      "versions": {"trl": trl.__version__, "torch": torch.__version__,
-                   "transformers": transformers.__version__}}
+    "seconds": clock.seconds,
+    "whole": whole,
+    "losses": losses,
+    "peak_bytes": measure.peak_bytes(torch if on_gpu else None),
+    "versions": {
+      "trl": trl.__version__,
+      "torch": torch.__version__,
+      "transformers": transformers.__version__,
+    },
+  }
 
 
 if __name__ == "__main__":

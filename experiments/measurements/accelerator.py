@@ -20,27 +20,76 @@ import time
 
 def commands(data: str, tokenizer: str, model: str, out: pathlib.Path) -> dict[str, list[list[str]]]:
   """Returns the commands of each stage, as arguments of `python -m`."""
-  benchmark = ["experiments.benchmark", f"--data={data}", f"--tokenizer={tokenizer}",
-               "--rounds=1", "--as-installed", "--row-length=2048"]
-  pairs = [f"--config.data.path={data}", "--config.row_length=2048", "--config.batch_size=64",
-           "--config.model.dtype=bfloat16"]
-  small = [*pairs, f"--config.tokenizer={tokenizer}", "--config.model.width=768",
-           "--config.model.layers=12", "--config.model.heads=12"]
+  benchmark = [
+    "experiments.benchmark",
+    f"--data={data}",
+    f"--tokenizer={tokenizer}",
+    "--rounds=1",
+    "--as-installed",
+    "--row-length=2048",
+  ]
+  pairs = [
+    f"--config.data.path={data}",
+    "--config.row_length=2048",
+    "--config.batch_size=64",
+    "--config.model.dtype=bfloat16",
+  ]
+  small = [
+    *pairs,
+    f"--config.tokenizer={tokenizer}",
+    "--config.model.width=768",
+    "--config.model.layers=12",
+    "--config.model.heads=12",
+  ]
   train = lambda kind, *rest: [
-      "dpojax.train", f"--config=configs/hh_small.py:{kind}", f"--workdir={out}/{kind}", *rest]
-  real = [train("dpo", *pairs, f"--config.model.checkpoint={model}", "--config.steps=64",
-                "--config.optimizer.learning_rate=2e-6", "--config.eval_every=16",
-                "--config.profile_steps=20:22")]
+    "dpojax.train",
+    f"--config=configs/hh_small.py:{kind}",
+    f"--workdir={out}/{kind}",
+    *rest,
+  ]
+  real = [
+    train(
+      "dpo",
+      *pairs,
+      f"--config.model.checkpoint={model}",
+      "--config.steps=64",
+      "--config.optimizer.learning_rate=2e-6",
+      "--config.eval_every=16",
+      "--config.profile_steps=20:22",
+    )
+  ]
   made = [train("sft", *small), train("dpo", *small, f"--config.model.checkpoint={out}/sft")]
   return {
-      "attention": [["experiments.measurements.attention_speed", "--repeats=10"]],
-      "head": [["experiments.measurements.head_speed", "--repeats=10"]],
-      "smoke": [[*benchmark, "--case=tiny", "--batch-size=64", "--steps=3", "--micro=16",
-                 "--sides=dpojax,trl,torch", f"--out={out}/tiny"]],
-      "benchmark": [[*benchmark, "--case=gpu-1b", "--batch-size=256", "--rows-at-once=7",
-                     "--chunk-size=384", "--scan-layers", "--steps=7", "--sides=dpojax,trl",
-                     "--micro=32,64", "--peer-steps=2", f"--out={out}/benchmark"]],
-      "run": real if model else made}
+    "attention": [["experiments.measurements.attention_speed", "--repeats=10"]],
+    "head": [["experiments.measurements.head_speed", "--repeats=10"]],
+    "smoke": [
+      [
+        *benchmark,
+        "--case=tiny",
+        "--batch-size=64",
+        "--steps=3",
+        "--micro=16",
+        "--sides=dpojax,trl,torch",
+        f"--out={out}/tiny",
+      ]
+    ],
+    "benchmark": [
+      [
+        *benchmark,
+        "--case=gpu-1b",
+        "--batch-size=256",
+        "--rows-at-once=7",
+        "--chunk-size=384",
+        "--scan-layers",
+        "--steps=7",
+        "--sides=dpojax,trl",
+        "--micro=32,64",
+        "--peer-steps=2",
+        f"--out={out}/benchmark",
+      ]
+    ],
+    "run": real if model else made,
+  }
 
 
 def main():
@@ -54,16 +103,23 @@ def main():
   options = parser.parse_args()
   options.out.mkdir(parents=True, exist_ok=True)
   started = time.perf_counter()
-  kept = {"JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"),
-          "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false " + os.environ.get("XLA_FLAGS", "")}
+  kept = {
+    "JAX_COMPILATION_CACHE_DIR": str(options.out.absolute() / "compiled"),
+    "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false " + os.environ.get("XLA_FLAGS", ""),
+  }
   for stage in options.stages.split(","):
     with open(options.out / f"{stage}.log", "w") as log:
       for command in commands(options.data, options.tokenizer, options.model, options.out)[stage]:
         left = options.limit - (time.perf_counter() - started)
         try:
           code = subprocess.run(
-              [sys.executable, "-u", "-m", *command], stdout=log, stderr=subprocess.STDOUT,
-              timeout=max(1, left), env=os.environ | kept, check=False).returncode
+            [sys.executable, "-u", "-m", *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=max(1, left),
+            env=os.environ | kept,
+            check=False,
+          ).returncode
         except subprocess.TimeoutExpired:
           code = "out of time"
         log.write(f"\n{command[0]}: {code}, {time.perf_counter() - started:.0f} s since the start\n")

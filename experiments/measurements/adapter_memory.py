@@ -17,8 +17,12 @@ from dpojax.models import families, lora, transformer
 from dpojax.training import objectives, preference
 from dpojax.training import step as step_lib
 
-MODELS = ("openai-community/gpt2-large", "meta-llama/Llama-3.2-1B", "EleutherAI/pythia-2.8b",
-          "meta-llama/Llama-3.1-8B")
+MODELS = (
+  "openai-community/gpt2-large",
+  "meta-llama/Llama-3.2-1B",
+  "EleutherAI/pythia-2.8b",
+  "meta-llama/Llama-3.1-8B",
+)
 FORMS = {"all params": None, "adapter, rank 16": lora.Lora(16, 32.0)}
 
 ROWS, LENGTH, SCORED, COMPARISONS = 1, 1024, 512, 4
@@ -50,21 +54,31 @@ def step_bytes(config, adapter: lora.Lora | None, optimizer: str = "adamw") -> d
   state = jax.eval_shape(lambda params: step_lib.init_state(params, tx), trained)
   train_step = step_lib.make_train_step(objective, tx)
   size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  found = jax.jit(train_step, donate_argnums=0).lower(
-      state, base, rows()).compile().memory_analysis()
+  found = jax.jit(train_step, donate_argnums=0).lower(state, base, rows()).compile().memory_analysis()
   return {
-      "trained params": size(state.params), "optimizer state": size(state.opt_state),
-      "frozen params": size(base), "temporaries": found.temp_size_in_bytes,
-      "peak": (found.argument_size_in_bytes + found.output_size_in_bytes
-               - found.alias_size_in_bytes + found.temp_size_in_bytes)}
+    "trained params": size(state.params),
+    "optimizer state": size(state.opt_state),
+    "frozen params": size(base),
+    "temporaries": found.temp_size_in_bytes,
+    "peak": (
+      found.argument_size_in_bytes
+      + found.output_size_in_bytes
+      - found.alias_size_in_bytes
+      + found.temp_size_in_bytes
+    ),
+  }
 
 
 def main(names):
   published = json.loads(PUBLISHED.read_text())
-  print(f"DPO, {ROWS} row of {LENGTH} tokens, {SCORED} of them scored; AdamW, float32, remat=full; "
-        f"compiled for {jax.devices()[0].device_kind}, jax {jax.__version__}; GiB\n")
-  print("| model | trained | trained params | optimizer state | frozen params | temporaries "
-        "| peak | all params / adapter |")
+  print(
+    f"DPO, {ROWS} row of {LENGTH} tokens, {SCORED} of them scored; AdamW, float32, remat=full; "
+    f"compiled for {jax.devices()[0].device_kind}, jax {jax.__version__}; GiB\n"
+  )
+  print(
+    "| model | trained | trained params | optimizer state | frozen params | temporaries "
+    "| peak | all params / adapter |"
+  )
   print("|---|---|---|---|---|---|---|---|")
   for name in names or MODELS:
     config = families.read_config(published[name]["config"])
@@ -74,8 +88,12 @@ def main(names):
       found = step_bytes(config, adapter)
       peaks.append(found["peak"])
       ratio = f"{peaks[0] / peaks[1]:.1f}" if adapter else ""
-      print(f"| {name} | {form} | " + " | ".join(
-          f"{value / 2**30:,.2f}" for value in found.values()) + f" | {ratio} |", flush=True)
+      print(
+        f"| {name} | {form} | "
+        + " | ".join(f"{value / 2**30:,.2f}" for value in found.values())
+        + f" | {ratio} |",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ rows; where there is no accelerator it interprets the fused form.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,13 @@ def pack(lengths: np.ndarray, rows: int, row_length: int) -> TokenIds:
   plan = packing.plan_in_order(lengths, len(lengths), row_length)
   blank = lambda count: np.zeros(count, np.int32)
   packed = packing.fill(
-      [(blank(prompt), [blank(n) for n in responses]) for prompt, *responses in lengths], plan.row[0],
-      rows, plan.shape, num_responses=2, example=range(len(lengths)))
+    [(blank(prompt), [blank(n) for n in responses]) for prompt, *responses in lengths],
+    plan.row[0],
+    rows,
+    plan.shape,
+    num_responses=2,
+    example=range(len(lengths)),
+  )
   return TokenIds(packed.positions, packed.comparison, packed.branch)
 
 
@@ -61,20 +67,29 @@ def cases(toy: bool) -> list[Case]:
   hh = planning.hh_like(rows * row_length // 100)
   prompt, response = row_length // 8, row_length * 7 // 8
   return [
-      Case("HH-like, packed", pack(hh[hh.sum(1) <= row_length], rows, row_length), *heads),
-      Case("long responses", pack(
-          np.array([[prompt, response // 2, response // 2]] * rows), rows, row_length), *heads),
-      Case("longer responses", pack(np.array(
-          [[prompt, 2 * response - prompt, 2 * response]] * (rows // 2)), rows // 2, 4 * row_length),
-           *heads)]
+    Case("HH-like, packed", pack(hh[hh.sum(1) <= row_length], rows, row_length), *heads),
+    Case(
+      "long responses",
+      pack(np.array([[prompt, response // 2, response // 2]] * rows), rows, row_length),
+      *heads,
+    ),
+    Case(
+      "longer responses",
+      pack(
+        np.array([[prompt, 2 * response - prompt, 2 * response]] * (rows // 2)), rows // 2, 4 * row_length
+      ),
+      *heads,
+    ),
+  ]
 
 
 def make_forms(case: Case) -> dict[str, Callable]:
   """Returns the forms of attention that can run here, over q, k, v and ids."""
   interpreted = partial(fused_attention, platform="gpu", interpret=True)
   forms = {
-      "blockwise": blockwise_attention,
-      "fused": fused_attention if jax.default_backend() in PLATFORMS else interpreted}
+    "blockwise": blockwise_attention,
+    "fused": fused_attention if jax.default_backend() in PLATFORMS else interpreted,
+  }
   if 4 * case.heads * case.ids.comparison.size * case.ids.comparison.shape[1] <= DENSE_BYTES:
     forms["dense"] = lambda q, k, v, ids: attention(q, k, v, ids, ids)
   return forms
@@ -110,13 +125,18 @@ def check(case: Case, dtype: jnp.dtype) -> dict[str, float]:
   """
   *inputs, cotangent = draw(case, dtype)
   results = {
-      name: (jnp.where(_there(case), jax.jit(form)(*inputs, case.ids), 0),
-             *jax.jit(gradients(form))(*inputs, case.ids, cotangent))
-      for name, form in make_forms(case).items()}
+    name: (
+      jnp.where(_there(case), jax.jit(form)(*inputs, case.ids), 0),
+      *jax.jit(gradients(form))(*inputs, case.ids, cotangent),
+    )
+    for name, form in make_forms(case).items()
+  }
   want = results.get("dense", results["blockwise"])
   wide = lambda x: np.asarray(x, np.float32)
-  return {name: max(np.abs(wide(a) - wide(b)).max() / np.abs(wide(b)).max() for a, b in zip(got, want))
-          for name, got in results.items()}
+  return {
+    name: max(np.abs(wide(a) - wide(b)).max() / np.abs(wide(b)).max() for a, b in zip(got, want))
+    for name, got in results.items()
+  }
 
 
 def seconds(run: Callable, arguments: tuple) -> float:
@@ -147,13 +167,15 @@ def report(case: Case, dtype: jnp.dtype, repeats: int) -> None:
   *inputs, cotangent = draw(case, dtype)
   ids = jax.tree.map(jnp.asarray, case.ids)
   forward = medians(forms, (*inputs, ids), repeats)
-  both = medians(
-      {name: gradients(form) for name, form in forms.items()}, (*inputs, ids, cotangent), repeats)
+  both = medians({name: gradients(form) for name, form in forms.items()}, (*inputs, ids, cotangent), repeats)
   for name in forms:
     product = 2 * case.heads * case.head_size * pairs[name]
-    print(f"| {case.name}, {rows} x {length:,} | {name} | {forward[name] * 1e3:.2f} | "
-          f"{2 * product / forward[name] / 1e12:.3g} | {both[name] * 1e3:.2f} | "
-          f"{7 * product / both[name] / 1e12:.3g} |", flush=True)
+    print(
+      f"| {case.name}, {rows} x {length:,} | {name} | {forward[name] * 1e3:.2f} | "
+      f"{2 * product / forward[name] / 1e12:.3g} | {both[name] * 1e3:.2f} | "
+      f"{7 * product / both[name] / 1e12:.3g} |",
+      flush=True,
+    )
 
 
 def main():
@@ -171,10 +193,13 @@ def main():
       assert worst < (0.03 if accelerated else 1e-5), f"the forms differ by {worst:.1e} of the largest"
   if options.check:
     return
-  print(f"\n{jax.devices()[0].device_kind}, {dtype.name}, medians of {options.repeats}, in turns; "
-        f"jax {jax.__version__}\n")
-  print("| rows | form | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s |\n"
-        "|---|---|---|---|---|---|")
+  print(
+    f"\n{jax.devices()[0].device_kind}, {dtype.name}, medians of {options.repeats}, in turns; "
+    f"jax {jax.__version__}\n"
+  )
+  print(
+    "| rows | form | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s |\n|---|---|---|---|---|---|"
+  )
   for case in cases(toy=not accelerated):
     report(case, dtype, options.repeats)
 

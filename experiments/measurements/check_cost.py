@@ -1,6 +1,7 @@
 """What digests and checks cost: training of the small HH config and loading of 500 MB, with and without.
 
-python -m experiments.measurements.check_cost --out=FILE.json --tokenizer=GPT2_FOLDER --data=HARMLESS_BASE_TEST.jsonl.gz
+python -m experiments.measurements.check_cost --out=FILE.json --tokenizer=GPT2_FOLDER \\
+    --data=HARMLESS_BASE_TEST.jsonl.gz
 
 Loading, restoring and saving are measured with the checks and without, in turns, each in a process of its
 own: the seconds are the median of its repeats, the memory is its peak. Training is so much longer than the
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import jax
@@ -60,10 +61,12 @@ def unchecked() -> Iterator[None]:
   exists = lambda folder, *, without: pathlib.Path(folder).exists()
   with contextlib.ExitStack() as stack:
     for module, name, other in (
-        (checkpoint_files, "seal", lambda folder, step: None),
-        (checkpoint_files, "_write_own", lambda folder: None),
-        (checkpoint_files, "check", lambda folder, items, together: True), (digests, "is_sound", exists),
-        (safetensors, "safe_open", lambda path, framework: contextlib.nullcontext())):
+      (checkpoint_files, "seal", lambda folder, step: None),
+      (checkpoint_files, "_write_own", lambda folder: None),
+      (checkpoint_files, "check", lambda folder, items, together: True),
+      (digests, "is_sound", exists),
+      (safetensors, "safe_open", lambda path, framework: contextlib.nullcontext()),
+    ):
       stack.enter_context(mock.patch.object(module, name, other))
     yield
 
@@ -83,21 +86,25 @@ def load(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[float,
 
 
 def restore(
-    folder: pathlib.Path, options: argparse.Namespace, name: str = "run") -> list[tuple[float, float]]:
+  folder: pathlib.Path, options: argparse.Namespace, name: str = "run"
+) -> list[tuple[float, float]]:
   def work():
     checkpoints = checkpoint.Checkpoints(folder / name, keep=0)
     checkpoints.restore_arrays(checkpoints.last_sound(together=False))
     checkpoints.close()
+
   return timed(work, options.repeats)
 
 
 def save(folder: pathlib.Path, options: argparse.Namespace) -> list[tuple[float, float]]:
   params = hf.load(folder / "model").params
+
   def work():
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
       checkpoints = checkpoint.Checkpoints(workdir, keep=0, owner=True)
       checkpoints.save(1, {"params": params}, {})
       checkpoints.close()
+
   return timed(work, options.repeats)
 
 
@@ -112,6 +119,7 @@ def training(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, flo
   config.tokenizer, config.data.path = options.tokenizer, options.data
   config.data.cache_dir = str(folder / "cache")
   of_files, spent = digests.of_files, []
+
   def counted(*args):
     start = time.perf_counter()
     found = of_files(*args)
@@ -183,14 +191,29 @@ def main():
       for _ in range(options.rounds):
         for checks in found:
           done = subprocess.run(
-              [sys.executable, "-m", "experiments.measurements.check_cost", *sys.argv[1:], f"--folder={folder}",
-               f"--measure={name}", f"--checks={checks}"], capture_output=True, text=True, check=True)
+            [
+              sys.executable,
+              "-m",
+              "experiments.measurements.check_cost",
+              *sys.argv[1:],
+              f"--folder={folder}",
+              f"--measure={name}",
+              f"--checks={checks}",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+          )
           found[checks].append(json.loads(done.stdout.splitlines()[-1]))
-      results[name] = {checks: {
+      results[name] = {
+        checks: {
           "seconds": statistics.median(clock for each in of for clock, _ in each["seconds"]),
           "least_seconds": min(clock for each in of for clock, _ in each["seconds"]),
           "processor_seconds": statistics.median(used for each in of for _, used in each["seconds"]),
-          "mib": statistics.median(each["mib"] for each in of)} for checks, of in found.items()}
+          "mib": statistics.median(each["mib"] for each in of),
+        }
+        for checks, of in found.items()
+      }
       print(name, json.dumps(results[name]), flush=True)
     results["training"] = training(pathlib.Path(folder), options)
   pathlib.Path(options.out).write_text(json.dumps(results, indent=1) + "\n")

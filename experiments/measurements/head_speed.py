@@ -23,8 +23,15 @@ from dpojax.runtime import memory
 
 VOCABULARY = 50_257
 TOKENS, LARGE = 512, 8192
-FORMS = ((head_on_cpu.CPU_TOKENS, head_on_cpu.CPU_BLOCK), (256, 1920), (256, 2048), (256, 3200), (256, 4224),
-         (128, 2432), (384, 2432))
+FORMS = (
+  (head_on_cpu.CPU_TOKENS, head_on_cpu.CPU_BLOCK),
+  (256, 1920),
+  (256, 2048),
+  (256, 3200),
+  (256, 4224),
+  (128, 2432),
+  (384, 2432),
+)
 """Tokens and vocabulary of the logits held at once on CPUs."""
 
 ELEMENTS = tuple((2**n // VOCABULARY, VOCABULARY) for n in (24, 26, 27))
@@ -33,6 +40,7 @@ ELEMENTS = tuple((2**n // VOCABULARY, VOCABULARY) for n in (24, 26, 27))
 
 def compiled(form: tuple[int, int], *arguments: jax.Array):
   """Returns the value and gradients with logits of that form, compiled."""
+
   def total(hidden, head, target):
     scored = jnp.arange(target.size) < target.size * 420 // 512
     return log_probs.token_log_probs(hidden, head, target, where=scored).sum()
@@ -56,7 +64,7 @@ def main():
   parser.add_argument("--cores", type=int, default=1)
   parser.add_argument("--repeats", type=int, default=9)
   options = parser.parse_args()
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:options.cores])  # before jax counts them
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before jax counts them
   memory.keep_freed_memory()
   rng, on_cpu = np.random.default_rng(0), jax.default_backend() == "cpu"
   forms, tokens, dtype = (FORMS, TOKENS, "float32") if on_cpu else (ELEMENTS, LARGE, "bfloat16")
@@ -64,8 +72,11 @@ def main():
   print("|---" * (len(forms) + 1) + "|")
   for width in (256, 768) if on_cpu else (2048,):
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * width**-0.5, jnp.float32)
-    arguments = (draw(tokens, width).astype(dtype), draw(VOCABULARY, width),
-                 jnp.asarray(rng.integers(VOCABULARY, size=tokens), jnp.int32))
+    arguments = (
+      draw(tokens, width).astype(dtype),
+      draw(VOCABULARY, width),
+      jnp.asarray(rng.integers(VOCABULARY, size=tokens), jnp.int32),
+    )
     programs = [compiled(form, *arguments) for form in forms]
     times = [[seconds(program, *arguments) for program in programs] for _ in range(options.repeats + 1)]
     medians = [statistics.median(each) for each in zip(*times[1:])]

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,12 @@ class Answers(NamedTuple):
 
 def reward_of_text(tokenizer: Any, of_text: Callable[[list[str]], Sequence[float]]) -> rollouts.Reward:
   """Returns the reward of ids that is `of_text` of prompt and response together."""
+
   def reward(prompts, responses):
-    texts = [tokenizer.decode([*prompt, *response], skip_special_tokens=True)
-             for prompt, response in zip(prompts, responses)]
+    texts = [
+      tokenizer.decode([*prompt, *response], skip_special_tokens=True)
+      for prompt, response in zip(prompts, responses)
+    ]
     return np.asarray(of_text(texts), np.float64)
 
   return reward
@@ -50,8 +54,15 @@ class Bench:
   """Samples from policies of one shape to prompts of one width, and measures them; compiled once."""
 
   def __init__(
-      self, config: ModelConfig, reward: rollouts.Reward, *, stop_id: int, num_samples: int,
-      max_new_tokens: int, prompts_at_once: int):
+    self,
+    config: ModelConfig,
+    reward: rollouts.Reward,
+    *,
+    stop_id: int,
+    num_samples: int,
+    max_new_tokens: int,
+    prompts_at_once: int,
+  ):
     """Compiles nothing yet.
 
     Args:
@@ -64,21 +75,23 @@ class Bench:
     """
     self.reward, self._at_once = reward, prompts_at_once
     self._samples, self._room = num_samples, max_new_tokens
-    self._sample = jax.jit(sampler.make_sampler(
-        config, max_new_tokens=max_new_tokens, num_samples=num_samples, stop_id=stop_id))
+    self._sample = jax.jit(
+      sampler.make_sampler(config, max_new_tokens=max_new_tokens, num_samples=num_samples, stop_id=stop_id)
+    )
     self._kl = jax.jit(functools.partial(_kl, transformer.make_apply(config), num_samples))
 
   def answers(
-      self, params: Any, prompts: np.ndarray, lengths: np.ndarray, *, seed: int,
-      temperature: float = 1.0) -> Answers:
+    self, params: Any, prompts: np.ndarray, lengths: np.ndarray, *, seed: int, temperature: float = 1.0
+  ) -> Answers:
     """Returns samples to prompts [n, W] of [n] tokens, each with its true reward."""
     key, parts = jax.random.key(seed), []
     for index, kept in self._parts(len(prompts)):
       keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
       drawn = jax.device_get(self._sample(params, prompts[index], lengths[index], keys, temperature))
       tokens, counts = drawn.tokens[:kept], drawn.lengths[:kept]
-      scores = rollouts.checked_scores(self.reward, *rollouts.unpadded(
-          prompts[index][:kept], lengths[index][:kept], tokens, counts))
+      scores = rollouts.checked_scores(
+        self.reward, *rollouts.unpadded(prompts[index][:kept], lengths[index][:kept], tokens, counts)
+      )
       parts.append(Answers(tokens, counts, scores.reshape(counts.shape).astype(np.float64)))
     return Answers(*map(np.concatenate, zip(*parts)))
 
@@ -90,8 +103,7 @@ class Bench:
     """
     parts = []
     for index, kept in self._parts(len(prompts)):
-      rows = rollouts.rows_of(
-          prompts[index], lengths[index], answers.tokens[index], answers.lengths[index])
+      rows = rollouts.rows_of(prompts[index], lengths[index], answers.tokens[index], answers.lengths[index])
       parts.append(np.asarray(self._kl(params, reference, rows), np.float64)[:kept])
     return np.concatenate(parts)
 
@@ -101,8 +113,13 @@ class Bench:
     kl = self.kl(params, reference, prompts, lengths, answers)
     reward, reward_error = mean_and_error(answers.rewards.mean(axis=1))
     mean_kl, kl_error = mean_and_error(kl.mean(axis=1))
-    return {"reward": reward, "reward_error": reward_error, "kl": mean_kl, "kl_error": kl_error,
-            "length": float(answers.lengths.mean())}
+    return {
+      "reward": reward,
+      "reward_error": reward_error,
+      "kl": mean_kl,
+      "kl_error": kl_error,
+      "length": float(answers.lengths.mean()),
+    }
 
   def _parts(self, count: int):
     """Yields the prompts of each call, and how many of them are new: every call has one shape."""
@@ -115,9 +132,10 @@ def _kl(apply, num_samples: int, params: Any, reference: Any, rows) -> jax.Array
   policy, frozen = apply(params, rows), apply(reference, rows)
 
   def of_row(row):
-    ours, theirs = (jax.nn.log_softmax(logits_of(
-        predicting_states(hidden[None], row.source[None])[0], head))
-        for hidden, head in ((row.policy, policy.head), (row.frozen, frozen.head)))
+    ours, theirs = (
+      jax.nn.log_softmax(logits_of(predicting_states(hidden[None], row.source[None])[0], head))
+      for hidden, head in ((row.policy, policy.head), (row.frozen, frozen.head))
+    )
     return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1)
 
   each = jax.lax.map(of_row, _Row(policy.hidden, frozen.hidden, rows.source))

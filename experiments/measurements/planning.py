@@ -24,15 +24,21 @@ def main():
   print("| comparisons | batch size | row length | seconds | row fill | rows of a step |")
   print("|---|---|---|---|---|---|")
   for count, batch_size, row_length in (
-      (2_000, 64, 1024), (161_000, 64, 1024), (161_000, 64, 2048), (1_000_000, 64, 1024),
-      (1_000_000, 1024, 1024)):
+    (2_000, 64, 1024),
+    (161_000, 64, 1024),
+    (161_000, 64, 2048),
+    (1_000_000, 64, 1024),
+    (1_000_000, 1024, 1024),
+  ):
     lengths = hh_like(count)
     start = time.perf_counter()
     plan = packing.plan(lengths, 0, 0, batch_size, row_length)
     seconds = time.perf_counter() - start
     rows = ", ".join(map(str, np.unique(plan.rows)))
-    print(f"| {count:,} | {batch_size} | {row_length} | {seconds:.1f} "
-          f"| {packing.row_fill(plan, lengths):.1%} | {rows} |")
+    print(
+      f"| {count:,} | {batch_size} | {row_length} | {seconds:.1f} "
+      f"| {packing.row_fill(plan, lengths):.1%} | {rows} |"
+    )
 
 
 if __name__ == "__main__":

@@ -21,11 +21,23 @@ HEADS, VOCABULARY = 4, 50257
 def config_of(length: int):
   """Returns the config of a step on rows of that many tokens."""
   config = config_lib.defaults()
-  config.update_from_flattened_dict({
-      "tokenizer": "none is read", "data.path": "none is read", "data.max_length": length,
-      "data.max_prompt_length": length // 2, "row_length": length, "rows_at_once": 1,
-      "batch_size": 1, "model.width": 256, "model.layers": 4, "model.heads": HEADS,
-      "model.vocab_size": VOCABULARY, "eval_every": 0, "optimizer.name": "adamw"})
+  config.update_from_flattened_dict(
+    {
+      "tokenizer": "none is read",
+      "data.path": "none is read",
+      "data.max_length": length,
+      "data.max_prompt_length": length // 2,
+      "row_length": length,
+      "rows_at_once": 1,
+      "batch_size": 1,
+      "model.width": 256,
+      "model.layers": 4,
+      "model.heads": HEADS,
+      "model.vocab_size": VOCABULARY,
+      "eval_every": 0,
+      "optimizer.name": "adamw",
+    }
+  )
   return config
 
 
@@ -40,14 +52,19 @@ def main():
   parser.add_argument("--longest", type=int, default=16384)
   options = parser.parse_args()
   print(f"16M parameters, AdamW, compiled for {jax.default_backend()}, jax {jax.__version__}\n")
-  print("| row length | temporaries, MiB | more a token, KiB | dense scores of a layer, MiB | all logits, MiB |")
+  print(
+    "| row length | temporaries, MiB | more a token, KiB | dense scores of a layer, MiB | all logits, MiB |"
+  )
   print("|---|---|---|---|---|")
   length, before = 512, None
   while length <= options.longest:
     found = step_needs(length).temporaries
     slope = "" if before is None else f"{(found - before) / (length / 2) / 2**10:.1f}"
-    print(f"| {length:,} | {found / 2**20:,.0f} | {slope} | {HEADS * length**2 * 4 / 2**20:,.0f} | "
-          f"{length * VOCABULARY * 4 / 2**20:,.0f} |", flush=True)
+    print(
+      f"| {length:,} | {found / 2**20:,.0f} | {slope} | {HEADS * length**2 * 4 / 2**20:,.0f} | "
+      f"{length * VOCABULARY * 4 / 2**20:,.0f} |",
+      flush=True,
+    )
     length, before = 2 * length, found
 
 

@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -26,20 +26,28 @@ from dpojax.sample import sampler
 PROMPT, NEW = 64, 128
 
 DRAWS = {
-    "temperature 1": dict(temperature=1.0),
-    "greedy": dict(temperature=0.0),
-    "top-p 0.9": dict(temperature=1.0, top_p=0.9),
-    "top-k 50": dict(temperature=1.0, top_k=50),
+  "temperature 1": dict(temperature=1.0),
+  "greedy": dict(temperature=0.0),
+  "top-p 0.9": dict(temperature=1.0, top_p=0.9),
+  "top-k 50": dict(temperature=1.0, top_k=50),
 }
 
 
 def make_model(folder: str) -> transformers.PreTrainedModel:
   """Returns a random model, written to a folder too."""
   torch.manual_seed(0)
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      vocab_size=32000, hidden_size=256, num_hidden_layers=10, num_attention_heads=4,
-      num_key_value_heads=4, intermediate_size=704, max_position_embeddings=1024,
-      tie_word_embeddings=True)).eval()
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=32000,
+      hidden_size=256,
+      num_hidden_layers=10,
+      num_attention_heads=4,
+      num_key_value_heads=4,
+      intermediate_size=704,
+      max_position_embeddings=1024,
+      tie_word_embeddings=True,
+    )
+  ).eval()
   model.save_pretrained(folder)
   return model
 
@@ -52,23 +60,28 @@ def dpojax_side(folder: str, num_samples: int = 1) -> Callable:
 
   def generate(prompts, temperature=1.0, top_p=1.0, top_k=0):
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
-    return np.asarray(sample(
-        params, prompts, lengths, jax.random.key(0), temperature, top_p, top_k).tokens)
+    return np.asarray(sample(params, prompts, lengths, jax.random.key(0), temperature, top_p, top_k).tokens)
 
   return generate
 
 
 def transformers_side(model: transformers.PreTrainedModel, num_samples: int = 1) -> Callable:
   """Returns `generate(prompts, **draw)` of the library."""
+
   @torch.inference_mode()
   def generate(prompts, temperature=1.0, top_p=1.0, top_k=0):
     ids = torch.from_numpy(prompts.astype(np.int64))
     draw = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
-        pad_token_id=0, num_return_sequences=num_samples,
-        **(draw if temperature else dict(do_sample=False)))
-    return out[:, prompts.shape[1]:].numpy()
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=NEW,
+      min_new_tokens=NEW,
+      pad_token_id=0,
+      num_return_sequences=num_samples,
+      **(draw if temperature else dict(do_sample=False)),
+    )
+    return out[:, prompts.shape[1] :].numpy()
 
   return generate
 
@@ -85,14 +98,16 @@ def main():
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
   options = parser.parse_args()
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:options.cores])  # before jax counts them
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before jax counts them
   memory.keep_freed_memory()  # as every command of dpojax does; torch's buffers are kept too
   torch.set_num_threads(options.cores)
   transformers.utils.logging.disable_progress_bar()
   rng = np.random.default_rng(0)
-  print(f"16M parameters, prompts of {PROMPT} tokens, {NEW} new ones; median of {options.repeats} "
-        f"runs each, in turns, {options.cores} CPU core(s)\njax {jax.__version__}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}\n")
+  print(
+    f"16M parameters, prompts of {PROMPT} tokens, {NEW} new ones; median of {options.repeats} "
+    f"runs each, in turns, {options.cores} CPU core(s)\njax {jax.__version__}, torch "
+    f"{torch.__version__}, transformers {transformers.__version__}\n"
+  )
   print("| samples | draw | transformers, tokens/s | dpojax, tokens/s | ratio |\n|---|---|---|---|---|")
   with tempfile.TemporaryDirectory() as folder:
     model = make_model(folder)

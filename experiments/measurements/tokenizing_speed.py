@@ -24,8 +24,9 @@ _TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 _WORDS = (
-    "the a spider has eight legs and which sea is salt who bakes bread in the morning before light of day "
-    "answers questions about weather towns rivers prime numbers colours music history").split()
+  "the a spider has eight legs and which sea is salt who bakes bread in the morning before light of day "
+  "answers questions about weather towns rivers prime numbers colours music history"
+).split()
 
 
 class Memory(list):
@@ -62,8 +63,12 @@ def ours(made: list[dict], tokenizer: Any, processes: int) -> tuple[float, int]:
   data = Memory(Example(each["prompt"], (each["chosen"], each["rejected"])) for each in made)
   start = time.perf_counter()
   result = tokenization.tokenize(
-      data, tokenizer, truncation=Truncation(100_000, 50_000, "end"), num_responses=2,
-      workers=processes if processes > 1 else 0)
+    data,
+    tokenizer,
+    truncation=Truncation(100_000, 50_000, "end"),
+    num_responses=2,
+    workers=processes if processes > 1 else 0,
+  )
   return time.perf_counter() - start, int(result.lengths.sum())
 
 
@@ -78,12 +83,13 @@ def theirs(made: list[dict], tokenizer: Any, processes: int) -> tuple[float, int
     render = lambda messages, **more: tokenizer.apply_chat_template(messages, return_dict=False, **more)
     prompt = render(record["prompt"], add_generation_prompt=True)
     # What follows the end of a turn, a newline, is left out as dpojax leaves it out.
-    sides = [render([*record["prompt"], *record[key]])[len(prompt):-1] for key in ("chosen", "rejected")]
+    sides = [render([*record["prompt"], *record[key]])[len(prompt) : -1] for key in ("chosen", "rejected")]
     return {"prompt_ids": prompt, "chosen_ids": sides[0], "rejected_ids": sides[1]}
 
   start = time.perf_counter()
   mapped = data.map(
-      tokenize, num_proc=processes, remove_columns=data.column_names, load_from_cache_file=False)
+    tokenize, num_proc=processes, remove_columns=data.column_names, load_from_cache_file=False
+  )
   seconds = time.perf_counter() - start
   return seconds, sum(len(each) for key in mapped.column_names for each in mapped[key])
 
@@ -98,13 +104,16 @@ def main():
   tokenizer, made = chat_tokenizer(options.tokenizer), records(options.records)
   for repeat in range(options.repeats):
     sides = {}
-    for measure in (ours, theirs)[::1 if repeat % 2 == 0 else -1]:
+    for measure in (ours, theirs)[:: 1 if repeat % 2 == 0 else -1]:
       sides[measure] = measure(made, tokenizer, options.processes)
     (one, tokens), (other, same) = sides[ours], sides[theirs]
     if tokens != same:
       raise SystemExit(f"error: {tokens} tokens here and {same} there")
-    print(f"{len(made)} records, {tokens} tokens, {options.processes} processes: dpojax {one:.1f} s, "
-          f"datasets.map {other:.1f} s, ratio {other / one:.2f}", flush=True)
+    print(
+      f"{len(made)} records, {tokens} tokens, {options.processes} processes: dpojax {one:.1f} s, "
+      f"datasets.map {other:.1f} s, ratio {other / one:.2f}",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ reward along the KL that N stands for; and the same along PPO on the learned rew
 
 import argparse
 import pathlib
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,15 +22,25 @@ from experiments.paper.methods import Line
 TEMPERATURES = (0.25, 0.7, 1.0)
 
 
-def run(made: sentiment.Made, model: methods.RewardModel, *, sizes: Sequence[int] = methods.BEST_OF,
-        temperatures: Sequence[float] = TEMPERATURES) -> list[Line]:
+def run(
+  made: sentiment.Made,
+  model: methods.RewardModel,
+  *,
+  sizes: Sequence[int] = methods.BEST_OF,
+  temperatures: Sequence[float] = TEMPERATURES,
+) -> list[Line]:
   """Returns a line for each temperature, size, and way to choose."""
   lines = []
   for temperature in temperatures:
     for chosen_by in (model, None):
       lines += methods.best_of_n_lines(
-          made.world, made.held_out.prompts, made.held_out.lengths, chosen_by, sizes=sizes,
-          temperature=temperature)
+        made.world,
+        made.held_out.prompts,
+        made.held_out.lengths,
+        chosen_by,
+        sizes=sizes,
+        temperature=temperature,
+      )
   return lines
 
 
@@ -39,17 +49,21 @@ def show(lines: Sequence[Line]) -> None:
   print("\n| chosen by | T | N | true reward | learned or true score | KL bound, nats |")
   print("|---|---|---|---|---|---|")
   for line in lines:
-    print(f"| {line['method']} | {line['temperature']:g} | {line['setting']} | {line['reward']:.3f} +- "
-          f"{line['reward_error']:.3f} | {line['score']:.3f} | {line['kl']:.2f} |")
+    print(
+      f"| {line['method']} | {line['temperature']:g} | {line['setting']} | {line['reward']:.3f} +- "
+      f"{line['reward_error']:.3f} | {line['score']:.3f} | {line['kl']:.2f} |"
+    )
 
 
 def of_ppo(lines: Sequence[Line]) -> list[Line]:
-  """Returns the measurements of PPO on the learned reward at the largest target, first seed, in order of KL."""
+  """Returns the measurements of PPO on the learned reward at the largest target, first seed, by KL."""
   ours = [line for line in lines if line["method"] == frontier.PPO and line["step"]]
   farthest = max((line["setting"] for line in ours), default=0.0)
   first = min((line["seed"] for line in ours), default=0)
-  return sorted((line for line in ours if (line["setting"], line["seed"]) == (farthest, first)),
-                key=lambda line: line["kl"])
+  return sorted(
+    (line for line in ours if (line["setting"], line["seed"]) == (farthest, first)),
+    key=lambda line: line["kl"],
+  )
 
 
 def plot(lines: Sequence[Line], path: pathlib.Path, ppo: Sequence[Line] = ()) -> None:
@@ -59,27 +73,39 @@ def plot(lines: Sequence[Line], path: pathlib.Path, ppo: Sequence[Line] = ()) ->
   for number, (method, temperature) in enumerate(curves):
     points = [line for line in lines if (line["method"], line["temperature"]) == (method, temperature)]
     left.errorbar(
-        [line["setting"] for line in points], [line["reward"] for line in points],
-        yerr=[line["reward_error"] for line in points], capsize=2, markersize=4,
-        label=f"{method}, T = {temperature:g}", **figures.style(number))
+      [line["setting"] for line in points],
+      [line["reward"] for line in points],
+      yerr=[line["reward_error"] for line in points],
+      capsize=2,
+      markersize=4,
+      label=f"{method}, T = {temperature:g}",
+      **figures.style(number),
+    )
   left.set_xscale("log", base=2)
   left.set_xlabel("N")
   left.set_ylabel("true reward")
   left.legend(frameon=False, fontsize=6)
   points = [line for line in lines if line["method"] == "Best of N" and line["temperature"] == 1]
   kl = [line["kl"] for line in points]
-  standard = lambda name: (np.array([line[name] for line in points]) - points[0][name]) / (
-      points[1][name] - points[0][name])
+  standard = lambda name: (
+    (np.array([line[name] for line in points]) - points[0][name]) / (points[1][name] - points[0][name])
+  )
   for number, (name, label) in enumerate((("reward", "true reward"), ("score", "learned reward"))):
     right.plot(kl, standard(name), label=label, markersize=4, **figures.style(number))
   right.set_xlabel("KL of the best of N, nats")
   right.set_ylabel("gain, in units of N = 2's")
   right.legend(frameon=False, fontsize=8)
   beside = along.twinx()
-  for number, (panel, name, label) in enumerate((
-      (along, "reward", "true reward"), (beside, "train/objective/scores", "learned reward"))):
-    panel.plot([line["kl"] for line in ppo], [line[name] for line in ppo], label=label, markersize=4,
-               **figures.style(number))
+  for number, (panel, name, label) in enumerate(
+    ((along, "reward", "true reward"), (beside, "train/objective/scores", "learned reward"))
+  ):
+    panel.plot(
+      [line["kl"] for line in ppo],
+      [line[name] for line in ppo],
+      label=label,
+      markersize=4,
+      **figures.style(number),
+    )
     panel.set_ylabel(label)
     panel.legend(frameon=False, fontsize=8, loc=("upper left", "lower right")[number])
   along.set_xlabel("KL of PPO on the learned reward, nats")

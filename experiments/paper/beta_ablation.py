@@ -1,6 +1,7 @@
 """What beta does on real preferences: accuracy, margins, log-ratios and KL against it.
 
-python -m experiments.paper.beta_ablation --pairs=FILE --workdir=runs/beta_ablation [--betas=0.05,...] [--seeds=0,1,2]
+python -m experiments.paper.beta_ablation --pairs=FILE --workdir=runs/beta_ablation \\
+    [--betas=0.05,...] [--seeds=0,1,2]
 
 FILE holds Anthropic HH pairs. A byte-pair tokenizer and a small language model are trained on the
 chosen responses, DPO at every beta and seed side by side; KL is measured on samples to held-out
@@ -27,9 +28,12 @@ from experiments.measurements import measure
 from experiments.paper import sentiment
 
 SHOWN = (
-    ("eval", "rewards/accuracies", "held-out accuracy"), ("eval", "rewards/margins", "margin"),
-    ("eval", "log_ratios/chosen", "log-ratio chosen"),
-    ("eval", "log_ratios/rejected", "log-ratio rejected"), ("measured", "kl", "KL, nats"))
+  ("eval", "rewards/accuracies", "held-out accuracy"),
+  ("eval", "rewards/margins", "margin"),
+  ("eval", "log_ratios/chosen", "log-ratio chosen"),
+  ("eval", "log_ratios/rejected", "log-ratio rejected"),
+  ("measured", "kl", "KL, nats"),
+)
 
 
 class Sizes(NamedTuple):
@@ -74,11 +78,16 @@ def run(pairs: str, workdir: pathlib.Path, sizes: Sizes, *, betas, seeds) -> lis
   tokenizer = tokenization.load_tokenizer(str(tokenizer_folder))
   held_out = loader.last_of_each_prompt(resolve.load_data(config).held_out)
   prompts = [held_out.comparison(i)[0] for i in range(len(held_out))]
-  short = [prompt for prompt in prompts if len(prompt) <= sizes.prompt_tokens][:sizes.sampled]
+  short = [prompt for prompt in prompts if len(prompt) <= sizes.prompt_tokens][: sizes.sampled]
   ids, lengths = rollouts.padded(short, sizes.prompt_tokens)
   bench = measure.Bench(
-      reference.config, lambda asked, answers: np.zeros(len(answers)), num_samples=4,
-      stop_id=tokenizer.eos_token_id, max_new_tokens=sizes.max_new_tokens, prompts_at_once=len(ids))
+    reference.config,
+    lambda asked, answers: np.zeros(len(answers)),
+    num_samples=4,
+    stop_id=tokenizer.eos_token_id,
+    max_new_tokens=sizes.max_new_tokens,
+    prompts_at_once=len(ids),
+  )
 
   def kl(member, step, params):
     numbers = bench.measure(params, reference.params, ids, lengths, seed=member.seed)
@@ -120,11 +129,15 @@ def show(table: list[dict]) -> None:
   """Prints means and standard errors over seeds, a line a beta."""
   print("\n| beta | " + " | ".join(name for *_, name in SHOWN) + " |")
   print("|---|" + "---|" * len(SHOWN))
-  columns = [figures.over_seeds(figures.last_lines(table, split), "beta", metric)
-             for split, metric, _ in SHOWN]
+  columns = [
+    figures.over_seeds(figures.last_lines(table, split), "beta", metric) for split, metric, _ in SHOWN
+  ]
   for i, beta in enumerate(columns[0].values):
-    print(f"| {beta:g} | " + " | ".join(
-        f"{column.mean[i]:.3f} +- {column.error[i]:.3f}" for column in columns) + " |")
+    print(
+      f"| {beta:g} | "
+      + " | ".join(f"{column.mean[i]:.3f} +- {column.error[i]:.3f}" for column in columns)
+      + " |"
+    )
 
 
 def main():
@@ -136,8 +149,13 @@ def main():
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()
   with command(workdir):
-    table = run(arguments.pairs, workdir, Sizes(), betas=[float(b) for b in arguments.betas.split(",")],
-                seeds=[int(s) for s in arguments.seeds.split(",")])
+    table = run(
+      arguments.pairs,
+      workdir,
+      Sizes(),
+      betas=[float(b) for b in arguments.betas.split(",")],
+      seeds=[int(s) for s in arguments.seeds.split(",")],
+    )
     figures.against_axis(table, "beta", workdir / "beta.png")
   show(table)
   print(f"\nwritten: {workdir}/sweep/table.jsonl and {workdir}/beta.png")

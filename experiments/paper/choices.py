@@ -1,10 +1,10 @@
-"""Whether what the sentiment frontier says hangs on what the paper leaves open, and on whose samples are compared.
+"""Whether what the sentiment frontier says hangs on what the paper leaves open, and on whose samples it is.
 
 python -m experiments.paper.choices --workdir=runs/sentiment --sentences=FILE
 
-Reads the frontier.jsonl that `experiments.paper.frontier` wrote there, and trains DPO again with one choice made
-otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; pairs of nearly equal
-reward left out; fewer prefixes; and, what sets PPO apart from it, comparisons of its own samples: in rounds,
+Reads the frontier.jsonl that `experiments.paper.frontier` wrote there, and trains DPO again with one choice
+made otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; pairs of nearly
+equal reward left out; fewer prefixes; and, what sets PPO apart from it, comparisons of its own samples: in rounds,
 each on completions that the policy itself draws as it stands, always against the same reference. These have
 a quarter of the frontier's steps, and are held against its DPO up to there; one more goes on three times as
 long as the frontier's at a large beta. Writes choices.jsonl and choices.png, and prints what each is worth
@@ -14,7 +14,8 @@ beside PPO.
 import argparse
 import math
 import pathlib
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from experiments import sweep
 from experiments.command import command
@@ -41,10 +42,11 @@ class Choice(NamedTuple):
 
 
 CHOICES = (
-    Choice("DPO, labels drawn", labels="bradley_terry"),
-    Choice("DPO, clear pairs only", labels="clear"),
-    Choice("DPO, 30 % of the prefixes", share=0.3),
-    Choice("DPO, 4,800 steps", times=12, betas=(1.0,)))
+  Choice("DPO, labels drawn", labels="bradley_terry"),
+  Choice("DPO, clear pairs only", labels="clear"),
+  Choice("DPO, 30 % of the prefixes", share=0.3),
+  Choice("DPO, 4,800 steps", times=12, betas=(1.0,)),
+)
 
 
 class Rounds(NamedTuple):
@@ -63,8 +65,13 @@ class Start(NamedTuple):
 
 
 def run(
-    make: Callable[..., sentiment.Made], plan: frontier.Plan, sizes: sentiment.Sizes, *,
-    choices: Sequence[Choice] = CHOICES, rounds: Rounds = Rounds(), betas: Sequence[float] = BETAS,
+  make: Callable[..., sentiment.Made],
+  plan: frontier.Plan,
+  sizes: sentiment.Sizes,
+  *,
+  choices: Sequence[Choice] = CHOICES,
+  rounds: Rounds = Rounds(),
+  betas: Sequence[float] = BETAS,
 ) -> list[Line]:
   """Returns the measurements of DPO under every choice, at seed 0.
 
@@ -79,10 +86,17 @@ def run(
   for choice in choices:
     made = make(sizes._replace(prefixes=int(choice.share * sizes.prefixes)), labels=choice.labels)
     steps = choice.times * sizes.dpo_steps
-    longer = {"steps": steps, "eval_every": 0, "checkpoint_every": sizes.dpo_steps} if choice.times > 1 else {}
+    longer = (
+      {"steps": steps, "eval_every": 0, "checkpoint_every": sizes.dpo_steps} if choice.times > 1 else {}
+    )
     lines += methods.trained(
-        _apart(made.world), choice.name, plan.short_dpo | longer, seeds=(0,), values=choice.betas or betas,
-        measure_every=max(-(-sizes.dpo_steps // 4), steps // 12))
+      _apart(made.world),
+      choice.name,
+      plan.short_dpo | longer,
+      seeds=(0,),
+      values=choice.betas or betas,
+      measure_every=max(-(-sizes.dpo_steps // 4), steps // 12),
+    )
   made = make(sizes)
   for beta in betas:
     lines += own_samples(made, plan.short_dpo, rounds, beta=beta)
@@ -103,15 +117,26 @@ def own_samples(made: sentiment.Made, changes: dict[str, Any], rounds: Rounds, *
 
     kind = f"own_samples/beta_{beta:g}_round_{number}"
     ours = methods.trained(
-        world._replace(data=compared), OWN_SAMPLES, changes | start.changes | {
-            "steps": rounds.steps, "optimizer.warmup_steps": rounds.steps // 10},
-        seeds=(0,), values=(beta,), measure_every=rounds.steps, kind=kind)
-    lines += [line | {"step": line["step"] + number * rounds.steps}
-              for line in ours if line["step"] or not number]
-    start = Start(methods.load_policy(world, kind, beta, 0), {
+      world._replace(data=compared),
+      OWN_SAMPLES,
+      changes | start.changes | {"steps": rounds.steps, "optimizer.warmup_steps": rounds.steps // 10},
+      seeds=(0,),
+      values=(beta,),
+      measure_every=rounds.steps,
+      kind=kind,
+    )
+    lines += [
+      line | {"step": line["step"] + number * rounds.steps} for line in ours if line["step"] or not number
+    ]
+    start = Start(
+      methods.load_policy(world, kind, beta, 0),
+      {
         "model.checkpoint": str(methods.policy_folder(world, kind, beta, 0)),
         "model.scan_layers": world.model.config.scan_layers,
-        "reference.checkpoint": world.config.model.checkpoint, "reference.may_differ": True})
+        "reference.checkpoint": world.config.model.checkpoint,
+        "reference.may_differ": True,
+      },
+    )
   return lines
 
 
@@ -130,20 +155,34 @@ def report(lines: Sequence[Line], beside: Sequence[Line]) -> None:
   of = lambda method: [line for line in beside if line["method"] == method]
   last = min(line["step"] for line in methods.final(lines))
   rows = {
-      frontier.DPO: of(frontier.DPO),
-      f"{frontier.DPO}, to step {last}": [line for line in of(frontier.DPO) if line["step"] <= last]}
-  rows |= {method: [line for line in lines if line["method"] == method]
-           for method in dict.fromkeys(line["method"] for line in lines)}
+    frontier.DPO: of(frontier.DPO),
+    f"{frontier.DPO}, to step {last}": [line for line in of(frontier.DPO) if line["step"] <= last],
+  }
+  rows |= {
+    method: [line for line in lines if line["method"] == method]
+    for method in dict.fromkeys(line["method"] for line in lines)
+  }
   ppos = {method: [line for line in of(method) if line["step"]] for method in (frontier.PPO, frontier.PPO_GT)}
   at = lambda ours: " | ".join(f"{best_at(ours, kl):.3f}" for kl in KLS)
-  print("\n| method | " + " | ".join(f"true reward at {kl:g} nats" for kl in KLS) + " | " + " | ".join(
-      f"beats of {method}'s {len(points)} points | beaten by {method}" for method, points in ppos.items())
-      + " |")
+  print(
+    "\n| method | "
+    + " | ".join(f"true reward at {kl:g} nats" for kl in KLS)
+    + " | "
+    + " | ".join(
+      f"beats of {method}'s {len(points)} points | beaten by {method}" for method, points in ppos.items()
+    )
+    + " |"
+  )
   print("|---|" + "---|" * (len(KLS) + 2 * len(ppos)))
   for name, ours in rows.items():
-    print(f"| {name} | {at(ours)} | " + " | ".join(
+    print(
+      f"| {name} | {at(ours)} | "
+      + " | ".join(
         f"{methods.dominated(points, ours)} | {methods.dominated(ours, points)} of {len(ours)}"
-        for points in ppos.values()) + " |")
+        for points in ppos.values()
+      )
+      + " |"
+    )
   for method, points in ppos.items():
     print(f"| {method} | {at(points)} |" + " |" * 2 * len(ppos))
 
@@ -153,8 +192,10 @@ def best_at(lines: Sequence[Line], kl: float) -> float:
   runs = {}
   for line in lines:
     runs.setdefault((line["setting"], line["seed"]), []).append(line)
-  return max((reward_at(points, kl) for points in runs.values()
-              if max(point["kl"] for point in points) >= kl), default=math.nan)
+  return max(
+    (reward_at(points, kl) for points in runs.values() if max(point["kl"] for point in points) >= kl),
+    default=math.nan,
+  )
 
 
 def main():
@@ -163,11 +204,15 @@ def main():
   parser.add_argument("--sentences", required=True)
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
-  beside = [line for line in frontier.read(folder)
-            if line["method"] in (frontier.DPO, frontier.PPO, frontier.PPO_GT)]
+  beside = [
+    line for line in frontier.read(folder) if line["method"] in (frontier.DPO, frontier.PPO, frontier.PPO_GT)
+  ]
   with command(folder):
-    lines = run(lambda sizes, labels="argmax": sentiment.make(
-        folder, arguments.sentences, sizes, labels=labels), frontier.SENTIMENT, sentiment.Sizes())
+    lines = run(
+      lambda sizes, labels="argmax": sentiment.make(folder, arguments.sentences, sizes, labels=labels),
+      frontier.SENTIMENT,
+      sentiment.Sizes(),
+    )
     sweep.write_lines(folder / "choices.jsonl", lines)
     frontier.plot([*beside, *lines], folder / "choices.png")
   report(lines, beside)

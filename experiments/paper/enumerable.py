@@ -30,9 +30,11 @@ STOP, IDS, ROOM, WIDTH = 0, 6, 3, 2
 """The id that ends a response, how many ids there are, tokens of a response at most, of a prompt."""
 
 RESPONSES = [
-    np.array(ids, np.int32) for length in range(1, ROOM + 1)
-    for ids in itertools.product(range(IDS), repeat=length)
-    if STOP not in ids[:-1] and (ids[-1] == STOP or length == ROOM)]
+  np.array(ids, np.int32)
+  for length in range(1, ROOM + 1)
+  for ids in itertools.product(range(IDS), repeat=length)
+  if STOP not in ids[:-1] and (ids[-1] == STOP or length == ROOM)
+]
 """Every response there can be."""
 
 
@@ -64,8 +66,10 @@ def optimum(table: Table, beta: float) -> np.ndarray:
 def reward_and_kl(table: Table, log_probs: np.ndarray) -> tuple[float, float]:
   """Returns exact mean reward of a policy, and its KL to the reference in nats."""
   chances = np.exp(log_probs)
-  return (float((chances * table.rewards).sum(axis=1).mean()),
-          float((chances * (log_probs - table.log_probs)).sum(axis=1).mean()))
+  return (
+    float((chances * table.rewards).sum(axis=1).mean()),
+    float((chances * (log_probs - table.log_probs)).sum(axis=1).mean()),
+  )
 
 
 def best_reward(table: Table, kl: float) -> float:
@@ -103,8 +107,9 @@ class Policies:
 def make(folder: pathlib.Path, sizes: Sizes = Sizes()) -> tuple[methods.World, Table]:
   """Returns the world, made in the folder at the first call, and what is known of it."""
   rng = np.random.default_rng(sizes.seed)
-  prompts = rng.permutation(
-      list(itertools.product(range(1, IDS), repeat=WIDTH)))[:sizes.prompts].astype(np.int32)
+  prompts = rng.permutation(list(itertools.product(range(1, IDS), repeat=WIDTH)))[: sizes.prompts].astype(
+    np.int32
+  )
   if not hf.is_model_folder(folder / "reference"):
     _save_reference(folder / "reference", sizes)
   model = weights.load(str(folder / "reference"))
@@ -117,8 +122,9 @@ def make(folder: pathlib.Path, sizes: Sizes = Sizes()) -> tuple[methods.World, T
   number = {tuple(response.tolist()): i for i, response in enumerate(RESPONSES)}
 
   def reward(asked, answers):
-    return np.array([table.rewards[place[tuple(map(int, p))], number[tuple(map(int, r))]]
-                     for p, r in zip(asked, answers)])
+    return np.array(
+      [table.rewards[place[tuple(map(int, p))], number[tuple(map(int, r))]] for p, r in zip(asked, answers)]
+    )
 
   def measure(params, seed):
     del seed  # nothing is drawn
@@ -126,9 +132,17 @@ def make(folder: pathlib.Path, sizes: Sizes = Sizes()) -> tuple[methods.World, T
     return {"reward": value, "reward_error": 0.0, "kl": kl, "kl_error": 0.0}
 
   return methods.World(
-      folder=folder, model=model, config=_config(folder, sizes), prompts=prompts,
-      data=lambda config: _data(config, table, prompts, sizes), reward=reward, measure=measure,
-      prompt_lengths=np.full(len(prompts), WIDTH), stop_id=STOP, max_new_tokens=ROOM), table
+    folder=folder,
+    model=model,
+    config=_config(folder, sizes),
+    prompts=prompts,
+    data=lambda config: _data(config, table, prompts, sizes),
+    reward=reward,
+    measure=measure,
+    prompt_lengths=np.full(len(prompts), WIDTH),
+    stop_id=STOP,
+    max_new_tokens=ROOM,
+  ), table
 
 
 def _config(folder: pathlib.Path, sizes: Sizes):
@@ -154,27 +168,40 @@ def _config(folder: pathlib.Path, sizes: Sizes):
 def _save_reference(folder: pathlib.Path, sizes: Sizes) -> None:
   """Saves the reference as a Hugging Face folder: random weights that make responses unequal."""
   config = model_config.llama_style(
-      vocab_size=IDS, width=sizes.width, layers=sizes.layers, heads=2, max_positions=WIDTH + ROOM,
-      tie_embeddings=False)
+    vocab_size=IDS,
+    width=sizes.width,
+    layers=sizes.layers,
+    heads=2,
+    max_positions=WIDTH + ROOM,
+    tie_embeddings=False,
+  )
   rng = np.random.default_rng([sizes.seed, 1])
   params = transformer.init_params(config, jax.random.key(sizes.seed))
   params = jax.tree.map(
-      lambda x: np.asarray(x) + rng.normal(size=x.shape, scale=0.08).astype(np.float32), params)
+    lambda x: np.asarray(x) + rng.normal(size=x.shape, scale=0.08).astype(np.float32), params
+  )
   hf.save(folder, config, params, eos_token_id=STOP)
   words = {"<eos>": STOP} | {chr(ord("a") + i - 1): i for i in range(1, IDS)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  transformers.PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+  transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
 def _rewards(rng: np.random.Generator, prompts: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
   """Returns the reward of every response: of ids by place, of neighbours, and of the prompt's last id."""
   by_place, neighbours = rng.normal(size=(ROOM, IDS)), rng.normal(size=(IDS, IDS))
   by_prompt = rng.normal(size=(IDS, IDS))
-  rewards = np.array([[
-      by_place[np.arange(len(response)), response].sum() + by_prompt[prompt[-1], response[0]]
-      + neighbours[response[:-1], response[1:]].sum() for response in RESPONSES] for prompt in prompts])
+  rewards = np.array(
+    [
+      [
+        by_place[np.arange(len(response)), response].sum()
+        + by_prompt[prompt[-1], response[0]]
+        + neighbours[response[:-1], response[1:]].sum()
+        for response in RESPONSES
+      ]
+      for prompt in prompts
+    ]
+  )
   chances = np.exp(log_probs)
   rewards -= (chances * rewards).sum(axis=1, keepdims=True)
   return rewards / np.sqrt((chances * rewards**2).sum(axis=1).mean())
@@ -186,8 +213,9 @@ def _data(config, table: Table, prompts: np.ndarray, sizes: Sizes) -> resolve.Da
   rng = np.random.default_rng([sizes.seed, 2, config.seed])
   which, chosen, rejected = draw_comparisons(rng, table, count + sizes.held_out)
   kept = [chosen] if config.objective == "sft" else [chosen, rejected]
-  part = lambda of: loader.all_of(methods.in_ids(
-      prompts[which[of]], *([RESPONSES[i] for i in each[of]] for each in kept)))
+  part = lambda of: loader.all_of(
+    methods.in_ids(prompts[which[of]], *([RESPONSES[i] for i in each[of]] for each in kept))
+  )
   train, held_out = part(slice(0, count)), part(slice(count, None))
   if config.data.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)
@@ -195,7 +223,8 @@ def _data(config, table: Table, prompts: np.ndarray, sizes: Sizes) -> resolve.Da
 
 
 def draw_comparisons(
-    rng: np.random.Generator, table: Table, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  rng: np.random.Generator, table: Table, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns prompts and the numbers of chosen and rejected responses, [count] each."""
   size, most = table.rewards.shape
   chances = (np.exp(table.log_probs) + 1 / most) / 2

@@ -11,7 +11,8 @@ where every method ended, and how many points of the others some point of DPO be
 import argparse
 import pathlib
 import sys
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,57 +58,106 @@ class Plan(NamedTuple):
 
 
 ENUMERABLE = Plan(
-    seeds=(0, 1, 2, 3, 4), betas=(0.25, 0.5, 1.0, 2.0), alphas=(0.05, 0.1, 0.5, 1.0),
-    ppo_axis="beta", ppo_values=(0.25, 0.5, 1.0, 2.0), ppo_seeds=(0, 1, 2, 3, 4),
-    ppo=ppo.Settings(
-        steps=60, prompts_per_step=64, num_samples=16, epochs=2, minibatches=2,
-        normalize_rewards=False, learning_rate=2e-3, critic_learning_rate=1e-2, schedule="linear",
-        value_clip=1.0),
-    reward_model={"optimizer.learning_rate": 1e-3}, dpo={},
-    unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
-    preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3}, ppo_measure_every=60, at_once=5,
-    shuffled_beta=0.5)
+  seeds=(0, 1, 2, 3, 4),
+  betas=(0.25, 0.5, 1.0, 2.0),
+  alphas=(0.05, 0.1, 0.5, 1.0),
+  ppo_axis="beta",
+  ppo_values=(0.25, 0.5, 1.0, 2.0),
+  ppo_seeds=(0, 1, 2, 3, 4),
+  ppo=ppo.Settings(
+    steps=60,
+    prompts_per_step=64,
+    num_samples=16,
+    epochs=2,
+    minibatches=2,
+    normalize_rewards=False,
+    learning_rate=2e-3,
+    critic_learning_rate=1e-2,
+    schedule="linear",
+    value_clip=1.0,
+  ),
+  reward_model={"optimizer.learning_rate": 1e-3},
+  dpo={},
+  unlikelihood={"steps": 300, "optimizer.learning_rate": 3e-3},
+  preferred_ft={"steps": 300, "optimizer.learning_rate": 3e-3},
+  ppo_measure_every=60,
+  at_once=5,
+  shuffled_beta=0.5,
+)
 
 SENTIMENT = Plan(
-    seeds=(0, 1), betas=(0.05, 0.1, 1.0, 5.0), alphas=(0.05, 0.1, 0.5, 1.0),
-    ppo_axis="target_kl", ppo_values=(3.0, 6.0, 9.0, 12.0), ppo_seeds=(0,),
-    ppo=ppo.Settings(
-        steps=25, prompts_per_step=128, num_samples=8, epochs=2, minibatches=4, beta=0.05,
-        learning_rate=1e-3, critic_learning_rate=1e-3, rows_at_once=32),
-    reward_model={"steps": 1200, "eval_every": 200, "checkpoint_every": 200,
-                  "optimizer.learning_rate": 1e-3},
-    dpo={"steps": 1600, "eval_every": 400, "checkpoint_every": 400},
-    unlikelihood={"optimizer.learning_rate": 1e-3},
-    preferred_ft={"steps": 200, "optimizer.learning_rate": 1e-3},
-    measure_every=100, dpo_measure_every=200, ppo_measure_every=5, at_once=4, shuffled_beta=0.1)
+  seeds=(0, 1),
+  betas=(0.05, 0.1, 1.0, 5.0),
+  alphas=(0.05, 0.1, 0.5, 1.0),
+  ppo_axis="target_kl",
+  ppo_values=(3.0, 6.0, 9.0, 12.0),
+  ppo_seeds=(0,),
+  ppo=ppo.Settings(
+    steps=25,
+    prompts_per_step=128,
+    num_samples=8,
+    epochs=2,
+    minibatches=4,
+    beta=0.05,
+    learning_rate=1e-3,
+    critic_learning_rate=1e-3,
+    rows_at_once=32,
+  ),
+  reward_model={"steps": 1200, "eval_every": 200, "checkpoint_every": 200, "optimizer.learning_rate": 1e-3},
+  dpo={"steps": 1600, "eval_every": 400, "checkpoint_every": 400},
+  unlikelihood={"optimizer.learning_rate": 1e-3},
+  preferred_ft={"steps": 200, "optimizer.learning_rate": 1e-3},
+  measure_every=100,
+  dpo_measure_every=200,
+  ppo_measure_every=5,
+  at_once=4,
+  shuffled_beta=0.1,
+)
 
 
 def run(world: World, plan: Plan) -> list[Line]:
   """Trains and measures every method; returns the measurements of all."""
   common = dict(seeds=plan.seeds, measure_every=plan.measure_every, at_once=plan.at_once)
-  lines = methods.trained(world, DPO, plan.dpo, values=plan.betas, **common | {
-      "measure_every": plan.dpo_measure_every or plan.measure_every})
+  lines = methods.trained(
+    world,
+    DPO,
+    plan.dpo,
+    values=plan.betas,
+    **common | {"measure_every": plan.dpo_measure_every or plan.measure_every},
+  )
   if plan.shuffled_beta:
-    lines += methods.trained(world, SHUFFLED, plan.short_dpo | {"data.shuffle_labels": True},
-                             values=(plan.shuffled_beta,), **common)
-  lines += methods.trained(world, UNLIKELIHOOD, unlikelihood_changes(plan), axis="loss_options.alpha",
-                           values=plan.alphas, **common)
-  lines += methods.trained(world, PREFERRED_FT, preferred_ft_changes(plan), axis="",
-                           **common | {"seeds": plan.preferred_ft_seeds or plan.seeds})
+    lines += methods.trained(
+      world, SHUFFLED, plan.short_dpo | {"data.shuffle_labels": True}, values=(plan.shuffled_beta,), **common
+    )
+  lines += methods.trained(
+    world, UNLIKELIHOOD, unlikelihood_changes(plan), axis="loss_options.alpha", values=plan.alphas, **common
+  )
+  lines += methods.trained(
+    world,
+    PREFERRED_FT,
+    preferred_ft_changes(plan),
+    axis="",
+    **common | {"seeds": plan.preferred_ft_seeds or plan.seeds},
+  )
   models = {seed: methods.reward_model(world, plan.reward_model, seed=seed) for seed in plan.ppo_seeds}
-  runs = dict(seeds=plan.ppo_seeds, axis=plan.ppo_axis, values=plan.ppo_values,
-              measure_every=plan.ppo_measure_every)
+  runs = dict(
+    seeds=plan.ppo_seeds, axis=plan.ppo_axis, values=plan.ppo_values, measure_every=plan.ppo_measure_every
+  )
   lines += methods.ppo_runs(world, PPO_GT, lambda seed: world.reward, plan.ppo, **runs)
   lines += methods.ppo_runs(
-      world, PPO, lambda seed: methods.learned(
-          world, models[seed], num_samples=plan.ppo.num_samples), plan.ppo, **runs)
+    world,
+    PPO,
+    lambda seed: methods.learned(world, models[seed], num_samples=plan.ppo.num_samples),
+    plan.ppo,
+    **runs,
+  )
   accuracies = ", ".join(f"{model.accuracy:.3f}" for model in models.values())
   print(f"held-out accuracy of the reward models: {accuracies}")
   return lines
 
 
 def read(folder: pathlib.Path) -> list[Line]:
-  """Returns the measurements that this command wrote into a folder; without them, exits and says what to run."""
+  """Returns the measurements that this command wrote into a folder; without them, exits and says how."""
   path = folder / "frontier.jsonl"
   if not path.exists():
     sys.exit(f"error: {path} is not there; run python -m experiments.paper.frontier --workdir={folder} first")
@@ -116,8 +166,11 @@ def read(folder: pathlib.Path) -> list[Line]:
 
 def unlikelihood_changes(plan: Plan) -> dict[str, Any]:
   """Returns what unlikelihood changes in a world's config."""
-  return {"loss": "unlikelihood", "reference.mode": "none",
-          "loss_options.alpha": plan.alphas[0]} | plan.unlikelihood
+  return {
+    "loss": "unlikelihood",
+    "reference.mode": "none",
+    "loss_options.alpha": plan.alphas[0],
+  } | plan.unlikelihood
 
 
 def preferred_ft_changes(plan: Plan) -> dict[str, Any]:
@@ -129,20 +182,29 @@ def report(lines: Sequence[Line], best: Any = None) -> None:
   """Prints where each method ended, over seeds, and what DPO's points beat; `best` is of a KL."""
   ends = methods.final(lines)
   reward, kl = (methods.over_seeds(ends, name) for name in ("reward", "kl"))
-  share = methods.over_seeds(
-      [line | {"share": line["reward"] / best(line["kl"])} for line in ends], "share") if best else {}
-  print("\n| method | setting | true reward | KL, nats |" + (" share of the best at its KL |" if best else ""))
+  share = (
+    methods.over_seeds([line | {"share": line["reward"] / best(line["kl"])} for line in ends], "share")
+    if best
+    else {}
+  )
+  print(
+    "\n| method | setting | true reward | KL, nats |" + (" share of the best at its KL |" if best else "")
+  )
   print("|---|---|---|---|" + ("---|" if best else ""))
   show = lambda pair: f"{pair[0]:.3f}" + ("" if np.isnan(pair[1]) else f" +- {pair[1]:.3f}")
   for group in reward:
-    print(f"| {group[0]} | {group[1]:g} | {show(reward[group])} | {show(kl[group])} |"
-          + (f" {show(share[group])} |" if best else ""))
+    print(
+      f"| {group[0]} | {group[1]:g} | {show(reward[group])} | {show(kl[group])} |"
+      + (f" {show(share[group])} |" if best else "")
+    )
   ours = [line for line in lines if line["method"] == DPO]
   for method in dict.fromkeys(line["method"] for line in lines):
     theirs = [line for line in lines if line["method"] == method and line["step"]]
     if method not in (DPO, SHUFFLED) and theirs:
-      print(f"{method}: DPO beats {methods.dominated(theirs, ours)} of {len(theirs)} points on both "
-            f"axes; {method} beats {methods.dominated(ours, theirs)} of DPO's {len(ours)}")
+      print(
+        f"{method}: DPO beats {methods.dominated(theirs, ours)} of {len(theirs)} points on both "
+        f"axes; {method} beats {methods.dominated(ours, theirs)} of DPO's {len(ours)}"
+      )
   methods.show_configurations(lines)
 
 
@@ -165,10 +227,16 @@ def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Curve | None = Non
     points = [line for line in lines if line["method"] == method]
     beyond = sum(line["kl"] > farthest for line in points)
     panel.errorbar(
-        [line["kl"] for line in points], [line["reward"] for line in points],
-        yerr=[line["reward_error"] for line in points], xerr=[line["kl_error"] for line in points],
-        linestyle="none", markersize=4, elinewidth=0.6,
-        label=f"{method} ({beyond} beyond)" if beyond else method, **figures.style(number))
+      [line["kl"] for line in points],
+      [line["reward"] for line in points],
+      yerr=[line["reward_error"] for line in points],
+      xerr=[line["kl_error"] for line in points],
+      linestyle="none",
+      markersize=4,
+      elinewidth=0.6,
+      label=f"{method} ({beyond} beyond)" if beyond else method,
+      **figures.style(number),
+    )
   panel.set_xlabel(r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$), nats")
   panel.set_ylabel("true reward")
   panel.legend(frameon=False, loc="lower right", fontsize=8)
@@ -176,11 +244,15 @@ def plot(lines: Sequence[Line], path: pathlib.Path, *, curve: Curve | None = Non
 
 
 def best_by_true_reward(made: sentiment.Made) -> Curve:
-  """Returns the best of up to 128 samples, chosen by the true reward: no policy, but what the reference holds."""
+  """Returns the best of up to 128 samples, chosen by the true reward: no policy, but of the reference."""
   best = methods.best_of_n_lines(
-      made.world, made.held_out.prompts, made.held_out.lengths, None, sizes=methods.BEST_OF)
-  return Curve([line["kl"] for line in best], [line["reward"] for line in best],
-               f"best of 1 to {methods.BEST_OF[-1]} by the true reward")
+    made.world, made.held_out.prompts, made.held_out.lengths, None, sizes=methods.BEST_OF
+  )
+  return Curve(
+    [line["kl"] for line in best],
+    [line["reward"] for line in best],
+    f"best of 1 to {methods.BEST_OF[-1]} by the true reward",
+  )
 
 
 def main():
@@ -196,8 +268,12 @@ def main():
       world, table = enumerable.make(folder)
       lines = run(world, ENUMERABLE)
       best = lambda kl: enumerable.best_reward(table, kl)
-      reward, kl = np.transpose([enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
-                                 for beta in np.geomspace(0.15, 100, 200)])
+      reward, kl = np.transpose(
+        [
+          enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
+          for beta in np.geomspace(0.15, 100, 200)
+        ]
+      )
       curve = Curve(kl, reward, r"optimum $\pi_{ref}\,e^{r/\beta}/Z$")
     else:
       made = sentiment.make(folder, arguments.sentences)

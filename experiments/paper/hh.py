@@ -19,7 +19,8 @@ turn begins; the best of N is of the first N of one draw.
 """
 
 import argparse
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,13 +71,18 @@ def with_shots(given: Given, plan: Plan, path: str, prompts: str) -> str:
     every = list(of_one_turn(given, path, "train"))
     if len(every) < plan.shots:
       raise DataError(f"the training data have {len(every)} dialogues of one turn, not --shots={plan.shots}")
-    chosen = np.random.default_rng(0).permutation(len(every))[:plan.shots]
+    chosen = np.random.default_rng(0).permutation(len(every))[: plan.shots]
     shots = "".join(every[i].prompt + every[i].responses[0] for i in chosen)
     sweep.write_lines(out, [{"prompt": shots + each.prompt} for each in read_prompts(prompts).values()])
     return [{"shots": shots}]
 
-  stages.stage(given, "shots", f"{plan.shots} training dialogues before each prompt",
-               {"shots": plan.shots, "path": path}, make)
+  stages.stage(
+    given,
+    "shots",
+    f"{plan.shots} training dialogues before each prompt",
+    {"shots": plan.shots, "path": path},
+    make,
+  )
   return str(out)
 
 
@@ -87,9 +93,17 @@ def first_turn(given: Given, name: str, samples: str, prompts: str) -> str:
   def make():
     plain = read_prompts(prompts)
     records = stages.read_samples(samples)
-    sweep.write_lines(out, [record | {
-        "prompt": plain[record["index"]].prompt, "response": record["response"].partition(HUMAN.rstrip())[0]}
-        for record in records])
+    sweep.write_lines(
+      out,
+      [
+        record
+        | {
+          "prompt": plain[record["index"]].prompt,
+          "response": record["response"].partition(HUMAN.rstrip())[0],
+        }
+        for record in records
+      ],
+    )
     return [{"samples": len(records)}]
 
   stages.stage(given, name, f"the samples of {samples} up to the next turn", {"samples": samples}, make)
@@ -101,26 +115,45 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line]
   data = {"data.path": files.train} if files.train else {}
   fsdp = stages.config_of("hh_pythia:dpo", data | given.of("dpo")).parallel.fsdp
   prompts = stages.references(
-      given, "dialogues", f"test dialogues of one turn of {files.test or 'HH'}",
-      lambda: of_one_turn(given, files.test, "test"), plan.prompts)
+    given,
+    "dialogues",
+    f"test dialogues of one turn of {files.test or 'HH'}",
+    lambda: of_one_turn(given, files.test, "test"),
+    plan.prompts,
+  )
   sft = stages.trained(given, "preferred_ft", "hh_pythia:sft", data | given.of("sft"))
   start = data | {"model.checkpoint": sft}
-  dpo = stages.trained(given, "dpo", "hh_pythia:dpo", start | given.of("dpo") | {
-      "beta": plan.beta, "steps": plan.dpo_steps, "checkpoint_every": plan.every,
-      "checkpoint_keep": 0})
+  dpo = stages.trained(
+    given,
+    "dpo",
+    "hh_pythia:dpo",
+    start
+    | given.of("dpo")
+    | {"beta": plan.beta, "steps": plan.dpo_steps, "checkpoint_every": plan.every, "checkpoint_keep": 0},
+  )
   reward_model = stages.trained(given, "reward_model", "hh_pythia:reward", start | given.of("reward"))
 
   def samples_of(policy: Policy, temperature: float, prompts: str = prompts, count: int = 1) -> str:
-    draw = Draw(
-        num_samples=count, max_new_tokens=plan.max_new_tokens, temperature=temperature)
+    draw = Draw(num_samples=count, max_new_tokens=plan.max_new_tokens, temperature=temperature)
     return stages.sampled(
-        given, f"samples/{stages.place_of('dialogues', policy, temperature)}", policy, prompts, draw,
-        batch_size=max(1, plan.prompts_at_once // count), fsdp=fsdp)
+      given,
+      f"samples/{stages.place_of('dialogues', policy, temperature)}",
+      policy,
+      prompts,
+      draw,
+      batch_size=max(1, plan.prompts_at_once // count),
+      fsdp=fsdp,
+    )
 
   def judged(policy: Policy, temperature: float, ours: str, **about: float) -> list[Line]:
     return stages.judged(
-        given, stages.place_of("dialogues", policy, temperature),
-        {"method": policy.name, "temperature": temperature} | about, ours, prompts, "dialogue")
+      given,
+      stages.place_of("dialogues", policy, temperature),
+      {"method": policy.name, "temperature": temperature} | about,
+      ours,
+      prompts,
+      "dialogue",
+    )
 
   shots = with_shots(given, plan, files.train, prompts)
   left, right, best_of_n = [], [], []
@@ -136,7 +169,8 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line]
     many = samples_of(draws, temperature, count=max(plan.best_of))
     place = stages.place_of("dialogues", draws, temperature)
     for n, path in stages.best_of(
-        given, f"best/{place}", many, reward_model, plan.best_of, fsdp=fsdp).items():
+      given, f"best/{place}", many, reward_model, plan.best_of, fsdp=fsdp
+    ).items():
       best_of_n += judged(Policy(f"Best of {n}", sft), temperature, path, N=n)
   left += [line for line in best_of_n if line["N"] == max(plan.best_of)]
 

@@ -23,7 +23,8 @@ import argparse
 import dataclasses
 import itertools
 import pathlib
-from typing import Any, Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,19 +76,41 @@ def methods_of(plan: Plan, given: Given) -> frontier.Plan:
   of = lambda kind: given.changes.get(kind, {})
   base = stages.config_of("imdb:dpo", {"data.path": "pairs.jsonl"} | given.of("dpo"))
   reward = {
-      "steps": plan.reward_epochs * plan.pairs // base.batch_size, "eval_every": 500,
-      "checkpoint_every": 500, "data.eval_size": 1500, "optimizer.name": "adamw",
-      "optimizer.learning_rate": 1e-5, "optimizer.max_grad_norm": 1.0}
+    "steps": plan.reward_epochs * plan.pairs // base.batch_size,
+    "eval_every": 500,
+    "checkpoint_every": 500,
+    "data.eval_size": 1500,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-5,
+    "optimizer.max_grad_norm": 1.0,
+  }
   settings = ppo.Settings(
-      steps=120, prompts_per_step=128, num_samples=8, epochs=4, minibatches=4, learning_rate=1e-5,
-      critic_learning_rate=1e-5, rows_at_once=8)
+    steps=120,
+    prompts_per_step=128,
+    num_samples=8,
+    epochs=4,
+    minibatches=4,
+    learning_rate=1e-5,
+    critic_learning_rate=1e-5,
+    rows_at_once=8,
+  )
   return frontier.Plan(
-      seeds=(0,), betas=plan.betas, alphas=plan.alphas, ppo_axis="target_kl",
-      ppo_values=plan.target_kls, ppo_seeds=(0,), ppo=dataclasses.replace(settings, **of("ppo")),
-      reward_model=reward | of("reward"), dpo={}, unlikelihood=of("unlikelihood"),
-      preferred_ft=of("preferred_ft"), measure_every=plan.measure_every,
-      ppo_measure_every=plan.ppo_measure_every, at_once=1,
-      preferred_ft_seeds=plan.preferred_ft_seeds)
+    seeds=(0,),
+    betas=plan.betas,
+    alphas=plan.alphas,
+    ppo_axis="target_kl",
+    ppo_values=plan.target_kls,
+    ppo_seeds=(0,),
+    ppo=dataclasses.replace(settings, **of("ppo")),
+    reward_model=reward | of("reward"),
+    dpo={},
+    unlikelihood=of("unlikelihood"),
+    preferred_ft=of("preferred_ft"),
+    measure_every=plan.measure_every,
+    ppo_measure_every=plan.ppo_measure_every,
+    at_once=1,
+    preferred_ft_seeds=plan.preferred_ft_seeds,
+  )
 
 
 def draw_prefixes(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:
@@ -100,16 +123,19 @@ def draw_prefixes(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]
   ids_of = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
   while len(prefixes) < count:
     before = len(prefixes)
-    for i in rng.permutation(len(texts))[:count - before]:
+    for i in rng.permutation(len(texts))[: count - before]:
       ids = ids_of(texts[i][:500])  # far more than 8 tokens
-      cut = {n: tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
-             for n in range(SHORTEST, min(LONGEST, len(ids)) + 1)}
+      cut = {
+        n: tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
+        for n in range(SHORTEST, min(LONGEST, len(ids)) + 1)
+      }
       places = [n for n, text in cut.items() if ids_of(text) == ids[:n]]
       if places:
         prefixes.append(cut[int(rng.choice(places))])
     if len(prefixes) == before:
-      raise DataError(f"none of {len(texts)} reviews has a beginning of {SHORTEST} to {LONGEST} tokens; "
-                      "check --reviews")
+      raise DataError(
+        f"none of {len(texts)} reviews has a beginning of {SHORTEST} to {LONGEST} tokens; check --reviews"
+      )
   return prefixes
 
 
@@ -120,20 +146,26 @@ def label(records: Iterable[dict], rewards: np.ndarray) -> list[dict]:
     for one, other in itertools.combinations(group, 2):
       (worse, low), (better, high) = sorted((one, other), key=lambda each: each[1])
       if low < high:
-        pairs.append({"prompt": better["prompt"], "chosen": better["response"],
-                      "rejected": worse["response"], "rewards": [float(high), float(low)]})
+        pairs.append(
+          {
+            "prompt": better["prompt"],
+            "chosen": better["response"],
+            "rejected": worse["response"],
+            "rewards": [float(high), float(low)],
+          }
+        )
   return pairs
 
 
-def prefixes_file(
-    given: Given, name: str, split: str, path: str, count: int) -> pathlib.Path:
+def prefixes_file(given: Given, name: str, split: str, path: str, count: int) -> pathlib.Path:
   """Draws prefixes of the reviews of a split; returns their file."""
   out = given.workdir / name / "prefixes.jsonl"
 
   def make():
     settings = stages.config_of("imdb:sft", given.of("sft"))
     reviews = builders.prepare(
-        "imdb", path=path, split=split, data_dir=resolve.cache_dir(settings) / "prepared")
+      "imdb", path=path, split=split, data_dir=resolve.cache_dir(settings) / "prepared"
+    )
     tokenizer = tokenization.load_tokenizer(settings.tokenizer)
     texts = [review.prompt + review.responses[0] for review in reviews]
     sweep.write_lines(out, [{"prompt": each} for each in draw_prefixes(tokenizer, texts, count)])
@@ -156,38 +188,56 @@ def labelled(given: Given, plan: Plan, samples: str) -> pathlib.Path:
     sweep.write_lines(out, pairs)
     return [{"pairs": len(pairs), "reward": float(np.mean(rewards))}]
 
-  what = (f"at most {plan.pairs} pairs, {plan.pairs // plan.prefixes} of the {plan.samples} samples of each "
-          f"of {plan.prefixes} prefixes, labelled by {plan.reward}")
+  what = (
+    f"at most {plan.pairs} pairs, {plan.pairs // plan.prefixes} of the {plan.samples} samples of each "
+    f"of {plan.prefixes} prefixes, labelled by {plan.reward}"
+  )
   stages.stage(given, "pairs", what, {"samples": samples, "reward": plan.reward}, make)
   return out
 
 
 def world_of(plan: Plan, given: Given, sft: str, pairs: str, prefixes: str, test: str) -> methods.World:
   """Returns where the methods are compared: the reference, the pairs, and what measures."""
-  config = stages.config_of("imdb:dpo", {
-      "model.checkpoint": sft, "data.path": pairs, "reference.mode": "stored",
-      "checkpoint_keep": 1} | given.of("dpo"))
+  config = stages.config_of(
+    "imdb:dpo",
+    {"model.checkpoint": sft, "data.path": pairs, "reference.mode": "stored", "checkpoint_keep": 1}
+    | given.of("dpo"),
+  )
   model = weights.load(sft)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
   score = scorers.make_scorer(plan.reward, make_mesh(1, 1))
-  text = lambda ids: tokenizer.decode(
-      list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+  text = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
   def reward(prompts, responses):
-    return score([text(prompt) for prompt in prompts], [
-        tokenization.decode_response(tokenizer, *both) for both in zip(prompts, responses)])
+    return score(
+      [text(prompt) for prompt in prompts],
+      [tokenization.decode_response(tokenizer, *both) for both in zip(prompts, responses)],
+    )
 
   bench = measure.Bench(
-      model.config, reward, stop_id=tokenizer.eos_token_id, num_samples=plan.samples,
-      max_new_tokens=plan.max_new_tokens, prompts_at_once=min(plan.prompts_at_once, plan.test_prefixes))
-  starts, held_out = (measure.prompt_ids(tokenizer, list(read_prompts(path).values()), LONGEST)
-                      for path in (prefixes, test))
+    model.config,
+    reward,
+    stop_id=tokenizer.eos_token_id,
+    num_samples=plan.samples,
+    max_new_tokens=plan.max_new_tokens,
+    prompts_at_once=min(plan.prompts_at_once, plan.test_prefixes),
+  )
+  starts, held_out = (
+    measure.prompt_ids(tokenizer, list(read_prompts(path).values()), LONGEST) for path in (prefixes, test)
+  )
   reference = jax.device_put(model.params)
   return methods.World(
-      folder=given.workdir, model=model, config=config, data=resolve.load_data, prompts=starts[0],
-      prompt_lengths=starts[1], reward=reward, stop_id=tokenizer.eos_token_id,
-      max_new_tokens=plan.max_new_tokens,
-      measure=lambda params, seed: bench.measure(params, reference, *held_out, seed=seed))
+    folder=given.workdir,
+    model=model,
+    config=config,
+    data=resolve.load_data,
+    prompts=starts[0],
+    prompt_lengths=starts[1],
+    reward=reward,
+    stop_id=tokenizer.eos_token_id,
+    max_new_tokens=plan.max_new_tokens,
+    measure=lambda params, seed: bench.measure(params, reference, *held_out, seed=seed),
+  )
 
 
 def run(plan: Plan, given: Given, files: argparse.Namespace) -> list[Line]:
@@ -197,15 +247,24 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> list[Line]:
   prefixes = prefixes_file(given, "prefixes", "train", files.reviews, plan.prefixes)
   test = prefixes_file(given, "test_prefixes", "test", files.test_reviews, plan.test_prefixes)
   samples = stages.sampled(
-      given, "samples", stages.Policy("SFT", sft), str(prefixes),
-      Draw(num_samples=plan.samples, max_new_tokens=plan.max_new_tokens),
-      batch_size=plan.prompts_at_once, fsdp=1)
+    given,
+    "samples",
+    stages.Policy("SFT", sft),
+    str(prefixes),
+    Draw(num_samples=plan.samples, max_new_tokens=plan.max_new_tokens),
+    batch_size=plan.prompts_at_once,
+    fsdp=1,
+  )
   pairs = labelled(given, plan, samples)
   runs = methods_of(plan, given)
   if given.dry_run:
     config = stages.config_of("imdb:dpo", {"data.path": str(pairs)} | given.of("dpo"))
-    print("methods:", f"    of pairs, if not said otherwise: {stages.described(config)}",
-          *(f"    {name} {value}" for name, value in runs._asdict().items()), sep="\n")
+    print(
+      "methods:",
+      f"    of pairs, if not said otherwise: {stages.described(config)}",
+      *(f"    {name} {value}" for name, value in runs._asdict().items()),
+      sep="\n",
+    )
     return []
   lines = frontier.run(world_of(plan, given, sft, str(pairs), str(prefixes), str(test)), runs)
   sweep.write_lines(given.workdir / "frontier.jsonl", lines)

@@ -10,7 +10,8 @@ own points. Writes losses.jsonl and losses.png.
 
 import argparse
 import pathlib
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,23 +35,26 @@ class Swept(NamedTuple):
 
 
 SWEPT = {name: Swept() for name in (*losses.PAIRWISE_LOSSES, "aot", "aot_unpaired")} | {
-    "robust_dpo": Swept(changes={"loss_options.label_smoothing": 0.1}),
-    "exo_pair": Swept(changes={"loss_options.label_smoothing": 1e-3}),
-    "mappo": Swept(changes={"loss_options.gap": 0.5}),
-    "h_dpo": Swept(changes={"loss_options.alpha": 0.9}),
-    "r_dpo": Swept(changes={"loss_options.alpha": 0.02}),
-    "tdpo1": Swept(),
-    "tdpo2": Swept(),
-    "epsilon_dpo": Swept(),
-    "simpo": Swept(values=(1.0, 2.0, 4.0, 8.0), changes={
-        "loss_options.gamma": 0.5, "reference.mode": "none"}),
-    "alphapo": Swept(values=(1.0, 2.0, 4.0, 8.0), changes={
-        "loss_options.gamma": 0.1, "loss_options.alpha": 0.25, "reference.mode": "none"}),
-    "cpo": Swept(changes={"reference.mode": "none"}),
-    "orpo": Swept("loss_options.weight", (0.1, 0.5, 1.0, 4.0), {
-        "reference.mode": "none", "loss_options.weight": 1.0}),
-    "unlikelihood": Swept("loss_options.alpha", (0.05, 0.1, 0.5, 1.0), {
-        "reference.mode": "none", "loss_options.alpha": 1.0}),
+  "robust_dpo": Swept(changes={"loss_options.label_smoothing": 0.1}),
+  "exo_pair": Swept(changes={"loss_options.label_smoothing": 1e-3}),
+  "mappo": Swept(changes={"loss_options.gap": 0.5}),
+  "h_dpo": Swept(changes={"loss_options.alpha": 0.9}),
+  "r_dpo": Swept(changes={"loss_options.alpha": 0.02}),
+  "tdpo1": Swept(),
+  "tdpo2": Swept(),
+  "epsilon_dpo": Swept(),
+  "simpo": Swept(values=(1.0, 2.0, 4.0, 8.0), changes={"loss_options.gamma": 0.5, "reference.mode": "none"}),
+  "alphapo": Swept(
+    values=(1.0, 2.0, 4.0, 8.0),
+    changes={"loss_options.gamma": 0.1, "loss_options.alpha": 0.25, "reference.mode": "none"},
+  ),
+  "cpo": Swept(changes={"reference.mode": "none"}),
+  "orpo": Swept(
+    "loss_options.weight", (0.1, 0.5, 1.0, 4.0), {"reference.mode": "none", "loss_options.weight": 1.0}
+  ),
+  "unlikelihood": Swept(
+    "loss_options.alpha", (0.05, 0.1, 0.5, 1.0), {"reference.mode": "none", "loss_options.alpha": 1.0}
+  ),
 }
 """Every loss between two responses. The steps, batches and learning rate are those of the world."""
 
@@ -61,8 +65,15 @@ def run(world: World, names: Sequence[str], changes: dict[str, Any], *, seeds: S
   for name in names:
     swept = SWEPT[name]
     lines += methods.trained(
-        world, name, {"loss": name} | swept.changes | changes, seeds=seeds, axis=swept.axis,
-        values=swept.values, at_once=len(swept.values), kind=f"loss_{name}")
+      world,
+      name,
+      {"loss": name} | swept.changes | changes,
+      seeds=seeds,
+      axis=swept.axis,
+      values=swept.values,
+      at_once=len(swept.values),
+      kind=f"loss_{name}",
+    )
   return methods.final(lines)
 
 
@@ -80,28 +91,33 @@ def share_at(points: Sequence[Line], kl: float, best: Callable[[float], float]) 
 def show(lines: Sequence[Line], table: enumerable.Table) -> None:
   """Prints for every loss the share of the best reward at each KL, over seeds."""
   best = lambda kl: enumerable.best_reward(table, kl)
-  print("\n| loss | KL of its runs, nats | " + " | ".join(
-      f"share of the best at KL {kl:g}" for kl in KLS) + " |")
+  print(
+    "\n| loss | KL of its runs, nats | " + " | ".join(f"share of the best at KL {kl:g}" for kl in KLS) + " |"
+  )
   print("|---|---|" + "---|" * len(KLS))
   for name in dict.fromkeys(line["method"] for line in lines):
     ours = [line for line in lines if line["method"] == name]
     kls = [line["kl"] for line in ours]
     cells = []
     for kl in KLS:
-      shares = [share_at([line for line in ours if line["seed"] == seed], kl, best)
-                for seed in sorted({line["seed"] for line in ours})]
+      shares = [
+        share_at([line for line in ours if line["seed"] == seed], kl, best)
+        for seed in sorted({line["seed"] for line in ours})
+      ]
       mean, error = measure.mean_and_error(shares)
-      cells.append("not reached" if np.isnan(mean) else f"{mean:.3f}" + (
-          "" if np.isnan(error) else f" +- {error:.3f}"))
+      cells.append(
+        "not reached" if np.isnan(mean) else f"{mean:.3f}" + ("" if np.isnan(error) else f" +- {error:.3f}")
+      )
     print(f"| `{name}` | {min(kls):.2f} to {max(kls):.2f} | " + " | ".join(cells) + " |")
 
 
 def plot(lines: Sequence[Line], table: enumerable.Table, path: pathlib.Path) -> None:
   """Draws the losses' points in panels of four, each with the optimum."""
   names = list(dict.fromkeys(line["method"] for line in lines))
-  groups = [names[i:i + 4] for i in range(0, len(names), 4)]
-  reward, kl = np.transpose([enumerable.reward_and_kl(table, enumerable.optimum(table, beta))
-                             for beta in np.geomspace(0.2, 100, 100)])
+  groups = [names[i : i + 4] for i in range(0, len(names), 4)]
+  reward, kl = np.transpose(
+    [enumerable.reward_and_kl(table, enumerable.optimum(table, beta)) for beta in np.geomspace(0.2, 100, 100)]
+  )
   figure, axes = figures.panels(len(groups), columns=3)
   for panel, group in zip(axes, groups):
     panel.plot(kl, reward, color="black", linewidth=1)
@@ -124,8 +140,12 @@ def main():
   folder = arguments.workdir.absolute()
   with command(folder):
     world, table = enumerable.make(folder)
-    lines = run(world, list(SWEPT), {"steps": arguments.steps, "log_every": 100},
-                seeds=[int(seed) for seed in arguments.seeds.split(",")])
+    lines = run(
+      world,
+      list(SWEPT),
+      {"steps": arguments.steps, "log_every": 100},
+      seeds=[int(seed) for seed in arguments.seeds.split(",")],
+    )
     sweep.write_lines(folder / "losses.jsonl", lines)
     plot(lines, table, folder / "losses.png")
   show(lines, table)

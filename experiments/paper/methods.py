@@ -12,7 +12,8 @@ import hashlib
 import json
 import pathlib
 import shutil
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -78,8 +79,13 @@ def in_ids(prompts: Sequence[np.ndarray], *responses: Sequence[np.ndarray]) -> t
   ids = np.concatenate([each[i] for i in range(len(prompts)) for each in places]).astype(np.int32)
   offsets = np.concatenate([[0], lengths.sum(axis=1, dtype=np.int64).cumsum()])
   return tokenization.Tokenized(
-      lengths, ids, offsets, np.arange(len(prompts), dtype=np.int32), {},
-      hashlib.sha256(lengths.tobytes() + ids.tobytes()).hexdigest())
+    lengths,
+    ids,
+    offsets,
+    np.arange(len(prompts), dtype=np.int32),
+    {},
+    hashlib.sha256(lengths.tobytes() + ids.tobytes()).hexdigest(),
+  )
 
 
 def stage(folder: pathlib.Path, settings: dict, make: Callable[[], list[Line]]) -> list[Line]:
@@ -91,8 +97,10 @@ def stage(folder: pathlib.Path, settings: dict, make: Callable[[], list[Line]]) 
   path = folder / "settings.json"
   settings = json.loads(json.dumps(settings))
   if path.exists() and json.loads(path.read_text()) != settings:
-    raise ConfigError(f"{folder} was made with other settings, those of {path}; take another workdir, "
-                      "or remove the folder to make it again")
+    raise ConfigError(
+      f"{folder} was made with other settings, those of {path}; take another workdir, "
+      "or remove the folder to make it again"
+    )
   if (folder / "finished").exists():
     return sweep.read_table(folder)
   with disk_errors(folder):
@@ -113,8 +121,16 @@ def config_of(world: World, changes: dict[str, Any]) -> ml_collections.ConfigDic
 
 
 def trained(
-    world: World, method: str, changes: dict[str, Any], *, seeds: Sequence[int], axis: str = "beta",
-    values: Sequence[float] = (), measure_every: int = 0, at_once: int = 0, kind: str = "",
+  world: World,
+  method: str,
+  changes: dict[str, Any],
+  *,
+  seeds: Sequence[int],
+  axis: str = "beta",
+  values: Sequence[float] = (),
+  measure_every: int = 0,
+  at_once: int = 0,
+  kind: str = "",
 ) -> list[Line]:
   """Trains a method that learns from comparisons, at all values and seeds side by side.
 
@@ -131,8 +147,13 @@ def trained(
   """
   folder = world.folder / (kind or method).lower().replace(" ", "_")
   config = config_of(world, changes)
-  settings = {"changes": changes, "seeds": list(seeds), "axis": axis, "values": list(values),
-              "measure_every": measure_every}
+  settings = {
+    "changes": changes,
+    "seeds": list(seeds),
+    "axis": axis,
+    "values": list(values),
+    "measure_every": measure_every,
+  }
 
   def of_seed(seed):
     return world.data(config_of(world, changes | {"seed": seed}))
@@ -144,16 +165,26 @@ def trained(
       return world.measure(params, member.seed)
 
     table = sweep.run(
-        config, folder / "sweep", seeds=seeds, axis=axis, values=values, at_once=at_once,
-        data=of_seed, measure_every=measure_every, measure=look)
+      config,
+      folder / "sweep",
+      seeds=seeds,
+      axis=axis,
+      values=values,
+      at_once=at_once,
+      data=of_seed,
+      measure_every=measure_every,
+      measure=look,
+    )
     held_out = {(line["member"], line["step"]): line for line in table if line["split"] == "eval"}
     lines = []
     for line in table:
       if line["split"] == "measured":
         beside = held_out.get((line["member"], line["step"]), {})
-        lines.append({"method": method, "setting": line.get(axis, 0.0)} | _without(line, axis) | {
-            f"eval/{name}": value for name, value in _without(beside, axis).items()
-            if name not in line})
+        lines.append(
+          {"method": method, "setting": line.get(axis, 0.0)}
+          | _without(line, axis)
+          | {f"eval/{name}": value for name, value in _without(beside, axis).items() if name not in line}
+        )
     return lines
 
   return stage(folder, settings, make)
@@ -190,16 +221,17 @@ def _without(line: Line, axis: str) -> Line:
   return {name: value for name, value in line.items() if name not in ("member", "split", axis)}
 
 
-def reward_model(
-    world: World, changes: dict[str, Any], *, seed: int = 0, kind: str = "") -> RewardModel:
+def reward_model(world: World, changes: dict[str, Any], *, seed: int = 0, kind: str = "") -> RewardModel:
   """Trains the Bradley-Terry reward model and keeps the step with the best held-out accuracy.
 
   `kind` tells apart the folders of several settings with one seed.
   """
   folder = world.folder / "_".join(filter(None, ("reward_model", str(seed), kind)))
-  config = config_of(world, {
-      "objective": "reward", "loss": "bradley_terry", "seed": seed,
-      "checkpoint_best": "rewards/accuracies"} | changes)
+  config = config_of(
+    world,
+    {"objective": "reward", "loss": "bradley_terry", "seed": seed, "checkpoint_best": "rewards/accuracies"}
+    | changes,
+  )
 
   def make():
     train.run(config, folder / "run", data=world.data(config))
@@ -222,14 +254,26 @@ def best_evaluation(metrics: Sequence[Line]) -> Line:
 def learned(world: World, model: RewardModel, *, num_samples: int) -> rollouts.Reward:
   """Returns the reward of a reward model, of `num_samples` responses to each prompt."""
   return rollouts.LearnedReward(
-      model.model.config, model.model.params, parallel.Mesh(), num_samples=num_samples,
-      prompt_width=world.prompts.shape[1], max_new_tokens=world.max_new_tokens)
+    model.model.config,
+    model.model.params,
+    parallel.Mesh(),
+    num_samples=num_samples,
+    prompt_width=world.prompts.shape[1],
+    max_new_tokens=world.max_new_tokens,
+  )
 
 
 def ppo_runs(
-    world: World, method: str, reward_of_seed: Callable[[int], rollouts.Reward],
-    settings: ppo.Settings, *, seeds: Sequence[int], axis: str, values: Sequence[float],
-    measure_every: int, kind: str = "",
+  world: World,
+  method: str,
+  reward_of_seed: Callable[[int], rollouts.Reward],
+  settings: ppo.Settings,
+  *,
+  seeds: Sequence[int],
+  axis: str,
+  values: Sequence[float],
+  measure_every: int,
+  kind: str = "",
 ) -> list[Line]:
   """Runs PPO at every value of a setting and every seed, one after another.
 
@@ -249,9 +293,13 @@ def ppo_runs(
   for value in values:
     for seed in seeds:
       ours = dataclasses.replace(settings, **{axis: value}, seed=seed, max_new_tokens=world.max_new_tokens)
-      lines += stage(world.folder / name / f"{axis}_{value:g}_seed_{seed}", dataclasses.asdict(ours),
-                     lambda: _ppo_run(world, method, world.folder / name, reward_of_seed(seed), ours,
-                                      value, measure_every))
+      lines += stage(
+        world.folder / name / f"{axis}_{value:g}_seed_{seed}",
+        dataclasses.asdict(ours),
+        lambda: _ppo_run(
+          world, method, world.folder / name, reward_of_seed(seed), ours, value, measure_every
+        ),
+      )
   return lines
 
 
@@ -260,37 +308,69 @@ def _ppo_run(world, method, folder, reward, settings, value, measure_every) -> l
 
   def look(step, params, metrics):
     if step % measure_every == 0 or step == settings.steps:
-      lines.append({"method": method, "setting": value, "seed": settings.seed, "step": step}
-                   | world.measure(jax.device_get(params), settings.seed)
-                   | {f"train/{name}": number for name, number in metrics.items()})
+      lines.append(
+        {"method": method, "setting": value, "seed": settings.seed, "step": step}
+        | world.measure(jax.device_get(params), settings.seed)
+        | {f"train/{name}": number for name, number in metrics.items()}
+      )
 
   params, _ = ppo.train(
-      world.model.config, world.model.params, world.prompts, world.prompt_lengths, reward, settings,
-      stop_id=world.stop_id, callback=look)
+    world.model.config,
+    world.model.params,
+    world.prompts,
+    world.prompt_lengths,
+    reward,
+    settings,
+    stop_id=world.stop_id,
+    callback=look,
+  )
   save_policy(world, folder, value, settings.seed, params)
   return lines
 
 
-def draw(world: World, prompts: np.ndarray, lengths: np.ndarray, *, num_samples: int,
-         temperature: float = 1.0, seed: int = 0) -> best_of_n.Drawn:
+def draw(
+  world: World,
+  prompts: np.ndarray,
+  lengths: np.ndarray,
+  *,
+  num_samples: int,
+  temperature: float = 1.0,
+  seed: int = 0,
+) -> best_of_n.Drawn:
   """Returns samples of the reference to prompts [n, W] of [n] tokens, scored by the true reward."""
   return best_of_n.draw(
-      world.model.config, world.model.params, prompts, lengths, world.reward, num_samples=num_samples,
-      max_new_tokens=world.max_new_tokens, stop_id=world.stop_id, temperature=temperature, seed=seed,
-      prompts_at_once=32)
+    world.model.config,
+    world.model.params,
+    prompts,
+    lengths,
+    world.reward,
+    num_samples=num_samples,
+    max_new_tokens=world.max_new_tokens,
+    stop_id=world.stop_id,
+    temperature=temperature,
+    seed=seed,
+    prompts_at_once=32,
+  )
 
 
-def scores_of(world: World, model: RewardModel, prompts: np.ndarray, lengths: np.ndarray,
-              drawn: best_of_n.Drawn) -> np.ndarray:
+def scores_of(
+  world: World, model: RewardModel, prompts: np.ndarray, lengths: np.ndarray, drawn: best_of_n.Drawn
+) -> np.ndarray:
   """Returns what a reward model says of the samples, [n, N]."""
   reward = learned(world, model, num_samples=drawn.scores.shape[1])
-  return reward(*rollouts.unpadded(prompts, lengths, drawn.tokens, drawn.lengths)).reshape(
-      drawn.scores.shape)
+  return reward(*rollouts.unpadded(prompts, lengths, drawn.tokens, drawn.lengths)).reshape(drawn.scores.shape)
 
 
 def best_of_n_lines(
-    world: World, prompts: np.ndarray, lengths: np.ndarray, model: RewardModel | None, *,
-    sizes: Sequence[int], temperature: float = 1.0, seed: int = 0) -> list[Line]:
+  world: World,
+  prompts: np.ndarray,
+  lengths: np.ndarray,
+  model: RewardModel | None,
+  *,
+  sizes: Sequence[int],
+  temperature: float = 1.0,
+  seed: int = 0,
+) -> list[Line]:
   """Draws as many samples as the largest size from the reference, and tells what the best are worth.
 
   Args:
@@ -307,10 +387,21 @@ def best_of_n_lines(
   def make():
     drawn = draw(world, prompts, lengths, num_samples=max(sizes), temperature=temperature, seed=seed)
     by = scores_of(world, model, prompts, lengths, drawn) if model else drawn.scores
-    return [{"method": method, "setting": point.n, "seed": seed, "step": 0, "reward": point.mean,
-             "reward_error": point.error, "kl": point.kl_bound, "kl_error": 0.0,
-             "temperature": temperature, "score": float(np.mean(best_of_n.expected_best(by, point.n)))}
-            for point in best_of_n.curve(by, sizes, drawn.scores)]
+    return [
+      {
+        "method": method,
+        "setting": point.n,
+        "seed": seed,
+        "step": 0,
+        "reward": point.mean,
+        "reward_error": point.error,
+        "kl": point.kl_bound,
+        "kl_error": 0.0,
+        "temperature": temperature,
+        "score": float(np.mean(best_of_n.expected_best(by, point.n))),
+      }
+      for point in best_of_n.curve(by, sizes, drawn.scores)
+    ]
 
   return stage(world.folder / name, {"sizes": list(sizes), "prompts": len(prompts)}, make)
 
@@ -323,8 +414,10 @@ def final(lines: Sequence[Line]) -> list[Line]:
 
 def dominated(points: Sequence[Line], others: Sequence[Line]) -> int:
   """Returns how many points some other point beats on both axes: more reward at less KL."""
-  return sum(any(other["reward"] > point["reward"] and other["kl"] < point["kl"] for other in others)
-             for point in points)
+  return sum(
+    any(other["reward"] > point["reward"] and other["kl"] < point["kl"] for other in others)
+    for point in points
+  )
 
 
 def over_seeds(lines: Sequence[Line], name: str) -> dict[tuple[str, float], tuple[float, float]]:

@@ -13,7 +13,8 @@ import gzip
 import itertools
 import json
 import pathlib
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,7 @@ class Classifier(NamedTuple):
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Returns p(positive | text), [n] float64."""
-    logits = [self.bias + sum(self.weights.get(term, 0.0) for term in terms_of(text))
-              for text in texts]
+    logits = [self.bias + sum(self.weights.get(term, 0.0) for term in terms_of(text)) for text in texts]
     return 1 / (1 + np.exp(-np.array(logits, np.float64)))
 
 
@@ -110,8 +110,10 @@ def read_sentences(path: str | pathlib.Path) -> Sentences:
       lines = [json.loads(line) for line in file]
     texts, labels = [line["text"].strip() for line in lines], [bool(line["label"]) for line in lines]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise DataError(f"sentences {path} cannot be read ({error!r}); give a file whose lines are "
-                    '{"text": ..., "label": 0 or 1}') from error
+    raise DataError(
+      f"sentences {path} cannot be read ({error!r}); give a file whose lines are "
+      '{"text": ..., "label": 0 or 1}'
+    ) from error
   order = np.random.default_rng(0).permutation(len(texts))
   return Sentences([texts[i] for i in order], np.array(labels)[order])
 
@@ -129,20 +131,21 @@ def fit_classifier(train_on: Sentences, held_out: Sentences) -> Classifier:
   for each, positive in zip(terms, train_on.positive):
     for term in each:
       counts.setdefault(term, [1.0, 1.0])[int(positive)] += 1
-  known = {term: i for i, term in enumerate(sorted(
-      term for term, (a, b) in counts.items() if a + b >= 4))}  # seen twice
+  known = {
+    term: i for i, term in enumerate(sorted(term for term, (a, b) in counts.items() if a + b >= 4))
+  }  # seen twice
   count = np.array([counts[term] for term in known])
   ratio = np.log(count[:, 1] / count[:, 1].sum()) - np.log(count[:, 0] / count[:, 0].sum())
-  document, term = (np.array(each) for each in zip(*(
-      (i, known[each]) for i, of in enumerate(terms) for each in sorted(of) if each in known)))
+  document, term = (
+    np.array(each)
+    for each in zip(*((i, known[each]) for i, of in enumerate(terms) for each in sorted(of) if each in known))
+  )
   scale, positive = jnp.asarray(ratio, jnp.float32), jnp.asarray(train_on.positive)
 
   def loss(params):
     weights, bias = params
-    logits = bias + jax.ops.segment_sum(
-        (weights * scale)[term], document, num_segments=len(terms))
-    return (jnp.mean(optax.sigmoid_binary_cross_entropy(logits, positive))
-            + 1e-4 * jnp.sum(weights**2))
+    logits = bias + jax.ops.segment_sum((weights * scale)[term], document, num_segments=len(terms))
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, positive)) + 1e-4 * jnp.sum(weights**2)
 
   fitted, bias = _minimise(loss, (jnp.zeros(len(known)), jnp.zeros(())), steps=100)
   weights = dict(zip(known, np.asarray(fitted * scale, np.float64).tolist()))
@@ -168,8 +171,9 @@ def _minimise(loss, params, *, steps: int):
   return params
 
 
-def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
-         labels: str = "argmax") -> Made:
+def make(
+  folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *, labels: str = "argmax"
+) -> Made:
   """Returns the world, made in the folder at the first call.
 
   Args:
@@ -189,8 +193,10 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
   sentences = read_sentences(sentences_path)
   cut = len(sentences.texts) * 4 // 5
   if len(sentences.texts) - cut < sizes.held_out or cut < sizes.prefixes:
-    raise DataError(f"{sentences_path} has {len(sentences.texts)} sentences; too few for "
-                    f"{sizes.prefixes} prefixes of four fifths and {sizes.held_out} of the rest")
+    raise DataError(
+      f"{sentences_path} has {len(sentences.texts)} sentences; too few for "
+      f"{sizes.prefixes} prefixes of four fifths and {sizes.held_out} of the rest"
+    )
   learnt = Sentences(sentences.texts[:cut], sentences.positive[:cut])
   others = Sentences(sentences.texts[cut:], sentences.positive[cut:])
   with disk_errors(folder):
@@ -203,23 +209,35 @@ def make(folder: pathlib.Path, sentences_path: str, sizes: Sizes = Sizes(), *,
   tokenizer = tokenization.load_tokenizer(str(folder / "tokenizer"))
   rng = np.random.default_rng(1)
   starts, rests = zip(*(split(tokenizer, text, rng) for text in learnt.texts))
-  held_out = asked(tokenizer, others.texts[:sizes.held_out], rng)
+  held_out = asked(tokenizer, others.texts[: sizes.held_out], rng)
   model = _language_model(folder, sizes, starts, rests)
 
   bench = measure.Bench(
-      model.config, measure.reward_of_text(tokenizer, classifier), stop_id=tokenizer.eos_token_id,
-      num_samples=sizes.samples, max_new_tokens=sizes.max_new_tokens, prompts_at_once=sizes.held_out)
-  prompts, lengths = measure.prompt_ids(tokenizer, starts[:sizes.prefixes], LONGEST_PREFIX)
+    model.config,
+    measure.reward_of_text(tokenizer, classifier),
+    stop_id=tokenizer.eos_token_id,
+    num_samples=sizes.samples,
+    max_new_tokens=sizes.max_new_tokens,
+    prompts_at_once=sizes.held_out,
+  )
+  prompts, lengths = measure.prompt_ids(tokenizer, starts[: sizes.prefixes], LONGEST_PREFIX)
   answers = _completions(folder, bench, model, prompts, lengths)
   reference = jax.device_put(model.params)
   compared = lambda config, *asked_and_answers: _data(config, sizes, *asked_and_answers, labels)
   world = methods.World(
-      folder=folder, model=model, config=_config(folder, sizes), prompts=prompts,
-      prompt_lengths=lengths, reward=bench.reward, stop_id=tokenizer.eos_token_id,
-      max_new_tokens=sizes.max_new_tokens,
-      measure=lambda params, seed: bench.measure(
-          params, reference, held_out.prompts, held_out.lengths, seed=seed),
-      data=lambda config: compared(config, prompts, lengths, answers))
+    folder=folder,
+    model=model,
+    config=_config(folder, sizes),
+    prompts=prompts,
+    prompt_lengths=lengths,
+    reward=bench.reward,
+    stop_id=tokenizer.eos_token_id,
+    max_new_tokens=sizes.max_new_tokens,
+    measure=lambda params, seed: bench.measure(
+      params, reference, held_out.prompts, held_out.lengths, seed=seed
+    ),
+    data=lambda config: compared(config, prompts, lengths, answers),
+  )
   return Made(world, bench, held_out, classifier, compared)
 
 
@@ -234,31 +252,45 @@ def save_tokenizer(folder: pathlib.Path, texts: Sequence[str], vocabulary: int) 
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-      vocab_size=vocabulary, special_tokens=["<eos>"], show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-  transformers.PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+  tokenizer.train_from_iterator(
+    texts,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=vocabulary,
+      special_tokens=["<eos>"],
+      show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
+  transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
 def split(tokenizer, text: str, rng: np.random.Generator) -> tuple[str, str]:
   """Cuts a sentence after 2 to 8 tokens, where a word ends: prefix and rest, " " in front of it."""
   words = text.split()
-  tokens = [len(ids) for ids in tokenizer(
-      [" ".join(words[:n]) for n in range(1, min(len(words), LONGEST_PREFIX) + 1)])["input_ids"]]
+  tokens = [
+    len(ids)
+    for ids in tokenizer([" ".join(words[:n]) for n in range(1, min(len(words), LONGEST_PREFIX) + 1)])[
+      "input_ids"
+    ]
+  ]
   places = [n for n, count in enumerate(tokens, 1) if 2 <= count <= LONGEST_PREFIX]
   n = int(rng.choice(places)) if places else 1
   return " ".join(words[:n]), "".join(f" {word}" for word in words[n:])
 
 
 def _language_model(
-    folder: pathlib.Path, sizes: Sizes, starts: Sequence[str], rests: Sequence[str]) -> weights.Loaded:
+  folder: pathlib.Path, sizes: Sizes, starts: Sequence[str], rests: Sequence[str]
+) -> weights.Loaded:
   """Trains the reference on the sentences, or reads it."""
   path = folder / "sentences.jsonl"
   with disk_errors(folder):
-    path.write_text("".join(
+    path.write_text(
+      "".join(
         json.dumps({"prompt": start, "responses": [rest]}) + "\n"
-        for start, rest in zip(starts, rests) if rest))
+        for start, rest in zip(starts, rests)
+        if rest
+      )
+    )
   config = _shared(sft.get_config(), folder, sizes)
   config.loss = "token_mean"
   config.data.path = str(path)
@@ -304,8 +336,8 @@ def _config(folder: pathlib.Path, sizes: Sizes):
 
 
 def _completions(
-    folder: pathlib.Path, bench: measure.Bench, model: weights.Loaded, prompts: np.ndarray,
-    lengths: np.ndarray) -> measure.Answers:
+  folder: pathlib.Path, bench: measure.Bench, model: weights.Loaded, prompts: np.ndarray, lengths: np.ndarray
+) -> measure.Answers:
   """Returns completions of the prefixes by the reference, sampled once."""
   path = folder / "completions.npz"
   if not path.exists():
@@ -339,7 +371,7 @@ def _data(config, sizes: Sizes, prompts, lengths, answers: measure.Answers, labe
       better, worse = (ids[a], ids[b]) if first else (ids[b], ids[a])
       (held_out if i % 10 == 9 else train).append((prompt[:length], better, worse))
   kept = 2 if config.objective == "sft" else 3
-  parts = train, held_out[:sizes.held_out_pairs]
+  parts = train, held_out[: sizes.held_out_pairs]
   train, held_out = (loader.all_of(methods.in_ids(*list(zip(*part))[:kept])) for part in parts)
   if config.data.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)

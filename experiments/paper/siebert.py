@@ -9,7 +9,8 @@ pip install torch. $DPOJAX_SENTIMENT names a folder with it, where the hub is ou
 import functools
 import importlib.util
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import transformers
 
@@ -35,7 +36,9 @@ def positive(classify: Classify, text: str) -> float:
   """
   scores = {each["label"].upper(): float(each["score"]) for each in classify([text])[0]}
   if "POSITIVE" not in scores:
-    raise ConfigError(f"the classifier has the labels {', '.join(scores)}, not POSITIVE; name one of sentiment")
+    raise ConfigError(
+      f"the classifier has the labels {', '.join(scores)}, not POSITIVE; name one of sentiment"
+    )
   return scores["POSITIVE"]
 
 
@@ -48,11 +51,14 @@ def classifier(name: str) -> Classify:
   """
   if importlib.util.find_spec("torch") is None:
     raise ConfigError(
-        f"{name} runs in PyTorch, which is not installed; pip install torch, or give another "
-        "--reward=module:function of a prompt and a response")
+      f"{name} runs in PyTorch, which is not installed; pip install torch, or give another "
+      "--reward=module:function of a prompt and a response"
+    )
   try:
     return transformers.pipeline(
-        "text-classification", model=name, top_k=None, truncation=True, max_length=LONGEST)
+      "text-classification", model=name, top_k=None, truncation=True, max_length=LONGEST
+    )
   except (OSError, ValueError) as error:
-    raise ConfigError(f"the classifier {name} cannot be loaded ({error}); set DPOJAX_SENTIMENT to a folder "
-                      "with it") from error
+    raise ConfigError(
+      f"the classifier {name} cannot be loaded ({error}); set DPOJAX_SENTIMENT to a folder with it"
+    ) from error

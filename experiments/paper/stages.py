@@ -17,7 +17,8 @@ import dataclasses
 import importlib
 import pathlib
 import re
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -102,9 +103,11 @@ def config_of(name: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
 def described(config: ml_collections.ConfigDict) -> str:
   """Returns what a run of the config does, in words."""
   optimizer = config.optimizer
-  return (f"{config.objective}, {config.steps} steps of {config.batch_size}, {optimizer.name} at "
-          f"{optimizer.learning_rate:g} after {optimizer.warmup_steps} steps of warm-up"
-          + (f", beta {config.beta:g}" if config.objective == "dpo" else ""))
+  return (
+    f"{config.objective}, {config.steps} steps of {config.batch_size}, {optimizer.name} at "
+    f"{optimizer.learning_rate:g} after {optimizer.warmup_steps} steps of warm-up"
+    + (f", beta {config.beta:g}" if config.objective == "dpo" else "")
+  )
 
 
 def place_of(name: str, policy: Policy, temperature: float) -> str:
@@ -119,10 +122,15 @@ def trained(given: Given, name: str, config_name: str, changes: dict[str, Any]) 
   config, folder = config_of(config_name, changes), given.workdir / name
   module, _, argument = config_name.partition(":")
   flags = [f"--config.{key}={value}" for key, value in changes.items()]
-  what = (f"python -m dpojax.train --config=configs/{module}.py:{argument} --workdir={folder} "
-          f"{' '.join(flags)}\n    {described(config)}")
-  settings = {"config": config_name, "steps": config.steps, "changes": {
-      key: value for key, value in changes.items() if not key.startswith(config_lib.MAY_CHANGE)}}
+  what = (
+    f"python -m dpojax.train --config=configs/{module}.py:{argument} --workdir={folder} "
+    f"{' '.join(flags)}\n    {described(config)}"
+  )
+  settings = {
+    "config": config_name,
+    "steps": config.steps,
+    "changes": {key: value for key, value in changes.items() if not key.startswith(config_lib.MAY_CHANGE)},
+  }
 
   def make():
     train.run(config, folder)
@@ -133,25 +141,55 @@ def trained(given: Given, name: str, config_name: str, changes: dict[str, Any]) 
 
 
 def sampled(
-    given: Given, name: str, policy: Policy, prompts: str, draw: Draw, *, batch_size: int,
-    fsdp: int, max_prompt_length: int = 0) -> str:
+  given: Given,
+  name: str,
+  policy: Policy,
+  prompts: str,
+  draw: Draw,
+  *,
+  batch_size: int,
+  fsdp: int,
+  max_prompt_length: int = 0,
+) -> str:
   """Samples from a policy to the prompts of a file; returns the file of samples."""
   out = str(given.workdir / name / "samples.jsonl")
   drawn = {key: value for key, value in dataclasses.asdict(draw).items() if key != "stop_ids"}
   flags = [f"--{key}={value}" for key, value in drawn.items()]
   step = [f"--step={policy.step}"] if policy.step is not None else []
-  what = (f"python -m dpojax.sample --workdir={policy.model} --prompts={prompts} --out={out} "
-          f"--reference=none {' '.join([*step, *flags])}")
-  settings = {"model": policy.model, "step": policy.step, "prompts": prompts,
-              "max_prompt_length": max_prompt_length} | drawn
-  stage(given, name, what, settings, lambda: [files.run(
-      policy.model, prompts, out, draw, step=policy.step, reference="none", batch_size=batch_size,
-      max_prompt_length=max_prompt_length, fsdp=fsdp)])
+  what = (
+    f"python -m dpojax.sample --workdir={policy.model} --prompts={prompts} --out={out} "
+    f"--reference=none {' '.join([*step, *flags])}"
+  )
+  settings = {
+    "model": policy.model,
+    "step": policy.step,
+    "prompts": prompts,
+    "max_prompt_length": max_prompt_length,
+  } | drawn
+  stage(
+    given,
+    name,
+    what,
+    settings,
+    lambda: [
+      files.run(
+        policy.model,
+        prompts,
+        out,
+        draw,
+        step=policy.step,
+        reference="none",
+        batch_size=batch_size,
+        max_prompt_length=max_prompt_length,
+        fsdp=fsdp,
+      )
+    ],
+  )
   return out
 
 
 def best_of(
-    given: Given, name: str, samples: str, reward_model: str, sizes: Sequence[int], *, fsdp: int
+  given: Given, name: str, samples: str, reward_model: str, sizes: Sequence[int], *, fsdp: int
 ) -> dict[int, str]:
   """Keeps of the first N samples of each prompt the one a reward model likes best.
 
@@ -198,14 +236,19 @@ def judged(given: Given, name: str, about: Line, ours: str, theirs: str, questio
     won = np.array([WORTH[outcome] for outcome in result["outcomes"] if outcome in WORTH])
     if not len(won):
       raise judging.JudgeError(f"the judge of {ours} gave no verdict; see {answers}")
-    return [win_rate.line(about["method"], 0.0, about["temperature"], won) | {
-        "left_out": result["pairs"] - len(won)}]
+    return [
+      win_rate.line(about["method"], 0.0, about["temperature"], won)
+      | {"left_out": result["pairs"] - len(won)}
+    ]
 
   flags = " ".join(f"--{key}={value}" for key, value in judge.items() if value)
-  what = (f"python -m dpojax.evaluate --ours={ours} --theirs={theirs} --question={question} {flags} "
-          f"--answers={answers} --out={given.workdir / name}/result.json")
+  what = (
+    f"python -m dpojax.evaluate --ours={ours} --theirs={theirs} --question={question} {flags} "
+    f"--answers={answers} --out={given.workdir / name}/result.json"
+  )
   settings = {"ours": ours, "theirs": theirs, "question": question} | {
-      key: value for key, value in judge.items() if key not in ("api_key_env", "workers")}
+    key: value for key, value in judge.items() if key not in ("api_key_env", "workers")
+  }
   return [line | about for line in stage(given, name, what, settings, make)]
 
 
@@ -240,8 +283,7 @@ def read_samples(path: str) -> list[dict]:
   return [record for _, record in records_lib.read_file(path, lambda record: record)]
 
 
-def references(
-    given: Given, name: str, what: str, read: Callable[[], Iterable[Example]], count: int) -> str:
+def references(given: Given, name: str, what: str, read: Callable[[], Iterable[Example]], count: int) -> str:
   """Draws test examples, always the same; returns their file, read both for prompts and for references."""
   path = given.workdir / name / "references.jsonl"
 
@@ -250,8 +292,9 @@ def references(
     if len(every) < count:
       raise DataError(f"{what}: there are {len(every)}, fewer than --prompts={count}; lower it")
     order = np.random.default_rng(0).permutation(len(every))[:count]
-    sweep.write_lines(path, [
-        records_lib.prompt_record(every[i]) | {"responses": [every[i].responses[0]]} for i in order])
+    sweep.write_lines(
+      path, [records_lib.prompt_record(every[i]) | {"responses": [every[i].responses[0]]} for i in order]
+    )
     return [{"prompts": count, "of": len(every)}]
 
   stage(given, name, f"{count} of {what}", {"what": what, "count": count}, make)
@@ -268,8 +311,15 @@ def report(given: Given, name: str, lines: Sequence[Line], **axis: str) -> None:
 
 
 def main(
-    run: Callable[[Any, Given, argparse.Namespace], None], doc: str, plan: Any, kinds: Sequence[str],
-    files: dict[str, str], *, judge: bool = False, argv: Sequence[str] | None = None) -> None:
+  run: Callable[[Any, Given, argparse.Namespace], None],
+  doc: str,
+  plan: Any,
+  kinds: Sequence[str],
+  files: dict[str, str],
+  *,
+  judge: bool = False,
+  argv: Sequence[str] | None = None,
+) -> None:
   """Reads a command line and runs an experiment; errors are one line.
 
   Args:
@@ -297,8 +347,12 @@ def main(
   options, rest = parser.parse_known_args(argv)
   judges = ("judge", "judge_model", "judge_options", "api_key_env", "workers") if judge else ()
   with command():
-    given = Given(options.workdir.absolute(), changes_of(rest, ("config", *kinds)),
-                  {name: getattr(options, name) for name in judges}, options.dry_run)
+    given = Given(
+      options.workdir.absolute(),
+      changes_of(rest, ("config", *kinds)),
+      {name: getattr(options, name) for name in judges},
+      options.dry_run,
+    )
     common = config_lib.defaults()
     common.update_from_flattened_dict(given.of("config"))
     resolve.use_compile_cache(common)  # for what runs before and between trainings too
@@ -320,8 +374,9 @@ def changes_of(flags: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str
     kind, key, value = found.groups() if found else ("", "", "")
     known = vars(ppo.Settings()) if kind == "ppo" else keys
     if kind not in kinds or key not in known:
-      raise ConfigError(f"{flag} is no argument; keys of configs are set by --KIND.KEY=VALUE, and KIND is "
-                        f"{', '.join(kinds)}")
+      raise ConfigError(
+        f"{flag} is no argument; keys of configs are set by --KIND.KEY=VALUE, and KIND is {', '.join(kinds)}"
+      )
     changes.setdefault(kind, {})[key] = value if isinstance(known[key], str) else _literal(value)
   return changes
 

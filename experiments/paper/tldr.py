@@ -19,7 +19,8 @@ seeds are equal; a news article stands whole before "TL;DR:", or its first token
 """
 
 import argparse
-from typing import Any, Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dpojax.data import tokenization
 from dpojax.data.examples import Example
@@ -30,8 +31,11 @@ from experiments.paper.methods import Line
 from experiments.paper.stages import Given, Policy
 
 KINDS = ("dpo", "preferred_ft", "reward")
-FILES = {"test": "posts and their reference summaries", "news": "news articles and their highlights",
-         "also": "further policies, NAME=MODEL with commas"}
+FILES = {
+  "test": "posts and their reference summaries",
+  "news": "news articles and their highlights",
+  "also": "further policies, NAME=MODEL with commas",
+}
 
 
 class Plan(NamedTuple):
@@ -55,10 +59,13 @@ def policies_of(plan: Plan, given: Given, also: str) -> list[Policy]:
   """Trains what is trained, and returns whose summaries are judged."""
   start = {"model.checkpoint": plan.sft}
   dpo = stages.trained(given, "dpo", "tldr:dpo", start | given.of("dpo") | {"beta": plan.beta})
-  preferred_ft = stages.trained(
-      given, "preferred_ft", "tldr:preferred_ft", start | given.of("preferred_ft"))
-  policies = [Policy("DPO", dpo), Policy("SFT", plan.sft), Policy("Preferred-FT", preferred_ft),
-              Policy("GPT-J", plan.zero_shot)]
+  preferred_ft = stages.trained(given, "preferred_ft", "tldr:preferred_ft", start | given.of("preferred_ft"))
+  policies = [
+    Policy("DPO", dpo),
+    Policy("SFT", plan.sft),
+    Policy("Preferred-FT", preferred_ft),
+    Policy("GPT-J", plan.zero_shot),
+  ]
   for each in filter(None, also.split(",")):
     name, equals, model = each.partition("=")
     if not equals:
@@ -78,31 +85,60 @@ def shortened(article: Example, tokenizer: Any, longest: int) -> Example:
 
 
 def win_rates(
-    plan: Plan, given: Given, policies: Sequence[Policy], prompts: str, name: str, question: str,
-    temperatures: Sequence[float], fsdp: int, max_prompt_length: int = 0) -> Iterator[Line]:
+  plan: Plan,
+  given: Given,
+  policies: Sequence[Policy],
+  prompts: str,
+  name: str,
+  question: str,
+  temperatures: Sequence[float],
+  fsdp: int,
+  max_prompt_length: int = 0,
+) -> Iterator[Line]:
   """Yields the win rate of every policy at every temperature against the references."""
   for temperature in temperatures:
     for policy in policies:
       place = stages.place_of(name, policy, temperature)
       draw = Draw(max_new_tokens=plan.max_new_tokens, temperature=temperature)
-      ours = stages.sampled(given, f"samples/{place}", policy, prompts, draw, fsdp=fsdp,
-                            batch_size=plan.prompts_at_once, max_prompt_length=max_prompt_length)
-      yield from stages.judged(given, place, {"method": policy.name, "temperature": temperature},
-                               ours, prompts, question)
+      ours = stages.sampled(
+        given,
+        f"samples/{place}",
+        policy,
+        prompts,
+        draw,
+        fsdp=fsdp,
+        batch_size=plan.prompts_at_once,
+        max_prompt_length=max_prompt_length,
+      )
+      yield from stages.judged(
+        given, place, {"method": policy.name, "temperature": temperature}, ours, prompts, question
+      )
 
 
-def best_of_rates(
-    plan: Plan, given: Given, prompts: str, reward_model: str, fsdp: int) -> Iterator[Line]:
+def best_of_rates(plan: Plan, given: Given, prompts: str, reward_model: str, fsdp: int) -> Iterator[Line]:
   """Yields the win rate of the best of N samples of the SFT at every temperature."""
   policy = Policy(f"Best of {plan.best_of}", plan.sft)
   for temperature in plan.temperatures:
     place = stages.place_of("posts", policy, temperature)
     draw = Draw(num_samples=plan.best_of, max_new_tokens=plan.max_new_tokens, temperature=temperature)
-    samples = stages.sampled(given, f"samples/{place}", policy, prompts, draw, fsdp=fsdp,
-                             batch_size=max(1, plan.prompts_at_once // plan.best_of))
+    samples = stages.sampled(
+      given,
+      f"samples/{place}",
+      policy,
+      prompts,
+      draw,
+      fsdp=fsdp,
+      batch_size=max(1, plan.prompts_at_once // plan.best_of),
+    )
     files = stages.best_of(given, f"best/{place}", samples, reward_model, (plan.best_of,), fsdp=fsdp)
-    yield from stages.judged(given, place, {"method": policy.name, "temperature": temperature},
-                             files[plan.best_of], prompts, plan.question)
+    yield from stages.judged(
+      given,
+      place,
+      {"method": policy.name, "temperature": temperature},
+      files[plan.best_of],
+      prompts,
+      plan.question,
+    )
 
 
 def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line], list[Line]]:
@@ -112,13 +148,26 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line]
   config = stages.config_of("tldr:dpo", given.of("dpo"))
   fsdp = config.parallel.fsdp
   posts = stages.references(
-      given, "posts", f"test posts of {files.test}", lambda: stages.read_examples(files.test), plan.prompts)
+    given, "posts", f"test posts of {files.test}", lambda: stages.read_examples(files.test), plan.prompts
+  )
   policies = policies_of(plan, given, files.also)
   reward_model = stages.trained(
-      given, "reward_model", "tldr:reward", {"model.checkpoint": plan.sft} | given.of("reward"))
-  lines = [*win_rates(plan, given, policies, posts, "posts", plan.question, plan.temperatures, fsdp,
-                      config.data.max_prompt_length),
-           *best_of_rates(plan, given, posts, reward_model, fsdp)]
+    given, "reward_model", "tldr:reward", {"model.checkpoint": plan.sft} | given.of("reward")
+  )
+  lines = [
+    *win_rates(
+      plan,
+      given,
+      policies,
+      posts,
+      "posts",
+      plan.question,
+      plan.temperatures,
+      fsdp,
+      config.data.max_prompt_length,
+    ),
+    *best_of_rates(plan, given, posts, reward_model, fsdp),
+  ]
   stages.report(given, "win_rate", lines, against="the reference summary")
   methods.show_configurations(lines)
   if not (files.news or given.dry_run):
@@ -127,11 +176,27 @@ def run(plan: Plan, given: Given, files: argparse.Namespace) -> tuple[list[Line]
 
   tokenizer = tokenization.load_tokenizer(config.tokenizer) if not given.dry_run else None
   articles = stages.references(
-      given, "articles", f"news articles of {files.news}", lambda: (
-          shortened(each, tokenizer, plan.news_prompt_length) for each in stages.read_examples(files.news)),
-      plan.prompts)
-  news = list(win_rates(plan, given, policies, articles, "news", plan.news_question,
-                        plan.news_temperatures, fsdp, plan.news_prompt_length))
+    given,
+    "articles",
+    f"news articles of {files.news}",
+    lambda: (
+      shortened(each, tokenizer, plan.news_prompt_length) for each in stages.read_examples(files.news)
+    ),
+    plan.prompts,
+  )
+  news = list(
+    win_rates(
+      plan,
+      given,
+      policies,
+      articles,
+      "news",
+      plan.news_question,
+      plan.news_temperatures,
+      fsdp,
+      plan.news_prompt_length,
+    )
+  )
   stages.report(given, "news", news, against="the highlights")
   return lines, news
 

@@ -8,7 +8,7 @@ errors. Writes training_curve.png.
 
 import argparse
 import pathlib
-from typing import Sequence
+from collections.abc import Sequence
 
 from experiments import figures
 from experiments.paper import frontier, methods
@@ -27,10 +27,15 @@ def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
         spread = methods.over_seeds(points, name)
         steps = sorted(step for _, step in spread)
         panel.errorbar(
-            steps, [spread[method, step][0] for step in steps],
-            yerr=[spread[method, step][1] for step in steps], capsize=2, markersize=3, linewidth=1,
-            label=f"{method}, {'beta' if method == frontier.DPO else 'target KL'} {setting:g}",
-            **figures.style(number))
+          steps,
+          [spread[method, step][0] for step in steps],
+          yerr=[spread[method, step][1] for step in steps],
+          capsize=2,
+          markersize=3,
+          linewidth=1,
+          label=f"{method}, {'beta' if method == frontier.DPO else 'target KL'} {setting:g}",
+          **figures.style(number),
+        )
       panel.set_xlabel("step" if method == frontier.DPO else "rollout of 1024 samples")
       panel.set_ylabel({"reward": "true reward", "kl": "KL, nats"}[name])
       if ours:

@@ -7,13 +7,15 @@ Every method is trained at each candidate, in the middle of its own axis and wit
 experiment uses, and measured along training. The best has the highest true reward at a KL that all are
 allowed, read off the straight lines between measurements; a run that never goes so far counts with its
 end. The reward model's best has the highest held-out accuracy; PPO with a learned reward is given what
-is best with the true one. What was chosen stands in `experiments.paper.frontier`. Writes tuning.jsonl and prints the table.
+is best with the true one. What was chosen stands in `experiments.paper.frontier`. Writes tuning.jsonl and
+prints the table.
 """
 
 import argparse
 import dataclasses
 import pathlib
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,36 +42,57 @@ class Search(NamedTuple):
 
 
 SEARCHES = {
-    "enumerable": Search((1e-3, 3e-3, 1e-2), (2e-3, 5e-3, 1e-2), 0.5, 0.1, 0.5, 1.0, 500, 15),
-    "sentiment": Search((1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3), 0.1, 0.1, 6.0, 6.0, 100, 10)}
+  "enumerable": Search((1e-3, 3e-3, 1e-2), (2e-3, 5e-3, 1e-2), 0.5, 0.1, 0.5, 1.0, 500, 15),
+  "sentiment": Search((1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3), 0.1, 0.1, 6.0, 6.0, 100, 10),
+}
 
 
 def run(world: World, plan: frontier.Plan, search: Search) -> list[Line]:
   """Returns a line for each method and candidate: the reward at the KL allowed, and what was best."""
+
   def on_comparisons(method, changes):
     return methods.trained(
-        world, method, {name: value for name, value in changes.items() if name != RATE}, seeds=(SEED,),
-        axis=RATE, values=search.rates, measure_every=search.measure_every, kind=f"tuning {method}")
+      world,
+      method,
+      {name: value for name, value in changes.items() if name != RATE},
+      seeds=(SEED,),
+      axis=RATE,
+      values=search.rates,
+      measure_every=search.measure_every,
+      kind=f"tuning {method}",
+    )
 
   curves = on_comparisons(frontier.DPO, plan.short_dpo | {"beta": search.beta})
-  curves += on_comparisons(frontier.UNLIKELIHOOD, frontier.unlikelihood_changes(plan) | {
-      "loss_options.alpha": search.alpha})
+  curves += on_comparisons(
+    frontier.UNLIKELIHOOD, frontier.unlikelihood_changes(plan) | {"loss_options.alpha": search.alpha}
+  )
   curves += on_comparisons(frontier.PREFERRED_FT, frontier.preferred_ft_changes(plan))
   curves += methods.ppo_runs(
-      world, frontier.PPO_GT, lambda seed: world.reward,
-      dataclasses.replace(plan.ppo, **{plan.ppo_axis: search.ppo_value}), seeds=(SEED,),
-      axis="learning_rate", values=search.ppo_rates, measure_every=search.ppo_measure_every,
-      kind=f"tuning {frontier.PPO_GT}")
-  models = {rate: methods.reward_model(world, plan.reward_model | {RATE: rate}, seed=SEED, kind=f"{rate:g}")
-            for rate in search.rates}
+    world,
+    frontier.PPO_GT,
+    lambda seed: world.reward,
+    dataclasses.replace(plan.ppo, **{plan.ppo_axis: search.ppo_value}),
+    seeds=(SEED,),
+    axis="learning_rate",
+    values=search.ppo_rates,
+    measure_every=search.ppo_measure_every,
+    kind=f"tuning {frontier.PPO_GT}",
+  )
+  models = {
+    rate: methods.reward_model(world, plan.reward_model | {RATE: rate}, seed=SEED, kind=f"{rate:g}")
+    for rate in search.rates
+  }
 
   runs = {}
   for line in curves:
     runs.setdefault((line["method"], line["setting"]), []).append(line)
-  lines = [{"method": method, "rate": rate, "reward": reward_at(points, search.kl), "kl": points[-1]["kl"]}
-           for (method, rate), points in runs.items()]
-  lines += [{"method": "Reward model", "rate": rate, "accuracy": model.accuracy}
-            for rate, model in models.items()]
+  lines = [
+    {"method": method, "rate": rate, "reward": reward_at(points, search.kl), "kl": points[-1]["kl"]}
+    for (method, rate), points in runs.items()
+  ]
+  lines += [
+    {"method": "Reward model", "rate": rate, "accuracy": model.accuracy} for rate, model in models.items()
+  ]
   return lines
 
 
@@ -87,10 +110,15 @@ def show(lines: Sequence[Line], kl: float) -> None:
     ours = [line for line in lines if line["method"] == method]
     worth = lambda line: line.get("accuracy", line.get("reward"))
     best = max(ours, key=worth)
-    cells = (f"{line['rate']:g}: {worth(line):.3f}" + (f" ({line['kl']:.2f})" if "kl" in line else "")
-             for line in ours)
-    print(f"| {method} | " + ", ".join(
-        f"**{cell}**" if line is best else cell for line, cell in zip(ours, cells)) + " |")
+    cells = (
+      f"{line['rate']:g}: {worth(line):.3f}" + (f" ({line['kl']:.2f})" if "kl" in line else "")
+      for line in ours
+    )
+    print(
+      f"| {method} | "
+      + ", ".join(f"**{cell}**" if line is best else cell for line, cell in zip(ours, cells))
+      + " |"
+    )
 
 
 def main():

@@ -11,7 +11,8 @@ trained on, questions of people (the paper's Table 1). Writes win_rate.jsonl and
 import argparse
 import math
 import pathlib
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,14 +37,25 @@ def wins(rewards: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 def line(method: str, setting: float, temperature: float, won: np.ndarray) -> Line:
   """Returns a line of the table: won comparisons [n], the error binomial."""
   rate = float(np.mean(won))
-  return {"method": method, "setting": setting, "temperature": temperature, "win_rate": rate,
-          "error": math.sqrt(rate * (1 - rate) / len(won)), "n": len(won)}
+  return {
+    "method": method,
+    "setting": setting,
+    "temperature": temperature,
+    "win_rate": rate,
+    "error": math.sqrt(rate * (1 - rate) / len(won)),
+    "n": len(won),
+  }
 
 
 def run(
-    made: sentiment.Made, asked: sentiment.Asked, policies: Sequence[tuple[str, float, Any]],
-    model: methods.RewardModel | None, *, temperatures: Sequence[float] = TEMPERATURES,
-    best_of: int = BEST_OF) -> list[Line]:
+  made: sentiment.Made,
+  asked: sentiment.Asked,
+  policies: Sequence[tuple[str, float, Any]],
+  model: methods.RewardModel | None,
+  *,
+  temperatures: Sequence[float] = TEMPERATURES,
+  best_of: int = BEST_OF,
+) -> list[Line]:
   """Judges every policy at every temperature against the texts themselves.
 
   Args:
@@ -70,8 +82,9 @@ def run(
 
 def questions(folder: pathlib.Path, pairs: str, count: int) -> sentiment.Asked:
   """Returns what people ask first in dialogues of HH: no two alike, and of at least eight words."""
-  asked = (text.partition(ASSISTANT)[0].removeprefix(HUMAN.rstrip())
-           for text in beta_ablation.chosen_texts(pairs))
+  asked = (
+    text.partition(ASSISTANT)[0].removeprefix(HUMAN.rstrip()) for text in beta_ablation.chosen_texts(pairs)
+  )
   texts = [" ".join(words) for words in map(str.split, dict.fromkeys(asked)) if len(words) >= 8]
   tokenizer = tokenization.load_tokenizer(str(folder / "tokenizer"))
   return sentiment.asked(tokenizer, texts[:count], np.random.default_rng(2))
@@ -85,23 +98,38 @@ def show(lines: Sequence[Line], axis: str = "temperature") -> None:
   of = {(each["method"], each["setting"], each[axis]): each for each in lines}
   for method, setting in dict.fromkeys((each["method"], each["setting"]) for each in lines):
     cells = [of[method, setting, place] for place in places]
-    print(f"| {method} | {setting:g} | " + " | ".join(
-        f"{cell['win_rate']:.3f} +- {cell['error']:.3f}" for cell in cells) + " |")
+    print(
+      f"| {method} | {setting:g} | "
+      + " | ".join(f"{cell['win_rate']:.3f} +- {cell['error']:.3f}" for cell in cells)
+      + " |"
+    )
 
 
 def plot(
-    lines: Sequence[Line], path: pathlib.Path, *, axis: str = "temperature",
-    label: str = "sampling temperature", against: str = "the sentence's own end",
-    scale: str = "linear") -> None:
+  lines: Sequence[Line],
+  path: pathlib.Path,
+  *,
+  axis: str = "temperature",
+  label: str = "sampling temperature",
+  against: str = "the sentence's own end",
+  scale: str = "linear",
+) -> None:
   """Draws win rate against temperature, or another number of the lines, a curve a policy."""
   figure, (panel,) = figures.panels(1, size=(5.6, 4.0))
   for number, (method, setting) in enumerate(
-      dict.fromkeys((each["method"], each["setting"]) for each in lines)):
+    dict.fromkeys((each["method"], each["setting"]) for each in lines)
+  ):
     points = [each for each in lines if (each["method"], each["setting"]) == (method, setting)]
     panel.errorbar(
-        [each[axis] for each in points], [each["win_rate"] for each in points],
-        yerr=[each["error"] for each in points], capsize=2, markersize=4, linewidth=1.2,
-        label=method, **figures.style(number))
+      [each[axis] for each in points],
+      [each["win_rate"] for each in points],
+      yerr=[each["error"] for each in points],
+      capsize=2,
+      markersize=4,
+      linewidth=1.2,
+      label=method,
+      **figures.style(number),
+    )
   panel.axhline(0.5, color="black", linewidth=0.6)
   panel.set_xscale(scale)
   panel.set_xlabel(label)
@@ -122,18 +150,23 @@ def main():
   with command(folder):
     made = sentiment.make(folder, arguments.sentences)
     plan = frontier.SENTIMENT
-    settings = ((frontier.DPO, arguments.beta), (frontier.PPO, arguments.target_kl),
-                (frontier.PPO_GT, arguments.target_kl), (frontier.PREFERRED_FT, 0.0))
+    settings = (
+      (frontier.DPO, arguments.beta),
+      (frontier.PPO, arguments.target_kl),
+      (frontier.PPO_GT, arguments.target_kl),
+      (frontier.PREFERRED_FT, 0.0),
+    )
     policies = [("SFT", 0.0, made.world.model.params)] + [
-        (method, setting, methods.load_policy(made.world, method, setting, 0))
-        for method, setting in settings]
+      (method, setting, methods.load_policy(made.world, method, setting, 0)) for method, setting in settings
+    ]
     lines = run(made, made.held_out, policies, methods.reward_model(made.world, plan.reward_model))
     elsewhere = []
     if arguments.pairs:
       asked = questions(folder, arguments.pairs, len(made.held_out.texts))
       elsewhere = run(made, asked, policies, None, temperatures=ELSEWHERE)
-    sweep.write_lines(folder / "win_rate.jsonl", lines + [
-        each | {"texts": "questions"} for each in elsewhere])
+    sweep.write_lines(
+      folder / "win_rate.jsonl", lines + [each | {"texts": "questions"} for each in elsewhere]
+    )
     plot(lines, folder / "win_rate.png")
   show(lines)
   if elsewhere:

@@ -34,6 +34,7 @@ def log_probs(model: Model, pairs: Pair) -> Pair:
     hidden = model(side.tokens)
     values = token_log_probs(hidden[:, :-1], model.head[...], side.tokens[:, 1:])
     return jnp.sum(values, axis=-1, where=side.mask[:, 1:])
+
   return Pair(*map(of, pairs))
 
 

@@ -30,14 +30,19 @@ class Model(nn.Module):
 
 
 def params_of(weights):
-  return {"params": {
-      "embed": {"embedding": weights["embedding"]}, "mix": {"kernel": weights["mix"]},
-      "head": {"kernel": weights["head"].T}}}
+  return {
+    "params": {
+      "embed": {"embedding": weights["embedding"]},
+      "mix": {"kernel": weights["mix"]},
+      "head": {"kernel": weights["head"].T},
+    }
+  }
 
 
 def log_probs(params, pairs: Pair) -> Pair:
-  return Pair(*(sequence_log_probs(Model().apply(params, side.tokens), side.tokens, side.mask)
-                for side in pairs))
+  return Pair(
+    *(sequence_log_probs(Model().apply(params, side.tokens), side.tokens, side.mask) for side in pairs)
+  )
 
 
 @jax.jit

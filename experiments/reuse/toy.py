@@ -36,17 +36,22 @@ def preferences(seed: int = 0, size: int = 128) -> Pair:
   mask = (np.arange(LENGTH) >= 3) & (np.arange(LENGTH) < end)
   score = np.where(mask, tokens, 0).sum(-1) / mask.sum(-1)
   chosen, pair = (score[1] > score[0]).astype(int), np.arange(size)
-  return Pair(*(Sequences(jnp.asarray(tokens[i, pair], jnp.int32), jnp.asarray(mask[i, pair]))
-                for i in (chosen, 1 - chosen)))
+  return Pair(
+    *(
+      Sequences(jnp.asarray(tokens[i, pair], jnp.int32), jnp.asarray(mask[i, pair]))
+      for i in (chosen, 1 - chosen)
+    )
+  )
 
 
 def weights(seed: int = 0) -> dict[str, jax.Array]:
   """Returns the weights that every example starts from."""
   embedding, mix, head = jax.random.split(jax.random.key(seed), 3)
   return {
-      "embedding": jax.random.normal(embedding, (VOCABULARY, WIDTH)),
-      "mix": jax.random.normal(mix, (2 * WIDTH, WIDTH)) / np.sqrt(2 * WIDTH),
-      "head": jax.random.normal(head, (VOCABULARY, WIDTH)) / np.sqrt(WIDTH)}
+    "embedding": jax.random.normal(embedding, (VOCABULARY, WIDTH)),
+    "mix": jax.random.normal(mix, (2 * WIDTH, WIDTH)) / np.sqrt(2 * WIDTH),
+    "head": jax.random.normal(head, (VOCABULARY, WIDTH)) / np.sqrt(WIDTH),
+  }
 
 
 def mean_so_far(embedded: jax.Array) -> jax.Array:
@@ -63,6 +68,8 @@ def measure(policy: Pair, reference: Pair, *, beta: float) -> tuple[jax.Array, j
 def show(curve: Curve, accuracy: jax.Array) -> None:
   """Prints every tenth step, and the accuracy on pairs that were not trained on."""
   for step in [*range(0, len(curve.loss), 10), len(curve.loss) - 1]:
-    print(f"step {step:2d}  loss {curve.loss[step]:.4f}  accuracy {curve.accuracy[step]:.2f}  "
-          f"margin {curve.margin[step]:+.3f}")
+    print(
+      f"step {step:2d}  loss {curve.loss[step]:.4f}  accuracy {curve.accuracy[step]:.2f}  "
+      f"margin {curve.margin[step]:+.3f}"
+    )
   print(f"held-out accuracy {accuracy:.2f}")

@@ -25,8 +25,11 @@ import tempfile
 import time
 import traceback
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-               + " --xla_force_host_platform_device_count=1"}
+os.environ |= {
+  "JAX_PLATFORMS": "cpu",
+  "HF_HUB_OFFLINE": "1",
+  "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1",
+}
 
 from tests.chaos import scenarios
 
@@ -78,9 +81,15 @@ class Run:
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
-    return [self.start(i, **{
-        "parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2,
-        "parallel.process_id": i} | changes | ((of_one or {}) if i else {})) for i in range(2)]
+    return [
+      self.start(
+        i,
+        **{"parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2, "parallel.process_id": i}
+        | changes
+        | ((of_one or {}) if i else {}),
+      )
+      for i in range(2)
+    ]
 
   def log(self, number=0):
     return self.folder / f"log{number}"
@@ -153,7 +162,15 @@ def check_the_other(run, other, number):
 def expected(line):
   """Whether a line is one of a run that goes well."""
   of_every_run = (
-      "step ", "training ", "  ", "[Gloo]", "[transformers]", "continuing from", "removed from", "waiting for")
+    "step ",
+    "training ",
+    "  ",
+    "[Gloo]",
+    "[transformers]",
+    "continuing from",
+    "removed from",
+    "waiting for",
+  )
   return line.startswith(of_every_run) or "comparisons" in line or "held out by" in line
 
 
@@ -236,9 +253,10 @@ def rivals(name, world, folder, rng, whole):
 def differing(world, folder, chosen):
   """Starts two processes that were given different things; both have to say so before step 1."""
   for what, changes, line in (
-      ("another data file", {"path": str(world / "others.jsonl")}, "process 1 has training data with digest"),
-      ("another config", {"beta": 0.5}, "process 1 has config.beta 0.5, process 0 0.1"),
-      ("another jax", {"versions": {"jax": "0.9.9"}}, "process 1 has jax '0.9.9', process 0 '")):
+    ("another data file", {"path": str(world / "others.jsonl")}, "process 1 has training data with digest"),
+    ("another config", {"beta": 0.5}, "process 1 has config.beta 0.5, process 0 0.1"),
+    ("another jax", {"versions": {"jax": "0.9.9"}}, "process 1 has jax '0.9.9', process 0 '"),
+  ):
     if not chosen(what):
       continue
     run = Run("two", world, folder / what.replace(" ", "_"))
@@ -256,11 +274,12 @@ def stopped(world, folder, whole, lost_after, chosen):
   """Kills, stops and stalls one process of two while they train; the same command has to continue."""
   lost = lambda victim, how: f"error: process {victim} (pid {{pid}} on {{host}}) {how} "
   for what, victim, number, said in (
-      ("kill -9 of process 0", 0, signal.SIGKILL, lost(0, "is gone; step")),
-      ("kill -9 of process 1", 1, signal.SIGKILL, lost(1, "is gone; step")),
-      ("SIGTERM of process 1", 1, signal.SIGTERM, "error: stopped by a signal after step "),
-      ("SIGSTOP of process 0", 0, signal.SIGSTOP, lost(0, "has been silent for")),
-      ("SIGSTOP of process 1", 1, signal.SIGSTOP, lost(1, "has been silent for"))):
+    ("kill -9 of process 0", 0, signal.SIGKILL, lost(0, "is gone; step")),
+    ("kill -9 of process 1", 1, signal.SIGKILL, lost(1, "is gone; step")),
+    ("SIGTERM of process 1", 1, signal.SIGTERM, "error: stopped by a signal after step "),
+    ("SIGSTOP of process 0", 0, signal.SIGSTOP, lost(0, "has been silent for")),
+    ("SIGSTOP of process 1", 1, signal.SIGSTOP, lost(1, "has been silent for")),
+  ):
     if not chosen(what):
       continue
     run = Run("two", world, folder / what.replace(" ", "_"), slow=0.25)
@@ -315,8 +334,7 @@ def main():
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", default="")
   options = parser.parse_args()
-  rng, seen, ended, times, tried, told = (
-      random.Random(options.seed), collections.Counter(), {}, [], {}, [])
+  rng, seen, ended, times, tried, told = (random.Random(options.seed), collections.Counter(), {}, [], {}, [])
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     world = folder / "world"
@@ -341,7 +359,8 @@ def main():
         if each == "two" and options.faults:
           wanted = lambda what: options.faults == "all" or what in options.faults.split(",")
           for line in itertools.chain(
-              differing(world, folder, wanted), stopped(world, folder, whole, options.lost_after, wanted)):
+            differing(world, folder, wanted), stopped(world, folder, whole, options.lost_after, wanted)
+          ):
             print(line, flush=True)
             told.append(line)
         if each in ("train", "sample") and options.rivals:

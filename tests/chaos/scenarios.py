@@ -24,6 +24,7 @@ from dpojax.sample import files
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator
 from dpojax.training import checkpoint, reference, throughput
+from dpojax.training.log import Log
 from dpojax.training.metrics import read_metrics
 from tests import worlds
 
@@ -39,13 +40,22 @@ def make_world(folder, with_reward):
   train.run(worlds.run_config("sft", **_given(folder, folder), steps=20, **small), folder / "sft")
   if not with_reward:
     return
-  train.run(worlds.run_config("reward", **_given(folder, folder), steps=6, **small, **{
-      "model.checkpoint": str(folder / "sft"), "checkpoint_best": ""}), folder / "reward")
+  train.run(
+    worlds.run_config(
+      "reward",
+      **_given(folder, folder),
+      steps=6,
+      **small,
+      **{"model.checkpoint": str(folder / "sft"), "checkpoint_best": ""},
+    ),
+    folder / "reward",
+  )
 
 
 def _given(world, folder):
-  return dict(tokenizer=str(world / "words"), path=str(world / "pairs.jsonl"),
-              cache_dir=str(folder / "cache"))
+  return dict(
+    tokenizer=str(world / "words"), path=str(world / "pairs.jsonl"), cache_dir=str(folder / "cache")
+  )
 
 
 def run_train(world, folder, **changes):
@@ -54,9 +64,19 @@ def run_train(world, folder, **changes):
   if versions := changes.pop("versions", None):
     real = processes.versions()
     processes.versions = lambda: real | versions
-  config = worlds.run_config("dpo", **_given(world, folder) | {
-      "model.checkpoint": str(world / "sft"), "reference.mode": "stored", "steps": 12, "eval_every": 4,
-      "checkpoint_every": 2, "check_memory": False} | changes)
+  config = worlds.run_config(
+    "dpo",
+    **_given(world, folder)
+    | {
+      "model.checkpoint": str(world / "sft"),
+      "reference.mode": "stored",
+      "steps": 12,
+      "eval_every": 4,
+      "checkpoint_every": 2,
+      "check_memory": False,
+    }
+    | changes,
+  )
   with command():
     train.join_processes(config)
     train.run(config, workdir)
@@ -73,13 +93,28 @@ def run_two(world, folder, **changes):
 def run_ppo(world, folder):
   config = importlib.import_module("configs.ppo").get_config()
   with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict({
-        "model.checkpoint": str(world / "sft"), "ppo.reward": str(world / "reward"),
-        "data.path": str(world / "pairs.jsonl"), "data.cache_dir": str(folder / "cache"),
-        "data.max_length": 32, "data.eval_size": 16, "data.max_prompt_length": 4, "row_length": 64,
-        "steps": 6, "batch_size": 8, "eval_every": 3, "checkpoint_every": 1, "log_every": 1,
-        "ppo.num_samples": 2, "ppo.max_new_tokens": 4, "ppo.epochs": 1, "ppo.minibatches": 2,
-        "ppo.target_kl": 0.0})
+    config.update_from_flattened_dict(
+      {
+        "model.checkpoint": str(world / "sft"),
+        "ppo.reward": str(world / "reward"),
+        "data.path": str(world / "pairs.jsonl"),
+        "data.cache_dir": str(folder / "cache"),
+        "data.max_length": 32,
+        "data.eval_size": 16,
+        "data.max_prompt_length": 4,
+        "row_length": 64,
+        "steps": 6,
+        "batch_size": 8,
+        "eval_every": 3,
+        "checkpoint_every": 1,
+        "log_every": 1,
+        "ppo.num_samples": 2,
+        "ppo.max_new_tokens": 4,
+        "ppo.epochs": 1,
+        "ppo.minibatches": 2,
+        "ppo.target_kl": 0.0,
+      }
+    )
   with command():
     ppo.run(config, folder / "run")
     _tell(folder, _of_run(folder / "run", 6))
@@ -88,8 +123,13 @@ def run_ppo(world, folder):
 def run_sample(world, folder):
   with command():
     files.run(
-        str(world / "sft"), str(world / "pairs.jsonl"), str(folder / "samples.jsonl"),
-        Draw(num_samples=2, max_new_tokens=6), batch_size=4, limit=100)
+      str(world / "sft"),
+      str(world / "pairs.jsonl"),
+      str(folder / "samples.jsonl"),
+      Draw(num_samples=2, max_new_tokens=6),
+      batch_size=4,
+      limit=100,
+    )
     _tell(folder, {"samples": _sha((folder / "samples.jsonl").read_bytes())})
 
 
@@ -97,11 +137,19 @@ RUNS = {"train": run_train, "two": run_two, "ppo": run_ppo, "sample": run_sample
 """Scenarios by name."""
 
 PHASES = {
-    "train": ("preparing", "tokenizing", "storing a reference", "restoring", "evaluating", "training",
-              "saving"),
-    "two": ("storing a reference", "restoring", "evaluating", "training", "saving"),
-    "ppo": ("preparing", "restoring", "evaluating", "PPO step", "saving"),
-    "sample": ("sampling",)}
+  "train": (
+    "preparing",
+    "tokenizing",
+    "storing a reference",
+    "restoring",
+    "evaluating",
+    "training",
+    "saving",
+  ),
+  "two": ("storing a reference", "restoring", "evaluating", "training", "saving"),
+  "ppo": ("preparing", "restoring", "evaluating", "PPO step", "saving"),
+  "sample": ("sampling",),
+}
 """What a scenario does, and a kill can be aimed at."""
 
 
@@ -109,8 +157,10 @@ def _of_run(workdir, step):
   manager = checkpoint.Checkpoints(workdir, keep=0)
   state, _ = manager.restore_arrays(step)
   manager.close()
-  bits = [(jax.tree_util.keystr(path), str(leaf.dtype), leaf.shape, _sha(leaf.tobytes()))
-          for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+  bits = [
+    (jax.tree_util.keystr(path), str(leaf.dtype), leaf.shape, _sha(leaf.tobytes()))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  ]
   metrics = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
   return {"state": _sha(json.dumps(bits).encode()), "metrics": _sha(json.dumps(metrics).encode())}
 
@@ -141,6 +191,7 @@ def _sha(data):
 
 # What a run is doing, written where it can be read after a kill.
 
+
 class Phase:
   """The present phase of this process, in a file."""
 
@@ -168,9 +219,11 @@ def watch_phases(path, slow):
 
   def told(owner, name, what):
     original = getattr(owner, name)
+
     def telling(*args, **kwargs):
       with phase.during(what):
         return original(*args, **kwargs)
+
     setattr(owner, name, telling)
 
   told(builders, "prepare", "preparing")
@@ -182,13 +235,15 @@ def watch_phases(path, slow):
   for name in ("save", "wait"):
     told(checkpoint.Checkpoints, name, "saving")
   told(checkpoint.Checkpoints, "restore", "restoring")
-  make_evaluate, advance = train.make_evaluate, train.Log.advance
+  make_evaluate, advance = train.make_evaluate, Log.advance
 
   def telling_evaluate(*args, **kwargs):
     evaluate = make_evaluate(*args, **kwargs)
+
     def telling(*args):
       with phase.during("evaluating"):
         return evaluate(*args)
+
     return telling
 
   def slowly(*args, **kwargs):
@@ -196,5 +251,5 @@ def watch_phases(path, slow):
     time.sleep(slow)
     advance(*args, **kwargs)
 
-  train.make_evaluate, train.Log.advance = telling_evaluate, slowly
+  train.make_evaluate, Log.advance = telling_evaluate, slowly
   reference._FLUSH = 1

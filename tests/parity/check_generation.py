@@ -36,7 +36,7 @@ def greedy_here(config, params, prompts):
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   padded = np.zeros((len(prompts), max(lengths)), np.int32)
   for row, prompt in zip(padded, prompts):
-    row[:len(prompt)] = prompt
+    row[: len(prompt)] = prompt
   config, params = transformer.unrolled(config, params)
   sample = jax.jit(sampler.make_sampler(config, max_new_tokens=NEW_TOKENS))
   return np.asarray(sample(params, padded, lengths, jax.random.key(0), 0.0).tokens)[:, 0]
@@ -46,11 +46,14 @@ def greedy_there(folder, prompts):
   """The same from transformers, each prompt alone."""
   model = load(folder)
   model.generation_config.eos_token_id = None  # nothing ends a text, and no id is held back for it
-  settings = transformers.GenerationConfig(
-      max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+  settings = transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
   with torch.no_grad():
-    return np.array([model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt):]
-                     .numpy() for prompt in prompts])
+    return np.array(
+      [
+        model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].numpy()
+        for prompt in prompts
+      ]
+    )
 
 
 def check_family(case, scratch):
@@ -67,9 +70,16 @@ def check_family(case, scratch):
   agree = total = ids = 0
   prompts = [[3, 4, 5], [7, 1, 9, 2, 8], [11]]
   for name, changes in {"all": {}, "adapter": {"lora.rank": 2}}.items():
-    train.run(worlds.run_config("dpo", str(scratch / "tokenizer"), path, scratch / "cache", **{
-        "model.checkpoint": str(scratch / "base"), "eval_every": 0, "log_every": 4} | changes),
-        scratch / name)
+    train.run(
+      worlds.run_config(
+        "dpo",
+        str(scratch / "tokenizer"),
+        path,
+        scratch / "cache",
+        **{"model.checkpoint": str(scratch / "base"), "eval_every": 0, "log_every": 4} | changes,
+      ),
+      scratch / name,
+    )
     writer.export(scratch / name, scratch / f"{name}_hf")
     policy = checkpoint.load_policy(scratch / name)
     here = greedy_here(policy.config, policy.params, prompts)
@@ -88,8 +98,14 @@ def check_stops(scratch):
   worlds.save_tokenizer(scratch / "tokenizer")
   path = worlds.write_jsonl(scratch / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 80))
   given = ("sft", str(scratch / "tokenizer"), path, scratch / "cache")
-  changes = {"model.checkpoint": str(scratch / "base"), "eval_every": 0, "log_every": 40, "steps": 80,
-             "checkpoint_every": 80, "optimizer.learning_rate": 2e-2}
+  changes = {
+    "model.checkpoint": str(scratch / "base"),
+    "eval_every": 0,
+    "log_every": 40,
+    "steps": 80,
+    "checkpoint_every": 80,
+    "optimizer.learning_rate": 2e-2,
+  }
   wrong = []
   for name, adapter in {"all": {}, "adapter": {"lora.rank": 4}}.items():
     train.run(worlds.run_config(*given, **changes | adapter), scratch / name)
@@ -108,8 +124,9 @@ def check_stops(scratch):
       settings.max_new_tokens, settings.do_sample = 24, False
       text = model.generate(**prompts, generation_config=settings)
       stopped = [row[3:].tolist().index(0) + 1 if 0 in row[3:] else None for row in text]
-      print(f"{said}: stops at {settings.eos_token_id}; {text.shape[1] - 3} tokens, the first 0 is at "
-            f"{stopped}")
+      print(
+        f"{said}: stops at {settings.eos_token_id}; {text.shape[1] - 3} tokens, the first 0 is at {stopped}"
+      )
       if said != "as the base's" and (None in stopped or text.shape[1] - 3 != max(stopped)):
         wrong.append(said)
       if said == "as the base's" and text.shape[1] - 3 != 24:
@@ -120,8 +137,9 @@ def check_stops(scratch):
 def check_folders(out):
   """Compares the logits of the folders of a run on the prompt of a pair."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(out / "all_params_hf")
-  tokens = np.array([tokenizer("\n\nHuman: How do I make tea?\n\nAssistant: Boil water, then")[
-      "input_ids"]], np.int32)
+  tokens = np.array(
+    [tokenizer("\n\nHuman: How do I make tea?\n\nAssistant: Boil water, then")["input_ids"]], np.int32
+  )
   wrong = []
   for name in ("all_params", "adapter"):
     policy = checkpoint.load_policy(out / name)
@@ -155,8 +173,11 @@ def main():
     for case in options.cases or models.CASES:
       with tempfile.TemporaryDirectory() as scratch:
         agree, total, ids = check_family(case, pathlib.Path(scratch))
-      print(f"{case}: {agree} of {total} greedy texts of {NEW_TOKENS} tokens agree, with {ids:.0f} "
-            "different ids each", flush=True)
+      print(
+        f"{case}: {agree} of {total} greedy texts of {NEW_TOKENS} tokens agree, with {ids:.0f} "
+        "different ids each",
+        flush=True,
+      )
       if agree < total:
         wrong.append(case)
   if wrong:

@@ -32,15 +32,21 @@ def rows_of(tokens):
   one = np.ones_like(tokens)
   nothing = np.zeros((count, 1), np.int32)
   return packing.Rows(
-      tokens=tokens, positions=np.tile(np.arange(length, dtype=np.int32), (count, 1)),
-      comparison=one, branch=0 * one, source=nothing, target=nothing, slot=nothing, example=nothing)
+    tokens=tokens,
+    positions=np.tile(np.arange(length, dtype=np.int32), (count, 1)),
+    comparison=one,
+    branch=0 * one,
+    source=nothing,
+    target=nothing,
+    slot=nothing,
+    example=nothing,
+  )
 
 
 def adapter_of(config, spec):
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(lambda: lora.init_adapter(config, spec, jax.random.key(0)))
-  return jax.tree.map(
-      lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32), shapes)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32), shapes)
 
 
 def logits_here(config, params, spec, tokens):
@@ -79,9 +85,17 @@ def check(case, scratch):
     yield f"{name} projections read again", np.abs(here - merged).max(), np.abs(here - alone).max()
 
   torch.manual_seed(0)
-  drawn = theirs.get_peft_model(load(scratch / "base"), theirs.LoraConfig(
-      r=2, lora_alpha=6, target_modules="all-linear", use_rslora=True, init_lora_weights=False,
-      task_type="CAUSAL_LM"))
+  drawn = theirs.get_peft_model(
+    load(scratch / "base"),
+    theirs.LoraConfig(
+      r=2,
+      lora_alpha=6,
+      target_modules="all-linear",
+      use_rslora=True,
+      init_lora_weights=False,
+      task_type="CAUSAL_LM",
+    ),
+  )
   drawn.peft_config["default"].base_model_name_or_path = str(scratch / "base")
   drawn.save_pretrained(scratch / "drawn")
   whole = hf.load(scratch / "drawn")

@@ -50,14 +50,16 @@ def vectors_of(model, parameters):
     log_probs = torch.log_softmax(logits[-1], -1)[positions - 1, tokens[0, positions]]
     loss = loss + (torch.tensor(models.weight(i, positions.numpy())) * log_probs).sum()
   grads = torch.autograd.grad(loss, list(parameters.values()))
-  return {"hidden": torch.cat(hidden).detach().numpy(), "logits": torch.cat(logits).detach().numpy(),
-          "grads": torch.cat([grad.reshape(-1) for grad in grads]).float().numpy()}
+  return {
+    "hidden": torch.cat(hidden).detach().numpy(),
+    "logits": torch.cat(logits).detach().numpy(),
+    "grads": torch.cat([grad.reshape(-1) for grad in grads]).float().numpy(),
+  }
 
 
 def make():
   """All cases' vectors, and what is to be known of them."""
-  about = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0],
-           "tensors": {}}
+  about = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0], "tensors": {}}
   cases = {}
   for name in models.CASES:
     model, parameters = model_of(name)
@@ -80,18 +82,24 @@ def wrong_exports(scratch):
     config, params = hf.load(folder / "theirs")
     hf.save(folder / "ours", config, params)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "ours", attn_implementation="eager", output_loading_info=True)
+      folder / "ours", attn_implementation="eager", output_loading_info=True
+    )
     with torch.no_grad():
       want = model(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
       got = again(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
     state, other = model.state_dict(), again.state_dict()
-    if any(len(names) for names in report.values()) or state.keys() != other.keys() or any(
-        not torch.equal(state[key], other[key]) for key in state) or not np.array_equal(want, got):
+    if (
+      any(len(names) for names in report.values())
+      or state.keys() != other.keys()
+      or any(not torch.equal(state[key], other[key]) for key in state)
+      or not np.array_equal(want, got)
+    ):
       wrong.append(f"{name}: transformers reads the export otherwise, {report}")
     position = jnp.broadcast_to(jnp.arange(24), tokens.shape)
     one = jnp.ones_like(position)
     hidden = transformer.Transformer(config).apply(
-        {"params": params}, jnp.asarray(tokens), position, one, 0 * one)
+      {"params": params}, jnp.asarray(tokens), position, one, 0 * one
+    )
     apart = np.abs(logits_of(hidden, transformer.make_head(config, params)) - want).max()
     print(f"{name}: live logits are {apart:.1e} apart")
     if apart > 1e-4:
@@ -107,21 +115,34 @@ def wrong_frequencies():
     if values["model_type"] not in ("llama", "qwen2", "qwen3"):
       continue
     longest = values["max_position_embeddings"]
-    for scaling in (values.get("rope_scaling"), {"rope_type": "linear", "factor": 4.0},
-                    {"rope_type": "dynamic", "factor": 4.0},
-                    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": longest},
-                    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096,
-                     "beta_fast": 16, "beta_slow": 2, "truncate": False, "attention_factor": 1.5}):
+    for scaling in (
+      values.get("rope_scaling"),
+      {"rope_type": "linear", "factor": 4.0},
+      {"rope_type": "dynamic", "factor": 4.0},
+      {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": longest},
+      {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "truncate": False,
+        "attention_factor": 1.5,
+      },
+    ):
       if scaling is None:
         continue
       changed = {key: value for key, value in values.items() if key != "architectures"} | {
-          "rope_scaling": dict(scaling)}
+        "rope_scaling": dict(scaling)
+      }
       ours = read_config(changed)
       theirs = transformers.AutoConfig.for_model(changed.pop("model_type"), **changed)
       want, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
       got = rotary.frequencies(ours.head_size, ours.rope_theta, ours.rope_scaling)
-      if not (np.allclose(got, want.numpy(), rtol=1e-5, atol=0)
-              and np.isclose(ours.rope_scaling.magnitude, magnitude)):
+      if not (
+        np.allclose(got, want.numpy(), rtol=1e-5, atol=0)
+        and np.isclose(ours.rope_scaling.magnitude, magnitude)
+      ):
         wrong.append(f"{name} with {scaling}: {np.abs(got / want.numpy() - 1).max():.1e} apart")
   return wrong
 
@@ -131,8 +152,12 @@ def moved(old, new):
   rounding = lambda array: 2e-5 * max(0.5, np.abs(array).max())
   if old.keys() != new.keys():
     return [f"the cases: {sorted(old.keys() ^ new.keys())}"]
-  return [f"{case}/{key}" for case in new for key in new[case]
-          if not np.allclose(old[case][key], new[case][key], rtol=1e-4, atol=rounding(old[case][key]))]
+  return [
+    f"{case}/{key}"
+    for case in new
+    for key in new[case]
+    if not np.allclose(old[case][key], new[case][key], rtol=1e-4, atol=rounding(old[case][key]))
+  ]
 
 
 def main():
@@ -146,10 +171,11 @@ def main():
   stored, old = models.load_vectors()
   changes = moved(old, cases)
   if changes:
-    sys.exit(f"moved since transformers {stored['transformers']}, now {about['transformers']}:\n"
-             + "\n".join(changes))
-  print(f"{len(cases)} models have not moved: transformers {about['transformers']}, "
-        f"torch {about['torch']}")
+    sys.exit(
+      f"moved since transformers {stored['transformers']}, now {about['transformers']}:\n"
+      + "\n".join(changes)
+    )
+  print(f"{len(cases)} models have not moved: transformers {about['transformers']}, torch {about['torch']}")
   jax.config.update("jax_platforms", "cpu")
   with tempfile.TemporaryDirectory() as scratch:
     wrong = wrong_exports(pathlib.Path(scratch)) + wrong_frequencies()

@@ -11,7 +11,7 @@ import pathlib
 import sys
 import urllib.error
 import urllib.request
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import requests
 import tensorflow_datasets as tfds
@@ -25,8 +25,10 @@ from dpojax.runtime import digests
 from dpojax.runtime.disk import DiskError
 from dpojax.runtime.ownership import owned
 
-BUILDERS = {builder.name: builder for builder in (
-    hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)}
+BUILDERS = {
+  builder.name: builder
+  for builder in (hh.HH, imdb.IMDb, jsonl.Jsonl, shp.SHP, stack_exchange.StackExchange, tldr.TLDR)
+}
 """Names that `data.source` takes."""
 
 DATA_DIR = "~/.cache/dpojax/prepared"
@@ -46,8 +48,14 @@ class Comparisons(Sequence[Example]):
   """
 
   def __init__(
-      self, records: Sequence[dict], *, source: str, fingerprint: str, report: dict,
-      problems: dict[str, str] | None = None):
+    self,
+    records: Sequence[dict],
+    *,
+    source: str,
+    fingerprint: str,
+    report: dict,
+    problems: dict[str, str] | None = None,
+  ):
     self._records = records
     self.source = source
     self.fingerprint = fingerprint
@@ -64,8 +72,14 @@ class Comparisons(Sequence[Example]):
 
 
 def prepare(
-    source: str, *, path: Path | Sequence[Path] = "", config: str = "",
-    data_dir: Path = DATA_DIR, on_error: str = "skip", split: str = "train", form: str = "",
+  source: str,
+  *,
+  path: Path | Sequence[Path] = "",
+  config: str = "",
+  data_dir: Path = DATA_DIR,
+  on_error: str = "skip",
+  split: str = "train",
+  form: str = "",
 ) -> Comparisons:
   """Returns a data set's comparisons, prepared on the first call and read from disk afterwards.
 
@@ -93,15 +107,18 @@ def prepare(
   if on_error not in ("skip", "raise"):
     raise DataError(f"data.on_error is {on_error!r}; it is 'skip' or 'raise'")
   if form and (source != jsonl.Jsonl.name or form not in records_lib.FORMS):
-    raise DataError(f"data.form is {form!r} and data.source {source!r}; with 'jsonl' it is one of "
-                    f"{', '.join(records_lib.FORMS)}, else empty")
+    raise DataError(
+      f"data.form is {form!r} and data.source {source!r}; with 'jsonl' it is one of "
+      f"{', '.join(records_lib.FORMS)}, else empty"
+    )
   root = pathlib.Path(data_dir or DATA_DIR).expanduser()
   builder_class = BUILDERS[source]
   if path:
     files = local_files(path, split)
     version = [digest(file) for file in files] + [form] * bool(form)
     chosen = base.LocalFiles(
-        name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error, form=form)
+      name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error, form=form
+    )
     split = "train"
   else:
     chosen = _published(builder_class, config)
@@ -115,20 +132,21 @@ def prepare(
   with _quiet():
     records = builder.as_data_source(split=split)
   return Comparisons(
-      records, source=source, report=found[split]["report"], problems=found[split]["problems"],
-      fingerprint=_sha256(
-          [source, str(builder.version), split, found[split]["files"]] + [form] * bool(form)))
+    records,
+    source=source,
+    report=found[split]["report"],
+    problems=found[split]["problems"],
+    fingerprint=_sha256([source, str(builder.version), split, found[split]["files"]] + [form] * bool(form)),
+  )
 
 
 def _published(builder_class: type, name: str) -> tfds.core.BuilderConfig:
   configs = {config.name: config for config in builder_class.BUILDER_CONFIGS}
   if not configs:
-    raise DataError(
-        f"data.source={builder_class.name!r} reads local files; set data.path to .jsonl files")
+    raise DataError(f"data.source={builder_class.name!r} reads local files; set data.path to .jsonl files")
   name = name or next(iter(configs))
   if name not in configs:
-    raise DataError(
-        f"data.config is {name!r}; {builder_class.name} has {', '.join(configs)}")
+    raise DataError(f"data.config is {name!r}; {builder_class.name} has {', '.join(configs)}")
   return configs[name]
 
 
@@ -148,8 +166,8 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.P
       if not isinstance(config, base.LocalFiles):
         _check_reachable(builder)
       builder.download_and_prepare(
-          download_dir=root / "downloads",
-          download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+        download_dir=root / "downloads", download_config=tfds.download.DownloadConfig(compute_stats="skip")
+      )
   except DataError:
     raise
   except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
@@ -159,8 +177,9 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.P
       return make()
     if isinstance(error, (OSError, DiskError)) or "() failed: " in str(error):  # as ArrayRecord says it
       raise DataError(
-          f"could not write prepared data to {root} ({error}); free space there, or set "
-          "data.cache_dir to a folder with room") from error
+        f"could not write prepared data to {root} ({error}); free space there, or set "
+        "data.cache_dir to a folder with room"
+      ) from error
     raise
   return builder
 
@@ -179,8 +198,9 @@ def _check_reachable(builder: base.ComparisonBuilder):
 def _unreachable(builder: base.ComparisonBuilder, error: Exception) -> DataError:
   urls = [url for of_split in builder.urls().values() for url in of_split]
   return DataError(
-      f"{builder.name} cannot be downloaded ({error}); without a network, fetch its files "
-      f"elsewhere ({urls[0]}{' and others' if len(urls) > 1 else ''}) and set data.path to them")
+    f"{builder.name} cannot be downloaded ({error}); without a network, fetch its files "
+    f"elsewhere ({urls[0]}{' and others' if len(urls) > 1 else ''}) and set data.path to them"
+  )
 
 
 @contextlib.contextmanager

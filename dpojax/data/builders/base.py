@@ -4,7 +4,8 @@ import abc
 import collections
 import dataclasses
 import json
-from typing import Any, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -55,17 +56,20 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=type(self).__doc__,
-        features=tfds.features.FeaturesDict({
-            "prompt": tfds.features.Text(),
-            "responses": tfds.features.Sequence(tfds.features.Text()),
-            "conversational": np.bool_,
-            "tools": tfds.features.Text(),
-            "arguments": tfds.features.Text(),
-        }),
-        metadata=tfds.core.MetadataDict(),
-        disable_shuffling=True)
+      builder=self,
+      description=type(self).__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          "prompt": tfds.features.Text(),
+          "responses": tfds.features.Sequence(tfds.features.Text()),
+          "conversational": np.bool_,
+          "tools": tfds.features.Text(),
+          "arguments": tfds.features.Text(),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(),
+      disable_shuffling=True,
+    )
 
   def _download_and_prepare(self, dl_manager: tfds.download.DownloadManager, *args, **kwargs) -> None:
     """Adds digests of all files, before TFDS renames the folder to its place."""
@@ -77,8 +81,10 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
     local = isinstance(self.builder_config, LocalFiles)
     paths = {"train": self.builder_config.files} if local else self.download(dl_manager)
-    return {split: self._generate_examples(split, [str(path) for path in of_split])
-            for split, of_split in paths.items()}
+    return {
+      split: self._generate_examples(split, [str(path) for path in of_split])
+      for split, of_split in paths.items()
+    }
 
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
@@ -100,11 +106,15 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
       counts = ", ".join(f"{reason} {count}" for reason, count in sorted(report.counts.items()))
       first = f"; first: {first_problem}" if first_problem else ""
       raise DataError(
-          f"no usable record in {', '.join(paths)} ({counts}{first}); check data.source, data.form and the "
-          "files")
+        f"no usable record in {', '.join(paths)} ({counts}{first}); check data.source, data.form and the "
+        "files"
+      )
     self.info.metadata[split] = {
-        "report": report.as_dict(), "first_problem": first_problem, "problems": problems,
-        "files": [digest(path) for path in paths]}
+      "report": report.as_dict(),
+      "first_problem": first_problem,
+      "problems": problems,
+      "files": [digest(path) for path in paths],
+    }
 
   def _results(self, record: Any) -> Iterator[Example | Reading | RecordError]:
     if isinstance(record, RecordError):
@@ -144,18 +154,23 @@ def encode(example: Example) -> dict:
   conversational = not isinstance(example.prompt, str)
   text = json.dumps if conversational else str
   return {
-      "prompt": text(example.prompt), "responses": list(map(text, example.responses)),
-      "conversational": conversational,
-      "tools": json.dumps(example.tools), "arguments": json.dumps(example.arguments)}
+    "prompt": text(example.prompt),
+    "responses": list(map(text, example.responses)),
+    "conversational": conversational,
+    "tools": json.dumps(example.tools),
+    "arguments": json.dumps(example.arguments),
+  }
 
 
 def decode(features: dict) -> Example:
   """Returns the example of its features."""
   text = json.loads if features["conversational"] else str
   return Example(
-      text(features["prompt"].decode()),
-      tuple(text(response.decode()) for response in features["responses"]),
-      json.loads(features["tools"]), json.loads(features["arguments"]))
+    text(features["prompt"].decode()),
+    tuple(text(response.decode()) for response in features["responses"]),
+    json.loads(features["tools"]),
+    json.loads(features["arguments"]),
+  )
 
 
 FIX = "drop the record or set data.on_error='skip'"

@@ -23,8 +23,7 @@ class HH(base.ComparisonBuilder, skip_registration=True):
   def urls(self) -> dict[str, list[str]]:
     chosen = self.builder_config.name
     subsets = SUBSETS if chosen == "all" else (chosen,)
-    return {split: [f"{URL}/{subset}/{split}.jsonl.gz" for subset in subsets]
-            for split in ("train", "test")}
+    return {split: [f"{URL}/{subset}/{split}.jsonl.gz" for subset in subsets] for split in ("train", "test")}
 
   def parse(self, record: Any) -> list[examples.Example]:
     chosen, rejected = (examples.get(record, key, str) for key in ("chosen", "rejected"))

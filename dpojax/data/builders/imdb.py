@@ -33,8 +33,10 @@ class IMDb(base.ComparisonBuilder, skip_registration=True):
 
   def download(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[str]]:
     lists = dl_manager.download(self.urls())
-    return {split: dl_manager.download(json.loads(pathlib.Path(path).read_text()))
-            for split, (path,) in lists.items()}
+    return {
+      split: dl_manager.download(json.loads(pathlib.Path(path).read_text()))
+      for split, (path,) in lists.items()
+    }
 
   def parse(self, record: Any) -> list[examples.Example]:
     text = re.sub(r"<br\s*/?>", "\n", examples.get(record, "text", str))

@@ -9,10 +9,25 @@ from dpojax.data.builders import base
 
 URL = "https://huggingface.co/datasets/stanfordnlp/SHP/resolve/main"
 SUBREDDITS = (
-    "askacademia", "askanthropology", "askbaking", "askcarguys", "askculinary", "askdocs",
-    "askengineers", "askhistorians", "askhr", "askphilosophy", "askphysics", "askscience",
-    "asksciencefiction", "asksocialscience", "askvet", "changemyview", "explainlikeimfive",
-    "legaladvice")
+  "askacademia",
+  "askanthropology",
+  "askbaking",
+  "askcarguys",
+  "askculinary",
+  "askdocs",
+  "askengineers",
+  "askhistorians",
+  "askhr",
+  "askphilosophy",
+  "askphysics",
+  "askscience",
+  "asksciencefiction",
+  "asksocialscience",
+  "askvet",
+  "changemyview",
+  "explainlikeimfive",
+  "legaladvice",
+)
 SCORE_RATIO = 2
 
 
@@ -28,12 +43,13 @@ class SHP(base.ComparisonBuilder, skip_registration=True):
   def urls(self) -> dict[str, list[str]]:
     chosen = self.builder_config.name
     subreddits = SUBREDDITS if chosen == "all" else (chosen,)
-    return {split: [f"{URL}/{subreddit}/{split}.json" for subreddit in subreddits]
-            for split in ("train", "validation", "test")}
+    return {
+      split: [f"{URL}/{subreddit}/{split}.json" for subreddit in subreddits]
+      for split in ("train", "validation", "test")
+    }
 
   def parse(self, record: Any) -> list[examples.Example]:
-    post, *answers = (
-        examples.get(record, key, str) for key in ("history", "human_ref_A", "human_ref_B"))
+    post, *answers = (examples.get(record, key, str) for key in ("history", "human_ref_A", "human_ref_B"))
     scores = [examples.get(record, key, (int, float)) for key in ("score_A", "score_B")]
     if max(scores) < SCORE_RATIO * min(scores):
       raise examples.LeftOut("score_ratio", f"scores {scores} are within a factor {SCORE_RATIO}")

@@ -4,7 +4,8 @@ import html.parser
 import itertools
 import json
 import pathlib
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -12,8 +13,7 @@ import tensorflow_datasets as tfds
 from dpojax.data import examples, files
 from dpojax.data.builders import base
 
-URL = ("https://huggingface.co/api/datasets/HuggingFaceH4/stack-exchange-preferences/"
-       "parquet/default/train")
+URL = "https://huggingface.co/api/datasets/HuggingFaceH4/stack-exchange-preferences/parquet/default/train"
 """Lists the Parquet files."""
 
 TEST_SHARE, TEST_SEED = 0.01, 42
@@ -47,9 +47,9 @@ class StackExchange(base.ComparisonBuilder, skip_registration=True):
   def parse(self, record: Any) -> Iterator[examples.Example | examples.RecordError]:
     question = strip_html(examples.get(record, "question", str))
     answers = [
-        (examples.get(answer, "pm_score", (int, float)),
-         strip_html(examples.get(answer, "text", str)))
-        for answer in examples.get(record, "answers", list)]
+      (examples.get(answer, "pm_score", (int, float)), strip_html(examples.get(answer, "text", str)))
+      for answer in examples.get(record, "answers", list)
+    ]
     if len(answers) < 2:
       raise examples.RecordError("too_few_responses", f"{len(answers)} answers are not a pair")
     for (one, text), (other, other_text) in itertools.combinations(answers, 2):
@@ -77,8 +77,7 @@ def strip_html(text: str) -> str:
 class _Stripper(html.parser.HTMLParser):
   """Collects blocks of text; `text` joins them."""
 
-  BLOCKS = frozenset(
-      "p pre div blockquote ul ol li table tr h1 h2 h3 h4 h5 h6 hr dl dt dd".split())
+  BLOCKS = frozenset("p pre div blockquote ul ol li table tr h1 h2 h3 h4 h5 h6 hr dl dt dd".split())
 
   def __init__(self):
     super().__init__(convert_charrefs=True)
@@ -110,7 +109,7 @@ class _Stripper(html.parser.HTMLParser):
 
 
 def _in_test(questions: int) -> np.ndarray:
-  chosen = np.random.default_rng(TEST_SEED).permutation(questions)[:int(questions * TEST_SHARE)]
+  chosen = np.random.default_rng(TEST_SEED).permutation(questions)[: int(questions * TEST_SHARE)]
   in_test = np.zeros(questions, bool)
   in_test[chosen] = True
   return in_test

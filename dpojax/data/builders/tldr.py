@@ -1,6 +1,7 @@
 """TL;DR: which of two summaries of a Reddit post people prefer (Stiennon et al. 2020)."""
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -34,14 +35,13 @@ class TLDR(base.ComparisonBuilder, skip_registration=True):
 
   def parse(self, record: Any) -> list[examples.Example]:
     info = examples.get(record, "info", dict)
-    subreddit, title, post = (
-        examples.get(info, key, str) for key in ("subreddit", "title", "post"))
-    summaries = [examples.get(summary, "text", str)
-                 for summary in examples.get(record, "summaries", list)]
+    subreddit, title, post = (examples.get(info, key, str) for key in ("subreddit", "title", "post"))
+    summaries = [examples.get(summary, "text", str) for summary in examples.get(record, "summaries", list)]
     choice = examples.get(record, "choice", int)
     if len(summaries) != 2 or choice not in (0, 1):
       raise examples.RecordError(
-          "wrong_type", f"{len(summaries)} summaries and choice {choice}, not 2 and 0 or 1")
+        "wrong_type", f"{len(summaries)} summaries and choice {choice}, not 2 and 0 or 1"
+      )
     prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
     pair = [f" {summaries[k].strip()}" for k in (choice, 1 - choice)]
     return [examples.checked(prompt, pair, ["the chosen summary", "the other summary"])]

@@ -3,35 +3,35 @@
 import numpy as np
 import pytest
 
-from dpojax.evaluate import intervals
+from dpojax.evaluate import confidence
 
 
 @pytest.mark.parametrize("truth, count", [(0.5, 40), (0.1, 60), (0.03, 100), (0.97, 30)])
 def test_wilsons_interval_holds_the_share_95_times_in_100(truth, count, rng):
   drawn = rng.binomial(count, truth, size=2000)
-  found = [intervals.share(successes, count) for successes in drawn]
+  found = [confidence.share(successes, count) for successes in drawn]
   assert 0.93 < np.mean([each.low <= truth <= each.high for each in found]) < 0.98
   assert all(0 <= each.low <= each.value <= each.high <= 1 for each in found)
 
 
 def test_wilsons_interval_is_the_solution_of_its_equation():
   """(p - x)^2 = z^2 x (1 - x) / n at both ends."""
-  found = intervals.share(13, 40)
+  found = confidence.share(13, 40)
   for x in (found.low, found.high):
-    np.testing.assert_allclose(
-        (13 / 40 - x) ** 2, intervals.NORMAL_95**2 * x * (1 - x) / 40, rtol=1e-9)
+    np.testing.assert_allclose((13 / 40 - x) ** 2, confidence.NORMAL_95**2 * x * (1 - x) / 40, rtol=1e-9)
 
 
 def test_nothing_judged_leaves_every_share_possible():
-  assert intervals.share(0, 0)[1:] == (0.0, 1.0, 0)
+  assert confidence.share(0, 0)[1:] == (0.0, 1.0, 0)
 
 
 def test_a_means_interval_holds_it_and_gives_its_standard_error(rng):
   values = rng.normal(2.0, 3.0, size=(2000, 50))
-  found = [intervals.mean(each) for each in values]
+  found = [confidence.mean(each) for each in values]
   assert 0.93 < np.mean([each.low <= 2.0 <= each.high for each in found]) < 0.97
   np.testing.assert_allclose(
-      intervals.standard_error(found[0]), values[0].std(ddof=1) / np.sqrt(50), rtol=1e-12)
+    confidence.standard_error(found[0]), values[0].std(ddof=1) / np.sqrt(50), rtol=1e-12
+  )
 
 
 def test_the_bootstrap_of_a_ratio_holds_it(rng):
@@ -41,7 +41,7 @@ def test_the_bootstrap_of_a_ratio_holds_it(rng):
   for seed in range(200):
     counts = rng.integers(1, 20, size=80)
     sums = counts * 1.5 + rng.normal(scale=np.sqrt(counts))
-    found = intervals.bootstrap(ratio, sums, counts, seed=seed, resamples=400)
+    found = confidence.bootstrap(ratio, sums, counts, seed=seed, resamples=400)
     held += found.low <= 1.5 <= found.high
   assert 0.89 < held / 200 < 0.99
-  assert found == intervals.bootstrap(ratio, sums, counts, seed=199, resamples=400)
+  assert found == confidence.bootstrap(ratio, sums, counts, seed=199, resamples=400)

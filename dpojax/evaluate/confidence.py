@@ -1,7 +1,8 @@
 """Means, shares and ratios with the interval they may lie in. NumPy only."""
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def share(successes: float, count: int) -> Estimate:
 
 
 def bootstrap(
-    statistic: Callable[..., np.ndarray], *arrays: np.ndarray, seed: int = 0, resamples: int = 2000
+  statistic: Callable[..., np.ndarray], *arrays: np.ndarray, seed: int = 0, resamples: int = 2000
 ) -> Estimate:
   """Returns a statistic with its percentile bootstrap interval (Efron 1979).
 

@@ -4,13 +4,14 @@ Rows stand so that each shard has the rows of its parts one after another, and p
 comparison come last; those are not computed, so one compiled shape serves steps of any size.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-class Parts(NamedTuple):
+class MicroBatches(NamedTuple):
   """How rows [R, ...] are taken.
 
   Attributes:
@@ -28,10 +29,12 @@ class Parts(NamedTuple):
     Raises:
       ValueError: the rows of a shard are no multiple of `rows_at_once`.
     """
+
     def one(x):
       if x.shape[0] % (self.shards * self.rows_at_once):
         raise ValueError(
-            f"{x.shape[0]} rows on {self.shards} shards cannot be taken {self.rows_at_once} at once")
+          f"{x.shape[0]} rows on {self.shards} shards cannot be taken {self.rows_at_once} at once"
+        )
       x = x.reshape(self.shards, -1, self.rows_at_once, *x.shape[1:])
       return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
@@ -39,6 +42,7 @@ class Parts(NamedTuple):
 
   def join(self, values: Any) -> Any:
     """The inverse of `split`."""
+
     def one(x):
       x = x.reshape(x.shape[0], self.shards, self.rows_at_once, *x.shape[2:])
       return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
@@ -52,8 +56,7 @@ class Parts(NamedTuple):
     parts = self.split(rows)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    add = lambda i, sums: jax.tree.map(
-        jnp.add, sums, function(jax.tree.map(lambda x: x[i], parts)))
+    add = lambda i, sums: jax.tree.map(jnp.add, sums, function(jax.tree.map(lambda x: x[i], parts)))
     return jax.lax.fori_loop(0, _filled(parts), add, zeros)
 
   def map(self, function: Callable[[Any], Any], rows: Any) -> Any:

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ from dpojax.training import reference
 
 TEXTS = ("Which way is north?\n\nUp, and a little to the left: about 3 km.", " na\u00efve \u2603\n")
 CONVERSATION = [
-    {"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "Left."},
-    {"role": "user", "content": "And then?"}]
+  {"role": "user", "content": "Which way?"},
+  {"role": "assistant", "content": "Left."},
+  {"role": "user", "content": "And then?"},
+]
 LONGEST = 64
 """Tokens of the text that is scored."""
 
@@ -48,13 +51,20 @@ class Checked(NamedTuple):
   written: float
 
   def __str__(self) -> str:
-    return (f"read back: the policy's params in {' and '.join(self.dtypes)}; log-prob of {self.tokens} "
-            f"tokens {self.written:.4f}, the policy's {self.policy:.4f}")
+    return (
+      f"read back: the policy's params in {' and '.join(self.dtypes)}; log-prob of {self.tokens} "
+      f"tokens {self.written:.4f}, the policy's {self.policy:.4f}"
+    )
 
 
 def check(
-    folder: str | os.PathLike, config: ModelConfig, params: dict, tokenizer: Any,
-    stop_ids: Sequence[int], *, merged: str = "",
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  params: dict,
+  tokenizer: Any,
+  stop_ids: Sequence[int],
+  *,
+  merged: str = "",
 ) -> Checked:
   """Returns what a folder's model is, if it is the policy.
 
@@ -72,7 +82,7 @@ def check(
     HuggingFaceError: the folder is not the policy; the message names what differs.
   """
   folder = pathlib.Path(folder)
-  ids = [*_check_ids(folder, tokenizer)[:min(LONGEST, config.longest or LONGEST) - 1], stop_ids[0]]
+  ids = [*_check_ids(folder, tokenizer)[: min(LONGEST, config.longest or LONGEST) - 1], stop_ids[0]]
   _check_stop_ids(folder, stop_ids)
   before, left, dtypes = _log_prob(config, params, ids), _taken(params), {}
 
@@ -103,8 +113,9 @@ def _check_ids(folder: pathlib.Path, tokenizer: Any) -> list[int]:
     raise _differs(folder, "the chat template", repr(tokenizer.chat_template), "missing")
   conversations = [CONVERSATION] if tokenizer.chat_template else []
   encode = lambda tokenizer: [
-      str(each) if isinstance(each, DataError) else each[0] for each in tokenization.encode_prompts(
-          [*TEXTS, *conversations], tokenizer, longest=10**6, keep="end")]
+    str(each) if isinstance(each, DataError) else each[0]
+    for each in tokenization.encode_prompts([*TEXTS, *conversations], tokenizer, longest=10**6, keep="end")
+  ]
   ours, theirs = encode(tokenizer), encode(written)
   for what, one, other in zip((*map(repr, TEXTS), "a conversation"), ours, theirs):
     if one != other:
@@ -149,7 +160,8 @@ def _dtype_of(folder: pathlib.Path, path: str, ours: np.ndarray, theirs: np.ndar
 
 
 def _check_close(
-    folder: pathlib.Path, path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
+  folder: pathlib.Path, path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float
+) -> None:
   apart = _largest(ours, theirs)
   if not apart <= tolerance * np.abs(ours).max():
     raise _differs(folder, f"parameter {path}, largest difference", 0.0, apart)
@@ -165,7 +177,8 @@ def _log_prob(config: ModelConfig, params: Any, ids: list[int]) -> float:
   example = (np.array(ids[:1], np.int32), [np.array(ids[1:], np.int32)])
   lengths = np.array([[1, len(ids) - 1]])
   rows = packing.fill(
-      [example], np.zeros(1, int), 1, packing.row_shape(lengths, len(ids)), num_responses=1, example=[0])
+    [example], np.zeros(1, int), 1, packing.row_shape(lengths, len(ids)), num_responses=1, example=[0]
+  )
   score = reference.make_score_step(transformer.make_apply(config), num_responses=1, chunk_size=None)
   with jax.default_device(jax.local_devices(backend="cpu")[0]):
     return float(score(params, rows)[0][0, 0, 0])
@@ -173,5 +186,6 @@ def _log_prob(config: ModelConfig, params: Any, ids: list[int]) -> float:
 
 def _differs(where: pathlib.Path, what: str, ours: Any, theirs: Any) -> HuggingFaceError:
   return HuggingFaceError(
-      f"{where}, read back, is not what was trained: {what} was {ours} and is {theirs} there; do not "
-      "use the folder, and report it")
+    f"{where}, read back, is not what was trained: {what} was {ours} and is {theirs} there; do not "
+    "use the folder, and report it"
+  )
