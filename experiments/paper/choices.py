@@ -2,13 +2,13 @@
 
 python -m experiments.paper.choices --workdir=runs/sentiment --sentences=FILE
 
-Reads the frontier.jsonl that `experiments.paper.frontier` wrote there, and trains DPO again with one choice
-made otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; pairs of nearly
-equal reward left out; fewer prefixes; and, what sets PPO apart from it, comparisons of its own samples: in rounds,
-each on completions that the policy itself draws as it stands, always against the same reference. These have
-a quarter of the frontier's steps, and are held against its DPO up to there; one more goes on three times as
-long as the frontier's at a large beta. Writes choices.jsonl and choices.png, and prints what each is worth
-beside PPO.
+Reads the frontier.jsonl that `experiments.paper.frontier` wrote there, and trains DPO again with one
+choice made otherwise at a time: labels drawn by Bradley-Terry instead of always the better one; pairs of
+nearly equal reward left out; fewer prefixes; and, what sets PPO apart from it, comparisons of its own
+samples: in rounds, each on completions that the policy itself draws as it stands, always against the same
+reference. These have a quarter of the frontier's steps, and are held against its DPO up to there; one
+more goes on three times as long as the frontier's at a large beta. Writes choices.jsonl and choices.png,
+and prints what each is worth beside PPO.
 """
 
 import argparse
