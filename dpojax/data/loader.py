@@ -125,6 +125,7 @@ def mismatched(subset: Subset, seed: int, max_length: int) -> Mismatched:
   if len(subset) < 2:
     raise DataError(f"there is {len(subset)} comparison, and kto needs responses to other prompts; add data")
   rng = np.random.default_rng([seed, 2])
+  # A random circle: every response is borrowed once, and none by its own comparison.
   circle = rng.permutation(len(subset))
   partner = np.empty(len(subset), int)
   partner[circle] = np.roll(circle, 1)
@@ -157,6 +158,7 @@ def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
   digests = [_prompt_digest(subset, i) for i in range(len(subset))]
   order = sorted(range(len(subset)), key=digests.__getitem__)
   cut = min(count, len(order))
+  # Comparisons of one prompt stay together, so held-out numbers are of prompts never trained on.
   while 0 < cut < len(order) and digests[order[cut]] == digests[order[cut - 1]]:
     cut += 1
   return _take(subset, np.sort(order[cut:]).astype(int)), _take(subset, np.sort(order[:cut]).astype(int))
@@ -164,6 +166,7 @@ def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
 
 def shuffle_labels(subset: Subset, seed: int) -> Subset:
   """Returns the comparisons with best and worst response swapped in a random half: a control."""
+  # A stream of its own beside the shuffle's: the control differs from its run in the labels alone.
   swap = np.random.default_rng([seed, 1]).random(len(subset)) < 0.5
   return dataclasses.replace(subset, swapped=subset.swapped ^ swap)
 
@@ -228,6 +231,7 @@ class Loader:
     self.part = shards * rows_at_once  # rows computed at once over all devices; 0: all
     row_multiple = self.part or shards
     buckets = 1 if rows_at_once else packing.BUCKETS
+    # Two epochs: prefetching threads cross from one into the next.
     self._plan = functools.lru_cache(maxsize=2)(
       lambda epoch: packing.plan(
         self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple, buckets=buckets
@@ -277,6 +281,7 @@ class Loader:
     index, total = plan.index[within], int(plan.rows[within])
     first, count = self._span(total)
     row = self._dealt(plan.row[within], total)
+    # A process reads and fills only the rows of its own devices; the plan is the same in all.
     mine = (row >= first) & (row < first + count) & (index >= 0)
     comparison = lambda i: (*self.subset.comparison(i), self.subset.scored(i))
     rows = packing.fill(

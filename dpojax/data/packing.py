@@ -108,6 +108,7 @@ def plan(
     raise PackingError(
       f"batch_size is {batch_size} but there are {len(lengths)} comparisons; lower batch_size or add data"
     )
+  # Of seed and epoch alone: any step of any epoch can be laid out without those before it, as a resume does.
   order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
   index = order[: steps * batch_size].reshape(steps, batch_size)
   shape = row_shape(lengths, row_length)
@@ -151,6 +152,7 @@ def row_buckets(
   on average. Larger ones follow, up to one comparison a row, for steps that need more than any of
   those did.
   """
+  # A fixed seed: the shapes to compile must not hang on the run's, or every seed would compile anew.
   rng = np.random.default_rng(0)
   index = rng.integers(len(lengths), size=(512, batch_size))
   _, needed = _first_fit(lengths, index, row_shape(lengths, row_length))
@@ -250,9 +252,12 @@ def fill(
       if not len(response):
         continue
       _place(out, r, at, response, number + 1, k + 1, len(prompt))
+      # Each token is predicted by the one before it; a branch's first by the end of the prompt, wherever that
+      # stands.
       source = np.arange(at - 1, at + len(response) - 1)
       source[0] = start + len(prompt) - 1
       chosen = np.ones(len(response), bool) if not which or which[0] is None else which[0][k].copy()
+      # Nothing predicts the first token of a text without a prompt.
       chosen[:1] &= len(prompt) > 0
       count = int(chosen.sum())
       out.source[r, scored : scored + count] = source[chosen]
@@ -294,17 +299,20 @@ def _first_fit(lengths: np.ndarray, index: np.ndarray, shape: RowShape) -> tuple
   """Packs every step first-fit, longest first, all steps at once. Returns rows and row counts."""
   sizes = np.stack([lengths.sum(axis=1), _scored(lengths), np.ones(len(lengths), np.int64)], -1)
   sizes = np.concatenate([sizes, np.zeros((1, 3), sizes.dtype)])[index]  # -1: nothing, size 0
+  # Longest first: of one size first-fit then takes at most 11/9 of the fewest bins (Johnson 1973).
   by_length = np.argsort(-sizes[:, :, 0], axis=1, kind="stable")
   steps, batch_size = index.shape
   free = np.broadcast_to(np.array(shape), (steps, batch_size, 3)).copy()
   row, used = np.zeros((steps, batch_size), np.int32), 1
   every = np.arange(steps)
+  # One comparison of every step at a time: NumPy packs all steps of an epoch side by side.
   for item in by_length.T:
     size = sizes[every, item]
     fits = np.all(free[:, : used + 1] >= size[:, None], axis=-1)
     first = fits.argmax(axis=1)
     free[every, first] -= size
     row[every, item] = first
+    # Only rows that some step has opened, and one more, are looked at.
     used = min(max(used, int(first.max()) + 1), batch_size - 1)
   needed = np.where(index >= 0, row + 1, 1).max(axis=1)
   return row, needed

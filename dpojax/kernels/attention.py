@@ -68,6 +68,7 @@ def attention(
   """
   rows, length, heads, head_size = q.shape
   key_heads = k.shape[2]
+  # Grouped queries: G query heads read one key head, so keys are never repeated.
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
   wide = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("rqmgh,rtmh->rmgqt", q, k, preferred_element_type=wide)
@@ -75,6 +76,7 @@ def attention(
   if soft_cap:
     scores = soft_cap * jnp.tanh(scores / soft_cap)
   mask = visible(query_ids, key_ids, window=window)[:, None, None]
+  # The least finite number, not -inf: padding that sees padding alone still has a softmax.
   scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   mixed = jnp.einsum("rmgqt,rtmh->rqmgh", weights, v)
@@ -124,6 +126,7 @@ def cached_attention(
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
   q = jnp.moveaxis(q, 1, 3).reshape(rows, key_heads, -1, head_size)
 
+  # Rows that share a part go through one product with it: its keys are read once for all samples.
   def together(x, part):  # [R, M, GQ, -] -> [R / n, M, n GQ, -]
     few = part.k.shape[0]
     x = x.reshape(few, rows // few, *x.shape[1:])
@@ -144,6 +147,7 @@ def cached_attention(
 
   scores = jnp.concatenate([scores_of(part) for part in parts], -1)
   weights = jax.nn.softmax(scores.reshape(-1, scores.shape[-1]), axis=-1).reshape(scores.shape)
+  # One softmax over all parts: their scores were put side by side, so no merging of normalisers.
   ends = np.cumsum([part.k.shape[2] for part in parts])[:-1]
   mixed = sum(
     apart(jnp.einsum("rmqt,rmth->rmqh", together(w.astype(part.v.dtype), part), part.v))

@@ -100,6 +100,7 @@ def visible_blocks(ids: TokenIds, *, window: int = 0) -> jax.Array:
 
   Never false where one does: blocks are compared by the ranges of their numbers.
   """
+  # Padding is in no range: it must not widen its block's, which would visit blocks for nothing.
   there = ids.comparison > 0
   least = jax.tree.map(lambda x: jnp.where(there, x, jnp.iinfo(x.dtype).max).min(-1), ids)
   most = jax.tree.map(lambda x: jnp.where(there, x, -1).max(-1), ids)
@@ -117,6 +118,7 @@ def visible_blocks(ids: TokenIds, *, window: int = 0) -> jax.Array:
 
 def visits(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns for each block those it may see, first of all blocks, and how many: [..., B, B], [..., B]."""
+  # A stable sort brings those that are seen to the front and keeps their order: keys are read as they lie.
   return jnp.argsort(~seen, axis=-1, stable=True), jnp.sum(seen, axis=-1)
 
 
@@ -161,6 +163,7 @@ def _over_queries(q: jax.Array, step: Callable[[_Place, Any], Any], carry: Any) 
   _, rows, blocks, _, groups = q.shape[:5]
 
   def at(i, carry):
+    # Blocks vary fastest: the keys of a row and head stay in the cache while its queries go by.
     row, group, block = jnp.unravel_index(i, (rows, groups, blocks))
     return step(_Place(row, block, group), carry)
 
@@ -232,6 +235,7 @@ def _forward(q, k, v, ids, form):
       visit,
       (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide), jnp.zeros(q_part.shape, wide)),
     )
+    # Padding sees nothing: its sum is 0 and must not be divided by, nor its normaliser be -1e30.
     sees = most > NEVER / 2
     total = jnp.where(sees, total, 1)
     mixed = jnp.where(sees[:, :, None], mixed / total[:, :, None], 0)
@@ -254,6 +258,7 @@ def _backward(form, residuals, cotangent):
     q_part, cotangent_part = (_part(x, at, "rtmgh->rmgth") for x in (q, cotangent))
     q_across, cotangent_across, out_across = (_part(x, at, "rtmgh->rmhgt") for x in (q, cotangent, out))
     normaliser_part = _part(normaliser, at, "rtmg->rmgt")[:, :, None]
+    # D of FlashAttention: the softmax's gradient needs only this sum of each query, not its weights.
     inner = jnp.sum(cotangent_across.astype(wide) * out_across.astype(wide), axis=2)[:, :, None]
 
     def visit(carry):
@@ -262,13 +267,16 @@ def _backward(form, residuals, cotangent):
       k_part, v_part = (_part(x, key, "rtmh->rmth") for x in (k, v))
       scores = _scores(q_across, k_part, form)
       added = jnp.broadcast_to(_added(query_ids, _ids_at(ids, key), form), scores.shape)
+      # The normaliser of the forward pass gives the weights at once, without a second online softmax.
       weights = jnp.exp(scores + added - normaliser_part)
       weights_grad = _einsum("rmth,rmhgq->rmtgq", v_part, cotangent_across)
       scores_grad = weights * (weights_grad - inner) * form.scale
+      # Of cap * tanh(s / cap), in terms of what came out of it.
       if form.soft_cap:
         scores_grad *= 1 - jnp.square(scores / form.soft_cap)
       scores_grad = scores_grad.astype(q.dtype)
       query_grad += _einsum("rmht,rmtgq->rmhgq", _part(k, key, "rtmh->rmht"), scores_grad)
+      # Keys gather from every query block that sees them, hence in float32 and added in place.
       add = lambda grad, part: _with_part(grad, part, key, "rmth->rtmh", add=True)
       k_grad = add(k_grad, _einsum("rmtgq,rmgqh->rmth", scores_grad, q_part))
       v_grad = add(v_grad, _einsum("rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))

@@ -75,6 +75,7 @@ def token_kl_from(
       f"{reference_hidden.shape} and {reference_head.weights.shape} of the reference do not belong "
       "together"
     )
+  # The reference is a constant here as everywhere: nothing flows into it, and nothing is kept for it.
   frozen = jax.lax.stop_gradient((reference_hidden, reference_head))
   chunked = _chunks(shape, head, where, chunk_size)
   values = chunked.join(
@@ -149,6 +150,7 @@ def _kl_backward(cuts, residuals, cotangent):
     logits = logits_of_chunk(hidden, head)
     frozen = logits_of_chunk(reference, reference_head)
     probs, frozen = jnp.exp(logits - our[:, None]), jnp.exp(frozen - their[:, None])
+    # The gradient of KL(ref || policy) to the policy's logits is p - p_ref: no derivative of the KL itself.
     logits_grad = (probs - frozen) * cotangent[:, None]
     gradients = through_head(logits_grad, logits, hidden, head, weights, head_grad)
     return hidden_grad.at[c].add(gradients[0]), gradients[1]

@@ -110,12 +110,14 @@ def _whole_blocks(q, k, v, ids, form):
   """Attention of rows padded to whole blocks and heads to whole tiles, heads before tokens."""
   rows, length, heads, head_size = q.shape
   key_heads, padding = k.shape[2], -length % form.block
+  # Triton's blocks are powers of two; Mosaic pads lanes itself.
   tile = pl.next_power_of_2(head_size) if form.platform == "gpu" else head_size
 
   def first(x):  # [R, L, -, H] -> [R, -, L, H]
     x = jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, tile - head_size)])
     return jnp.swapaxes(x, 1, 2)
 
+  # Heads before tokens: a program's block is then one stretch of memory.
   q = first(q).reshape(rows, key_heads, heads // key_heads, length + padding, tile)
   ids = jnp.pad(jnp.stack(ids, axis=1), [(0, 0), (0, 0), (0, padding)])
   out = _attend(q, first(k), first(v), ids, form).reshape(rows, heads, length + padding, tile)
@@ -147,9 +149,11 @@ def _forward(q, k, v, ids, form):
 def _backward(form, residuals, cotangent):
   q, k, v, ids, out, normaliser = residuals
   wide = wide_of(q.dtype)
+  # Taken once outside: both kernels of the backward pass need it of every query they meet.
   inner = jnp.sum(cotangent.astype(wide) * out.astype(wide), axis=-1)[..., None, :]
   rows, key_heads, group, length, _ = q.shape
   part = _parts(q, form)
+  # Two kernels rather than one with atomic additions: each sum has one writer, and the same bits every time.
   (q_grad,) = _call(
     _query_kernel,
     (rows, key_heads, group, length // form.block),
@@ -307,6 +311,7 @@ class _Queries(NamedTuple):
 def _gradients(queries: _Queries, k, v, k_ids, form):
   """Returns the weights [Q, T] and the gradient of the products q k^T."""
   scores, seen = _scores(queries.q, k, queries.ids, k_ids, form)
+  # Masked after the exponential too: a query that sees nothing has a normaliser of no meaning.
   weights = jnp.where(seen, jnp.exp(scores - queries.normaliser[:, None]), 0.0)
   grad = weights * (_dot(queries.cotangent, v, 1, 1) - queries.inner[:, None]) * form.scale
   if form.soft_cap:
@@ -321,6 +326,7 @@ def _forward_kernel(count, order, q_ids, k_ids, q, k, v, out, normaliser, *, for
 
   def visit(j, carry):
     most, total, mixed = carry
+    # The blocks to visit are data: what a packed row skips differs from row to row.
     at = _tokens(order[0, j], form)
     scores, seen = _scores(queries, k[at, :], query_ids, _ids(k_ids, at), form)
     new = jnp.maximum(most, jnp.max(jnp.where(seen, scores, NEVER), axis=1, keepdims=True))
@@ -333,6 +339,7 @@ def _forward_kernel(count, order, q_ids, k_ids, q, k, v, out, normaliser, *, for
   most, total, mixed = jax.lax.fori_loop(
     0, count[0, 0], visit, (zero + NEVER, zero, jnp.zeros(q.shape, wide))
   )
+  # A block of padding has visited nothing.
   total = jnp.where(total > 0, total, 1.0)
   out[...] = (mixed / total).astype(out.dtype)
   normaliser[...] = (most + jnp.log(total)).T
@@ -358,6 +365,7 @@ def _key_kernel(count, order, q_ids, k_ids, q, k, v, cotangent, normaliser, inne
 
   def visit(j, carry):
     k_total, v_total = carry
+    # One loop over heads and blocks together: the two sums are carried through one loop alone.
     head, at = jax.lax.div(j, blocks), _tokens(order[0, jax.lax.rem(j, blocks)], form)
     queries = _Queries(
       q[head, at, :], _ids(q_ids, at), cotangent[head, at, :], normaliser[head, 0, at], inner[head, 0, at]

@@ -84,6 +84,7 @@ def shaped(logits: jax.Array, head: Head) -> jax.Array:
 
 def target_logits(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Array:
   """The logit [C, t] of each token's own target."""
+  # Ids are checked before any step: no mode that looks at each of them is needed.
   weights = head.weights.at[target].get(mode="promise_in_bounds").astype(hidden.dtype)
   bias = None if head.bias is None else head.bias[target]
   logits = jnp.einsum("ctd,ctd->ct", hidden, weights, preferred_element_type=wide(hidden))
@@ -92,11 +93,13 @@ def target_logits(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Array
 
 def through_head(logits_grad, logits, hidden, head, weights, head_grad) -> tuple[jax.Array, Head]:
   """Returns the gradient [t, D] of hidden states from that of their logits, and the head's, added to it."""
+  # The derivative of cap * tanh(x / cap), from its value.
   if head.soft_cap is not None:
     logits_grad *= 1.0 - jnp.square(logits / head.soft_cap)
   bias_grad = head_grad.bias
   if bias_grad is not None:
     bias_grad += jnp.sum(logits_grad, axis=0)
+  # In the compute dtype for the two products, which are most of the backward pass; both sum in float32.
   logits_grad = logits_grad.astype(hidden.dtype)
   weights_grad = head_grad.weights + jnp.einsum(
     "tv,td->vd", logits_grad, hidden, preferred_element_type=head_grad.weights.dtype

@@ -82,6 +82,7 @@ def _forward(hidden, head, target, count, cuts):
   def one_block(b, sums):
     _, new, part = block_of(b)
 
+    # Blocks outside, chunks inside: a block of the head stays in the cache while all tokens pass by it.
     def one_chunk(c, hidden, sums, carry):
       most, total = sums
       logits = logits_of_chunk(hidden[c], part)

@@ -88,8 +88,10 @@ def init_adapter(config: ModelConfig, lora: Lora, key: jax.Array) -> dict:
     node = adapter
     for name in above:
       node = node.setdefault(name, {})
+    # A key by the kernel's place among all leaves: the draw of one does not hang on which others are targets.
     drawn = jax.random.normal(jax.random.fold_in(key, number), (*layers, *inputs, rank))
     node["a"] = drawn * (3 * np.prod(inputs)) ** -0.5
+    # B is 0, so the first loss is that of the reference: log 2 for DPO.
     node["b"] = jnp.zeros((*layers, rank, *outputs))
   return adapter
 
@@ -99,6 +101,7 @@ def make_apply(config: ModelConfig, lora: Lora):
   plain = transformer.make_apply(config)
 
   def apply(params, rows) -> transformer.Outputs:
+    # The reference pass: the base alone, the same function of the same arrays.
     if not isinstance(params, Adapted):
       return plain(params, rows)
     base, adapter = params
@@ -134,6 +137,7 @@ def merge(base: dict, adapter: dict, lora: Lora) -> dict:
     layers, inputs, outputs = _split(above, kernel.shape)
     a = np.asarray(node["a"]).reshape(*layers, np.prod(inputs), lora.rank)
     b = np.asarray(node["b"]).reshape(*layers, lora.rank, np.prod(outputs))
+    # In float32 whatever the base is in: a change of a bfloat16 kernel is mostly below its last bit.
     change = (a @ b).reshape(kernel.shape) * np.float32(lora.scale)
     return np.asarray(kernel, np.float32) + change
 

@@ -19,6 +19,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> 
   (Peng et al. 2023, Eq. 17-23) and 'llama3' divide the slow ones and keep the fast ones, with a
   ramp between.
   """
+  # In float64 with NumPy: float32 powers of 10,000 are off by more than log-probs are compared to.
   exponents = np.arange(0, size, 2) / size
   plain = theta**-exponents
   if scaling is None or scaling.name == "dynamic":
@@ -38,6 +39,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None = None) -> 
     first, last = pair_of(scaling.high), pair_of(scaling.low)
     if scaling.truncate:
       first, last = math.floor(first), math.ceil(last)
+    # As transformers has it, down to the thousandth that keeps the ramp from dividing by 0.
     first, last = max(first, 0), min(last, size - 1)
     last = last if last != first else first + 0.001
     kept = 1.0 - np.clip((np.arange(size // 2) - first) / (last - first), 0.0, 1.0)
@@ -83,6 +85,7 @@ def rotate(x: jax.Array, table: RotaryTable, *, interleaved: bool = False) -> ja
     first, second = turned[..., ::2], turned[..., 1::2]
   else:
     first, second = turned[..., :half], turned[..., half:]
+  # In float32 throughout: the tables are, and bfloat16 angles would blur far positions.
   pair = (first * cos - second * sin, second * cos + first * sin)
   if interleaved:
     turned = jnp.stack(pair, axis=-1).reshape(turned.shape)

@@ -152,6 +152,7 @@ class Block(nn.Module):
     attended, cache = self._attention(y, ids, rotary_tables, cache)
     if config.post_norms:
       attended = Norm(config, name="attention_post_norm")(attended)
+    # GPT-J and GPT-NeoX add attention and MLP to the same stream; GPT-J feeds both from one norm ('shared').
     if config.residual == "sequential":
       x = x + attended
     if config.residual != "shared":
@@ -169,6 +170,7 @@ class Block(nn.Module):
     q = Linear(width, heads, bias, name="query")(y)
     k = Linear(width, key_heads, bias, name="key")(y)
     v = Linear(width, key_heads, bias, name="value")(y)
+    # Before the rotation, as Qwen 3 and Gemma 3 do: a norm over the head would not commute with it.
     if config.query_key_norms:
       q, k = Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k)
     if config.positions != "learned":
@@ -186,6 +188,7 @@ class Block(nn.Module):
       cache = (written.k, written.v)
       y = cached_attention(q, ids, (*seen, written), **form)
     else:
+      # Left for whoever asks: a sampler's prompt pass takes them, in a train step XLA drops them.
       self.sow(SEEN, "keys_and_values", (k, v), init_fn=lambda: None, reduce_fn=lambda _, new: new)
       y = attend(q, k, v, ids, asked=config.attention, **form)
     out = Linear(
@@ -275,6 +278,7 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.positions == "learned":
       x = x + Embed(config, config.max_positions, name="positions")(positions)
+    # Declared here and applied elsewhere: logits of all tokens are never made, see `dpojax.log_probs`.
     if not config.tie_embeddings:
       self.param("head", nn.initializers.normal(0.02), (config.vocab_size, config.width))
     if config.head_bias:
@@ -325,6 +329,8 @@ class Transformer(nn.Module):
         x, _ = scan(block)(config, windows[0], name="layers")(x, ids, rotary_tables, None)
       else:
         x, _ = scan(Period)(config, block, name="layers")(x, ids, rotary_tables, None)
+    # Under scan XLA cannot merge the recomputation with the first pass anyway; outside it has to be kept from
+    # it.
     block = rematerialised(prevent_cse=True)
     for i in range(scanned, config.layers):
       x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, rotary_tables, caches[i])
@@ -334,6 +340,7 @@ class Transformer(nn.Module):
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
   """Returns freshly drawn float32 params of the config, a plain nested dict."""
+  # Under jit XLA drops the forward pass that init makes: only the draws are left.
   token = jnp.zeros((1, 1), jnp.int32)
   return jax.jit(Transformer(config).init)(key, token, token, token, token)["params"]
 
@@ -383,6 +390,7 @@ def read_prompts(
     lengths: [B] int32 tokens of each prompt, at least 1.
   """
   positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+  # As comparison 1 and padding 0: the rule of packed rows masks the prompt's padding.
   there = (positions < lengths[:, None]).astype(jnp.int32)
   ids = TokenIds(positions, there, jnp.zeros_like(there))
   hidden, variables = Transformer(config).apply({"params": params}, prompts, *ids, mutable=[SEEN])
@@ -402,6 +410,7 @@ def make_cache(config: ModelConfig, seen: Sequence[CachePart], *, rows: int, roo
   shared = [part for part in seen if part.ids.position.shape[0] != rows]
   whole = [part for part in seen if part.ids.position.shape[0] == rows]
   start = sum(part.ids.position.shape[1] for part in whole)
+  # Comparison 0 marks slots that are not written yet: no query sees them, so no length is needed.
   empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), dtype)
   no_ids = jnp.zeros((rows, room), jnp.int32)
   whole.append(CachePart([(empty, empty)] * config.layers, TokenIds(no_ids, no_ids, no_ids)))

@@ -33,6 +33,7 @@ def add_moments(moments: Moments, values: jax.Array) -> Moments:
   """Returns the moments with the values [...] added (Chan et al. 1979)."""
   added = jnp.asarray(values.size, jnp.float32)
   mean = jnp.mean(values)
+  # The parallel form: a sum of squares of raw values would cancel in float32.
   count, apart = moments.count + added, mean - moments.mean
   squares = jnp.sum(jnp.square(values - mean)) + apart**2 * moments.count * added / count
   return Moments(count, moments.mean + apart * added / count, moments.squares + squares)
@@ -73,6 +74,8 @@ def gae(rewards: jax.Array, values: jax.Array, length: jax.Array, *, gamma: floa
     lam: 1 takes whole returns, 0 one step and the value after it.
   """
   there = jnp.arange(rewards.shape[0]) < length
+  # Nothing follows the last token: a response that was cut off counts as ended, as its score is of what is
+  # there.
   following = jnp.where(jnp.roll(there, -1).at[-1].set(False), jnp.roll(values, -1), 0.0)
   errors = jnp.where(there, rewards + gamma * following - values, 0.0)
 

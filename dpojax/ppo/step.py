@@ -163,6 +163,7 @@ def make_targets(settings: Settings) -> Callable:
 
   def targets(control, scored, scores, counts):
     log_probs, reference, values = (x.reshape(*counts.shape, -1) for x in scored)
+    # Scores by the moments of all so far, this rollout's included: the first one has a deviation too.
     moments, shown = control.moments, scores
     if settings.normalize_rewards:
       moments = ppo_losses.add_moments(moments, scores)
@@ -172,6 +173,8 @@ def make_targets(settings: Settings) -> Callable:
       rewards, values, counts
     )
     there = jax.lax.broadcasted_iota(jnp.int32, values.shape, 2) < counts[:, :, None]
+    # Before whitening: the critic learns returns in the units of rewards, only the policy's advantages are
+    # whitened.
     returns = jnp.where(there, advantages + values, 0.0)
     metrics = _rollout_metrics(log_probs, reference, scores, shown, counts, control.beta)
     metrics["val/explained_variance"] = 1 - jnp.var(advantages, where=there) / jnp.maximum(
@@ -221,6 +224,7 @@ def policy_objective(apply: Apply, settings: Settings) -> Objective:
     )
     loss = ppo_losses.ppo_policy_loss(log_probs, targets.log_probs, targets.advantages, clip=settings.clip)
     moved = log_probs - targets.log_probs
+    # Where the clipped surrogate is the larger loss, its gradient is 0: those tokens have gone far enough.
     clipped = loss > -jnp.exp(moved) * targets.advantages
     mean = lambda values: mean_where(values.astype(jnp.float32), where)
     return mean(loss), {

@@ -148,6 +148,7 @@ class Generator:
     padded = np.zeros((size, self._width(int(lengths.max()))), np.int32)
     for row, prompt in zip(padded, full(prompts)):
       row[: len(prompt)] = prompt
+    # A key a prompt, by its number: the same samples in any batch, so a killed run may batch otherwise.
     seeds = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(self.draw.seed), np.array(full(numbers), np.int32)
     )

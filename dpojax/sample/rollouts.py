@@ -46,6 +46,7 @@ def rows_of(prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts
   of_prompt = np.arange(width) < lengths
   of_sample = (np.arange(room) < counts[:, :, None]).reshape(size, -1)
   which = np.repeat(np.arange(samples), room)[None]
+  # Every sample has its room, drawn or not: one shape is compiled, and token t of sample k is where it says.
   place = np.tile(np.arange(room), samples)[None]
   both = lambda prompt, sample: np.concatenate([prompt, sample], axis=1).astype(np.int32)
   return Rows(
@@ -53,6 +54,7 @@ def rows_of(prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts
     positions=both(np.where(of_prompt, np.arange(width), 0), np.where(of_sample, lengths + place, 0)),
     comparison=both(of_prompt, of_sample),
     branch=both(np.zeros_like(of_prompt), np.where(of_sample, which + 1, 0)),
+    # The first token of each sample is predicted by the end of the prompt, the others by their neighbour.
     source=np.where(place == 0, lengths - 1, width + which * room + place - 1).astype(np.int32),
     target=np.where(of_sample, tokens.reshape(size, -1), 0).astype(np.int32),
     slot=np.where(of_sample, which, samples).astype(np.int32),
@@ -200,6 +202,7 @@ class LearnedReward:
     size = -(-_ROWS // self._devices.row_multiple) * self._devices.row_multiple
     values = []
     for first in range(0, len(starts), size):
+      # The last batch is filled up with its last row, whose values are cut off: one shape for all.
       index = np.minimum(np.arange(first, first + size), len(starts) - 1)
       part = self._devices.place_rows(take_rows(rows, index), size)
       values.append(self._devices.collect_rows(self._score(self._params, part)))

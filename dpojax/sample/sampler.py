@@ -81,6 +81,7 @@ def make_sampler(
       )
     rows = batch * num_samples
     repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
+    # With the layers as they are, scanned or not: one pass is long enough for a scan. Decoding is not.
     last, part = transformer.read_prompts(config, params, prompts, lengths)
     decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
     decoder = transformer.Transformer(decoder_config)
@@ -91,6 +92,7 @@ def make_sampler(
     def extend(carry):
       step, done, hidden, cache, tokens, counts, log_probs = carry
       token, log_prob = draw(logits_of(hidden, head), uniform[step], temperature, top_p, top_k)
+      # A sample that is done goes on through the loop with token 0, and counts nowhere.
       log_probs += jnp.where(done, 0.0, log_prob)
       token = jnp.where(done, 0, token)
       tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
@@ -112,6 +114,7 @@ def make_sampler(
       jnp.zeros(rows, jnp.int32),
       jnp.zeros(rows, jnp.float32),
     )
+    # What a stage has written is only read by the next: later, longer rooms do not slow the first tokens.
     for start, end in _stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
       step, done, hidden, cache, *drawn = jax.lax.while_loop(
@@ -165,6 +168,7 @@ def draw(
     token = _pick(likeliest(weights, top_p, top_k), uniform)
     return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
 
+  # A cond and not a select: a greedy step skips the exponentials, and a division by 0 as well.
   token, logit = jax.lax.cond(jnp.asarray(temperature) > 0, random, lambda: (largest, most))
   return token, logit - normaliser
 

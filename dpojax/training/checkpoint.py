@@ -137,6 +137,7 @@ class Checkpoints:
       DiskError, CheckpointError: this save or the one before could not be written.
     """
     moving = {} if reference is None else {"reference": checkpoint_files.Save(reference)}
+    # One save at a time: the error of the one before belongs to its own step.
     self.wait()
     with self._saving_errors(step):
       self._saving = self._writing = step
@@ -259,6 +260,7 @@ class Checkpoints:
           for i in itertools.count()
           if not (aside / (name := f"{step}.{i}" if i else str(step))).exists()
         )
+        # Moved and not deleted: what is damaged may still be wanted, and only its owner can judge that.
         os.rename(self.folder / str(step), aside / name)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
@@ -304,6 +306,7 @@ class Checkpoints:
     """Removes what Orbax has not renamed to its step, and returns their names; process 0 does it."""
     if jax.process_index() > 0:
       return []
+    # Orbax writes under this name and renames at the end; what still has it was never whole.
     found = sorted(self.folder.glob("*.orbax-checkpoint-tmp*"))
     for path in found:
       shutil.rmtree(path, ignore_errors=True)

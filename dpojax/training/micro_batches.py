@@ -35,6 +35,8 @@ class MicroBatches(NamedTuple):
         raise ValueError(
           f"{x.shape[0]} rows on {self.shards} shards cannot be taken {self.rows_at_once} at once"
         )
+      # Rows of one shard lie together; the k-th part takes the k-th run of each, so nothing moves between
+      # devices.
       x = x.reshape(self.shards, -1, self.rows_at_once, *x.shape[1:])
       return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
@@ -54,9 +56,11 @@ class MicroBatches(NamedTuple):
     if not self.rows_at_once:
       return function(rows)
     parts = self.split(rows)
+    # Sums start from zeros of the right shapes: parts that hold nothing must not run even once.
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     add = lambda i, sums: jax.tree.map(jnp.add, sums, function(jax.tree.map(lambda x: x[i], parts)))
+    # A traced bound: steps with fewer rows run fewer rounds of the same program.
     return jax.lax.fori_loop(0, _filled(parts), add, zeros)
 
   def map(self, function: Callable[[Any], Any], rows: Any) -> Any:

@@ -90,7 +90,10 @@ def response_rewards(outputs: Outputs, rows: Rows, *, num_responses: int) -> jax
 
   def one_row(hidden, comparison, branch):
     slot = (comparison - 1) * num_responses + branch - 1
+    # Prompts and padding go to a slot of their own, which is dropped.
     slot = jnp.where((comparison > 0) & (branch > 0), slot, num_slots)
+    # The last place of each branch is the largest; an absent response gives a negative one, read as 0 and
+    # masked later.
     last = jax.ops.segment_max(jnp.arange(slot.shape[0]), slot, num_segments=num_slots + 1)
     return hidden[jnp.maximum(last[:-1], 0)]
 

@@ -160,8 +160,10 @@ class Mesh:
 
   def _sharding(self, name: str, leaf: Any) -> NamedSharding:
     axes = next((axes for end, axes in PARTITION.items() if name == end or name.endswith("/" + end)), ())
+    # Optimizers keep scalars and factored moments under their parameter's path: those are whole everywhere.
     if len(axes) > len(leaf.shape):
       axes = ()
+    # Stacked layers have an axis in front: it is never cut, a scan takes one layer at a time.
     axes = (None,) * (len(leaf.shape) - len(axes)) + axes
     fits = (
       axis if axis and size % self.mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)
@@ -180,8 +182,10 @@ class Mesh:
     places = sharding.addressable_devices_indices_map(leaf.shape).items()
     for _, same in itertools.groupby(sorted(places, key=_span), _span):
       same = list(same)
+      # Devices that hold the same part get copies of one read: the host never holds two parts.
       part = read(same[0][1])
       parts += [jax.device_put(part, device) for device, _ in same]
+      # The copy to the devices must be done before the next part is read over its memory.
       jax.block_until_ready(parts)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
@@ -196,6 +200,7 @@ class Mesh:
 
     def place(leaf, sharding):
       if isinstance(leaf, jax.Array) and (leaf.sharding == sharding or not leaf.is_fully_addressable):
+        # Donated arrays are given away by the first step: an alias of the caller's would go with them.
         return jax.device_put(leaf, sharding, may_alias=not donated)
       array = np.asarray(leaf)
       return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -258,6 +263,7 @@ class Mesh:
 
     def pinned(state, *args):
       state, metrics = step(state, *args)
+      # Without it XLA may choose other shardings for the output, and the second step would compile again.
       return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
     return CompiledStep(jax.jit(pinned, donate_argnums=(0,)), self._context)
@@ -276,6 +282,7 @@ class EnsembleMesh(Mesh):
   def __init__(self, count: int):
     """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
     devices = jax.devices()
+    # Runs side by side must be as many on each device, or all would wait for the fullest.
     each = -(-count // len(devices))
     super().__init__(devices=devices[: -(-count // each)])
 
@@ -299,6 +306,7 @@ class CompiledStep:
 
   def __call__(self, *args):
     with self._context():
+      # What `compile` made ahead is not found by jit's own cache: it is looked up by the shapes of the rows.
       return self._compiled.get(_shapes(args[-1]), self._jitted)(*args)
 
   def compile(self, *args: Any) -> jax.stages.Compiled:

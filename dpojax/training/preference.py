@@ -146,6 +146,7 @@ def single(function: Callable, responses: Responses, reading: Reading, knobs: di
   policy, reference = reading(responses)
   first = jnp.arange(policy.shape[-1]) == 0
   desirable = jnp.broadcast_to(first, policy.shape)
+  # A third response, where there is one, is another prompt's: KTO reads it for its reference point only.
   values = function(policy - reference, desirable, **_of_each_response(knobs))[..., :2]
   there = responses.there[..., :2]
   return jnp.sum(values, axis=-1, where=there) / jnp.maximum(jnp.sum(there, axis=-1), 1)

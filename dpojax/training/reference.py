@@ -81,9 +81,11 @@ def stored_log_probs(
   folder = pathlib.Path(folder).expanduser() / digest
   is_main, several = jax.process_index() == 0, jax.process_count() > 1
   shape = (len(data), data.lengths.shape[1] - 1)
+  # nan marks what is not stored yet; a log-prob is never nan, or the run would have stopped at it.
   values = np.full(shape, np.nan, np.float32)
   with contextlib.ExitStack() as held:
     if is_main:
+      # Looked at without the lock first: the usual case is that all is there, and nobody needs to wait.
       _prepare(folder, identity)
       _read(folder, values)
       if np.isnan(values).any():
@@ -113,6 +115,7 @@ def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
         i = position[int(examples[where])]
         values[i] = log_probs[where]
         fresh.append(i)
+    # Now and then, so that a kill loses a minute and not an epoch.
     if is_main and (count % _FLUSH == 0 or count == len(missing)):
       _write(folder, fresh, values)
       fresh = []
@@ -124,6 +127,7 @@ def _prepare(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     about = folder / "about.json"
     was = _told(about)
     if was is None:
+      # Under another name first: a kill between two writes must not leave half a file that is believed.
       temporary = folder / f"about.{uuid.uuid4().hex}.tmp"
       temporary.write_text(json.dumps(identity, indent=1, sort_keys=True))
       os.replace(temporary, about)

@@ -157,6 +157,7 @@ def _matrices(params):
     projection, name = (["", *(key.key for key in path)])[-2:]
     if name not in ("kernel", "a", "b"):
       return None
+    # Heads are two axes of one matrix: Muon orthogonalises what multiplies a vector, not each head.
     inputs = 2 if projection == "attention_out" and name != "b" else 1
     outputs = 2 if projection in ("query", "key", "value") and name != "a" else 1
     return optax.contrib.MuonDimensionNumbers(
@@ -186,6 +187,7 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
 
   def update(updates, state, params):
     updates, inner = tx.update(updates, state.inner, params)
+    # Without the ramp a decay of 0.999 would still hold a third of the start after a thousand steps.
     kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
     average = jax.tree.map(
       lambda mean, new: (kept * mean + (1 - kept) * new).astype(mean.dtype),
@@ -208,6 +210,7 @@ def average_of(params: Any, opt_state: Any) -> Any:
     return found["average"]
   if (found := _find(opt_state, ("b1", "z"))) is not None:
     b1 = found["b1"]
+    # Schedule-free keeps y, where gradients are taken, and z; the average x is what y interpolates to.
     return jax.tree.map(lambda y, z: ((y - (1 - b1) * z) / b1).astype(y.dtype), params, found["z"])
   return params
 
@@ -261,6 +264,7 @@ def make_train_step(
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
+    # The one division: before it everything is a sum, so devices with fewer comparisons weigh less.
     grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
     metrics = _values(metrics)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -269,8 +273,10 @@ def make_train_step(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Sticky: the host looks only now and then, and has to find the last good state when it does.
     finite = state.finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     updated = TrainState(state.step + 1, params, opt_state, finite)
+    # A select and no cond: both sides exist anyway, and donated buffers are reused in place.
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return kept._replace(finite=finite), metrics
 
