@@ -161,7 +161,7 @@ def defaults() -> ml_collections.ConfigDict:
   config.log_every = 10
   config.eval_every = 100  # 0: never
   config.checkpoint_every = 500  # 0: never; else also at the end
-  config.checkpoint_keep = 1  # last n kept; 0: all. From 2 on, one stands in for a damaged one
+  config.checkpoint_keep = 2  # last n kept; 0: all. With 1, none stands in for a damaged one
   config.checkpoint_best = ""  # also keep the best by this evaluation metric, such as loss
   config.profile_steps = ""  # such as 10:15: an xprof trace of steps 10 to 15, beside TensorBoard's files
   config.sample_every = 0  # steps between samples of the policy, also at the start and the end; 0: never
