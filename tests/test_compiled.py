@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dpojax.data import loader
-from dpojax.data.tokenization import Tokenized
+from dpojax.data.tokenized import Tokenized
 from dpojax.models import config as model_config
 from dpojax.models import transformer
 from dpojax.training import preference, step

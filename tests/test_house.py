@@ -64,6 +64,7 @@ ORDER = {
     "shortening",
     "encoder",
     "truncation",
+    "tokenized",
     "tokenizing",
     "pool",
     "builders",

@@ -1,6 +1,7 @@
 """Loading: position is step, no prompt on both sides of a split, shuffled labels, and processes."""
 
 import dataclasses
+import hashlib
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from dpojax.data import loader
 from dpojax.data.packing import Rows
-from dpojax.data.tokenization import Tokenized
+from dpojax.data.tokenized import Tokenized
 
 
 def tokenized(rng, count=60, prompts=20):
@@ -75,6 +76,25 @@ def test_sft_takes_the_last_comparison_of_each_prompt(rng):
   for i in range(60):
     last[subset.data[i][0].tobytes()] = i
   assert subset.index.tolist() == sorted(last.values())
+
+
+def test_prompts_that_only_look_alike_are_two(rng):
+  """Eight bytes of a digest are kept: where they are the same, the ids decide."""
+  data = tokenized(rng)
+  alike = dataclasses.replace(data, kept_prompts=np.zeros(len(data), np.uint64))
+  np.testing.assert_array_equal(
+    loader.last_of_each_prompt(loader.all_of(alike)).index,
+    loader.last_of_each_prompt(loader.all_of(data)).index,
+  )
+
+
+def test_the_held_out_are_the_first_by_their_prompts_sha256(rng):
+  data = tokenized(rng)
+  _, held_out = loader.hold_out(loader.all_of(data), 15)
+  digest = lambda i: hashlib.sha256(data[i][0].astype(np.int32).tobytes()).digest()
+  order = sorted(range(len(data)), key=digest)
+  last = digest(order[14])
+  assert held_out.index.tolist() == sorted(i for i in order if digest(i) <= last)
 
 
 def test_shuffled_labels_swap_half_of_the_pairs_and_their_lengths(rng):

@@ -182,3 +182,11 @@ def test_of_a_masked_response_the_scored_tokens_alone_are_scored(rng):
       tokens = np.pad(np.concatenate([prompt, response]), (0, 20 - len(prompt) - len(response)))
       each = [alone(tokens, len(prompt) + j, len(prompt) + j + 1) for j in np.flatnonzero(mask)]
       np.testing.assert_allclose(got[i, k], sum(each), rtol=1e-4, atol=1e-4)
+
+
+def test_steps_packed_some_at_a_time_lie_as_all_at_once(rng, monkeypatch):
+  lengths = rng.integers(1, 20, size=(300, 3))
+  whole = packing.plan(lengths, 0, 0, 4, 64)
+  monkeypatch.setattr(packing, "_STEPS_AT_ONCE", 7)
+  for a, b in zip(whole, packing.plan(lengths, 0, 0, 4, 64), strict=True):
+    np.testing.assert_array_equal(a, b)

@@ -9,7 +9,7 @@ import pytest
 
 from dpojax import train
 from dpojax.data import loader
-from dpojax.data.tokenization import Tokenized
+from dpojax.data.tokenized import Tokenized
 from dpojax.runtime.disk import DiskError
 from dpojax.training import reference
 from dpojax.training.metrics import read_metrics

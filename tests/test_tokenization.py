@@ -406,6 +406,7 @@ def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, ca
     "ids.npy": "flip",
     "offsets.npy": "cut",
     "example.npy": "empty",
+    "prompts.npy": "flip",
     "report.json": "delete",
     "digests.json": "flip",
   }
@@ -419,7 +420,7 @@ def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, ca
     got = tokenize(cache)
     told = capsys.readouterr().err
     assert str(folder / name) in told and "it is made again" in told
-    for each in ("lengths", "ids", "offsets", "example"):
+    for each in ("lengths", "ids", "offsets", "example", "kept_prompts"):
       np.testing.assert_array_equal(getattr(got, each), getattr(want, each))
     assert got.report == want.report
   tokenize(cache)

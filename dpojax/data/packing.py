@@ -295,10 +295,25 @@ def _scored(lengths: np.ndarray) -> np.ndarray:
   return (lengths[:, 1:] - unpredicted).sum(axis=1)
 
 
+_STEPS_AT_ONCE = 4096
+"""Steps that are packed side by side: what they take of memory does not grow with the data."""
+
+
 def _first_fit(lengths: np.ndarray, index: np.ndarray, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
-  """Packs every step first-fit, longest first, all steps at once. Returns rows and row counts."""
-  sizes = np.stack([lengths.sum(axis=1), _scored(lengths), np.ones(len(lengths), np.int64)], -1)
-  sizes = np.concatenate([sizes, np.zeros((1, 3), sizes.dtype)])[index]  # -1: nothing, size 0
+  """Packs every step first-fit, longest first, many steps at once. Returns rows and row counts."""
+  packed = [
+    _first_fit_of(lengths, index[start : start + _STEPS_AT_ONCE], shape)
+    for start in range(0, max(len(index), 1), _STEPS_AT_ONCE)
+  ]
+  row, needed = zip(*packed)
+  return np.concatenate(row), np.concatenate(needed)
+
+
+def _first_fit_of(lengths: np.ndarray, index: np.ndarray, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
+  taken = lengths[index] * (index >= 0)[..., None]  # -1: nothing, size 0
+  flat = taken.reshape(-1, taken.shape[-1])
+  sizes = np.stack([flat.sum(axis=1), _scored(flat), (index >= 0).reshape(-1)], -1)
+  sizes = sizes.reshape(*index.shape, 3).astype(np.int64)
   # Longest first: of one size first-fit then takes at most 11/9 of the fewest bins (Johnson 1973).
   by_length = np.argsort(-sizes[:, :, 0], axis=1, kind="stable")
   steps, batch_size = index.shape

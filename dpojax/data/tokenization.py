@@ -5,27 +5,27 @@ and conversations, `truncation` cuts them, `tokenizing` makes arrays of them.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from dpojax.data import pool
+from dpojax.data import pool, tokenized
 from dpojax.data.builders import Comparisons
 from dpojax.data.encoder import Encoder
 from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.shortening import Room
 from dpojax.data.templates import Reading, reads_the_clock
+from dpojax.data.tokenized import Growing, Tokenized
 from dpojax.data.tokenizing import Part, Settings, Tokenizing
 from dpojax.data.truncation import Truncation, cut, cut_prompt
 from dpojax.runtime import digests
@@ -35,51 +35,6 @@ _VERSION = 2
 _CHUNK = 1024
 PARALLEL = 8 * _CHUNK
 """Comparisons from which on processes are started: those take seconds to start."""
-
-_ARRAYS = ("lengths", "ids", "offsets", "example")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tokenized:
-  """Comparisons in ids. With a cache directory the arrays are memory-mapped from it.
-
-  Attributes:
-    lengths: [N, 1 + K] int32, tokens of the prompt and of each response; 0 is an absent response.
-    ids: int32, every comparison's prompt and responses one after another.
-    offsets: [N + 1] int64, where in `ids` a comparison starts.
-    example: [N] int32, index into the comparisons that were tokenized.
-    report: counts of what was cut and dropped, the ids that end whole responses, length percentiles,
-      and what the ids were made from.
-    fingerprint: SHA-256 of the arrays.
-    mask: bool, of `ids` which are scored; None where all of every response are.
-  """
-
-  lengths: np.ndarray
-  ids: np.ndarray
-  offsets: np.ndarray
-  example: np.ndarray
-  report: dict
-  fingerprint: str
-  mask: np.ndarray | None = None
-
-  def __len__(self) -> int:
-    return len(self.lengths)
-
-  def __getitem__(self, i: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns the prompt's ids and those of each of the K responses, none for an absent one."""
-    prompt, *responses = self._parts(self.ids, i)
-    return prompt, responses
-
-  def scored(self, i: int) -> list[np.ndarray] | None:
-    """Returns which ids of each of the K responses are scored, or None where all are."""
-    return None if self.mask is None else self._parts(self.mask, i)[1:]
-
-  def _parts(self, values: np.ndarray, i: int) -> list[np.ndarray]:
-    if not -len(self) <= i < len(self):
-      raise IndexError(f"comparison {i} of {len(self)}")
-    i %= len(self)
-    values = np.asarray(values[self.offsets[i] : self.offsets[i + 1]])
-    return np.split(values, np.cumsum(self.lengths[i])[:-1])
 
 
 def load_tokenizer(name: str) -> Any:
@@ -151,8 +106,10 @@ def tokenize(
   if not is_there():
     with owned(folder, f"the token cache {folder}", wait=True):
       if not is_there():  # else another process has made it while this one waited
-        _store(folder, _tokenize(comparisons, tokenizer, settings, inputs, workers))
-  return _load(folder)
+        with tokenized.unfinished(folder) as path:
+          data = _tokenize(comparisons, tokenizer, settings, inputs, workers, path)
+          tokenized.write(data, path, folder)
+  return tokenized.load(folder)
 
 
 def tokenize_answers(
@@ -186,7 +143,7 @@ def tokenize_answers(
     lengths.append([len(each.prompt), len(each.responses[0])])
     ids += [*each.prompt, *each.responses[0]]
     scored += [*[False] * len(each.prompt), *each.scored[0]]
-  return _arrays(
+  return tokenized.arrays(
     np.array(lengths, np.int32),
     np.array(ids, np.int32),
     np.array(scored, bool),
@@ -267,23 +224,38 @@ def _example(prompt: str | list[dict] | Example) -> Example:
 
 
 def _tokenize(
-  comparisons: Comparisons, tokenizer: Any, settings: Settings, inputs: dict, workers: int | None
+  comparisons: Comparisons,
+  tokenizer: Any,
+  settings: Settings,
+  inputs: dict,
+  workers: int | None,
+  folder: pathlib.Path | None = None,
 ) -> Tokenized:
-  parts = list(_parts(comparisons, Tokenizing(tokenizer, settings), workers))
-  merged = lambda name: sum((getattr(part, name) for part in parts), collections.Counter())
-  counts, dropped, first = merged("counts"), merged("dropped"), {}
-  for part in parts:
-    first = part.first | first
-  lengths = [each for part in parts for each in part.lengths]
-  if not lengths:
+  """Returns the comparisons in ids, of which those of tokens are written into the folder as they are made."""
+  at = lambda name: None if folder is None else folder / f"{name}.npy"
+  with contextlib.ExitStack() as stack:
+    ids, scored = Growing(np.int32, at("ids")), Growing(bool, at("mask"))
+    stack.callback(ids.close)
+    stack.callback(scored.close)
+    counts, dropped, first, scored_count = collections.Counter(), collections.Counter(), {}, 0
+    kept = []
+    for part in _parts(comparisons, Tokenizing(tokenizer, settings), workers):
+      ids.append(part.ids)
+      scored.append(part.scored)
+      scored_count += int(part.scored.sum())
+      counts, dropped, first = counts + part.counts, dropped + part.dropped, part.first | first
+      kept.append((part.lengths, part.example, part.prompts))
+    ids, scored = ids.finish(), scored.finish()
+  lengths, example, prompts = zip(*kept) if kept else ((), (), ())
+  if not sum(map(len, lengths)):
     why = "; ".join(first.values())
     raise DataError(
       f"none of {len(comparisons)} comparisons can be used ({dict(dropped)}); check "
       f"data.path and the tokenizer. The first: {why}"
     )
-  width = 1 + settings.num_responses if settings.num_responses else max(map(len, lengths))
-  padded = np.array([each + [0] * (width - len(each)) for each in lengths], np.int32)
-  responses = padded[:, 1:]
+  width = 1 + settings.num_responses if settings.num_responses else max(x.shape[1] for x in lengths)
+  lengths = np.concatenate([np.pad(x, [(0, 0), (0, width - x.shape[1])]) for x in lengths])
+  responses = lengths[:, 1:]
   ended = {
     str(tokenizer.convert_ids_to_tokens(key[1])): count
     for key, count in counts.items()
@@ -291,25 +263,27 @@ def _tokenize(
   }
   report = {
     "examples": len(comparisons),
-    "used": len(padded),
+    "used": len(lengths),
     "dropped": dict(dropped),
     **{name: counts[name] for name in COUNTS},
     "ended_by": ended,
     "stop_ids": [key[1] for key, _ in counts.most_common() if isinstance(key, tuple)],
     "lengths": {
-      "prompt": _percentiles(padded[:, 0]),
-      "comparison": _percentiles(padded.sum(axis=1)),
+      "prompt": _percentiles(lengths[:, 0]),
+      "comparison": _percentiles(lengths.sum(axis=1)),
       "response": _percentiles(responses[responses > 0]),
     },
     "first": first,
     "inputs": inputs,
   }
-  return _arrays(
-    padded,
-    np.concatenate([part.ids for part in parts]),
-    np.concatenate([part.scored for part in parts]),
-    np.array([i for part in parts for i in part.example], np.int32),
+  return tokenized.arrays(
+    lengths,
+    ids,
+    scored,
+    np.concatenate(example),
     report,
+    scored_count=scored_count,
+    prompts=np.concatenate(prompts),
   )
 
 
@@ -358,23 +332,6 @@ def _parts(comparisons: Comparisons, tokenizing: Tokenizing, workers: int | None
       yield part
 
 
-def _arrays(
-  lengths: np.ndarray, ids: np.ndarray, scored: np.ndarray, example: np.ndarray, report: dict
-) -> Tokenized:
-  offsets = np.concatenate([np.zeros(1, np.int64), lengths.sum(axis=1, dtype=np.int64).cumsum()])
-  mask = None if scored.sum() == lengths[:, 1:].sum() else scored
-  return Tokenized(lengths, ids, offsets, example, report, _fingerprint(lengths, ids, example, mask), mask)
-
-
-def _fingerprint(*arrays: np.ndarray | None) -> str:
-  digest = hashlib.sha256()
-  for array in arrays:
-    if array is not None:
-      digest.update(f"{array.dtype.str}{array.shape}".encode())
-      digest.update(np.ascontiguousarray(array).data)
-  return digest.hexdigest()
-
-
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
   points = (5, 50, 95, 100)
   values = np.percentile(lengths, points, method="nearest")
@@ -419,37 +376,3 @@ def _tokenizer_identity(tokenizer: Any) -> dict:
     "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
     "adds": tokenizer("a")["input_ids"],
   }
-
-
-def _load(folder: pathlib.Path) -> Tokenized:
-  read = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
-  about = json.loads((folder / "report.json").read_text())
-  return Tokenized(
-    *map(read, _ARRAYS),
-    about["report"],
-    about["fingerprint"],
-    read("mask") if (folder / "mask.npy").exists() else None,
-  )
-
-
-def _store(folder: pathlib.Path, tokenized: Tokenized) -> None:
-  """Writes the arrays to a temporary folder and renames it: a folder in the cache is complete."""
-  unfinished = None
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-")
-    for name in (*_ARRAYS, *(["mask"] if tokenized.mask is not None else [])):
-      np.save(os.path.join(unfinished, name), getattr(tokenized, name))
-    about = {"report": tokenized.report, "fingerprint": tokenized.fingerprint}
-    pathlib.Path(unfinished, "report.json").write_text(json.dumps(about))
-    digests.write(unfinished)
-    os.rename(unfinished, folder)
-  except OSError as error:
-    if not folder.exists():  # else another process was faster
-      raise DataError(
-        f"could not write tokenized data to {folder.parent} ({error}); free space there, or set "
-        "data.cache_dir to a folder with room"
-      ) from error
-  finally:
-    if unfinished:
-      shutil.rmtree(unfinished, ignore_errors=True)

@@ -12,6 +12,7 @@ from dpojax.data.encoder import Encoder
 from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.shortening import Room
 from dpojax.data.templates import Reading, TemplateError, first_text
+from dpojax.data.tokenized import prompt_digests
 from dpojax.data.truncation import Truncation, cut
 
 CHECKED = 512
@@ -42,19 +43,21 @@ class Part(NamedTuple):
   """Some comparisons in ids.
 
   Attributes:
-    lengths: tokens of the prompt and of each response, a list for each comparison.
+    lengths: [n, 1 + K] int32 tokens of the prompt and of each response, K those of the longest list here.
     ids: int32, prompts and responses one after another.
     scored: bool, of `ids` which are scored; nothing of a prompt is.
-    example: index of each comparison.
+    example: [n] int32 index of each comparison.
+    prompts: [n] uint64, see `tokenized.prompt_digests`.
     counts: of what was cut and seen.
     dropped: how many comparisons were left out, by reason.
     first: of each reason, the first such comparison in words.
   """
 
-  lengths: list[list[int]]
+  lengths: np.ndarray
   ids: np.ndarray
   scored: np.ndarray
-  example: list[int]
+  example: np.ndarray
+  prompts: np.ndarray
   counts: collections.Counter
   dropped: collections.Counter
   first: dict[str, str]
@@ -80,7 +83,7 @@ class Tokenizing:
     counts.clear()
     examples = [each._replace(responses=each.responses[: self._settings.num_responses]) for each in examples]
     dropped, named = collections.Counter(), {}
-    lengths, ids, scored, index = [], [], [], []
+    lengths, ids, scored, index, prompts = [], [], [], [], []
     for i, (example, encoded) in enumerate(zip(examples, self._encode(first, examples, named)), first):
       try:
         kept = self._kept(i, example, encoded)
@@ -92,14 +95,25 @@ class Tokenizing:
         named.setdefault(error.reason, f"{where}: {error}")
         continue
       index.append(i)
+      prompts.append(kept.prompt)
       lengths.append([len(kept.prompt), *map(len, kept.responses)])
       ids.append(np.array([token for part in (kept.prompt, *kept.responses) for token in part], np.int32))
       scored.append(
         np.array([*[False] * len(kept.prompt), *(each for of in kept.scored for each in of)], bool)
       )
     whole = lambda arrays, dtype: np.concatenate([np.zeros(0, dtype), *arrays])
+    padded = np.zeros((len(lengths), max(map(len, lengths), default=1)), np.int32)
+    for row, each in zip(padded, lengths):
+      row[: len(each)] = each
     return Part(
-      lengths, whole(ids, np.int32), whole(scored, bool), index, collections.Counter(counts), dropped, named
+      padded,
+      whole(ids, np.int32),
+      whole(scored, bool),
+      np.array(index, np.int32),
+      prompt_digests(prompts),
+      collections.Counter(counts),
+      dropped,
+      named,
     )
 
   def _encode(self, first: int, examples: list[Example], named: dict[str, str]) -> list:

@@ -99,7 +99,6 @@ def stored_log_probs(
 
 def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
   """Fills in what is not stored yet, and stores it."""
-  position = {int(example): i for i, example in enumerate(data.example)}
   batches = make_loader(loader.all_of(data))
   missing = [
     step
@@ -112,7 +111,7 @@ def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
     for batch in batches.evaluation(step, step + 1):
       log_probs, examples = score(batch)
       for where in zip(*np.nonzero(examples >= 0)):
-        i = position[int(examples[where])]
+        i = int(np.searchsorted(data.example, examples[where]))
         values[i] = log_probs[where]
         fresh.append(i)
     # Now and then, so that a kill loses a minute and not an epoch.

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from dpojax import train
-from dpojax.data import tokenization
+from dpojax.data import tokenized
 from dpojax.models import hf
 from dpojax.ppo import loop as ppo
 from dpojax.runtime.command import say
@@ -72,13 +72,13 @@ class RewardModel(NamedTuple):
   step: int
 
 
-def in_ids(prompts: Sequence[np.ndarray], *responses: Sequence[np.ndarray]) -> tokenization.Tokenized:
+def in_ids(prompts: Sequence[np.ndarray], *responses: Sequence[np.ndarray]) -> tokenized.Tokenized:
   """Returns comparisons whose ids are at hand; `responses` are those of the first place, then the next."""
   places = [prompts, *responses]
   lengths = np.stack([[len(ids) for ids in each] for each in places], axis=1).astype(np.int32)
   ids = np.concatenate([each[i] for i in range(len(prompts)) for each in places]).astype(np.int32)
   offsets = np.concatenate([[0], lengths.sum(axis=1, dtype=np.int64).cumsum()])
-  return tokenization.Tokenized(
+  return tokenized.Tokenized(
     lengths,
     ids,
     offsets,
