@@ -88,9 +88,8 @@ def dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob
   """
   chosen = implicit_reward(policy.chosen, reference.chosen, beta=beta)
   rejected = implicit_reward(policy.rejected, reference.rejected, beta=beta)
-  return (1 - label_smoothing) * bradley_terry_loss(chosen, rejected) + label_smoothing * bradley_terry_loss(
-    rejected, chosen
-  )
+  as_labelled, flipped = bradley_terry_loss(chosen, rejected), bradley_terry_loss(rejected, chosen)
+  return (1 - label_smoothing) * as_labelled + label_smoothing * flipped
 
 
 # Other losses of a pair against a reference.
@@ -119,9 +118,8 @@ def robust_dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothin
   e = label_smoothing, in [0, 0.5).
   """
   logits = beta * _margin(policy, reference)
-  return (
-    -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) + label_smoothing * jax.nn.log_sigmoid(-logits)
-  ) / (1 - 2 * label_smoothing)
+  right, wrong = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+  return (-(1 - label_smoothing) * right + label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
 def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob) -> jax.Array:
@@ -136,9 +134,9 @@ def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing:
   if isinstance(label_smoothing, (int, float)) and label_smoothing <= 0:
     raise ValueError(f"label_smoothing is {label_smoothing}; exo_pair_loss needs one above 0")
   logits = beta * _margin(policy, reference)
-  return jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing)) + jax.nn.sigmoid(
-    -logits
-  ) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
+  right = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
+  wrong = jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
+  return right + wrong
 
 
 def nca_pair_loss(policy: Pair, reference: Pair, *, beta: Knob) -> jax.Array:
