@@ -62,9 +62,11 @@ class Names:
 
   def end_of(self, text: str) -> int | None:
     """Returns where a turn ends: behind its last EOS, or another special token that only space follows."""
+    # The last EOS and not the first: a response may be several messages, each with an end of its own.
     eos = text.rfind(self.eos)
     if eos >= 0:
       return eos + len(self.eos)
+    # Only the end is searched: in long answers a name of a special token may stand anywhere as text.
     start = len(text.rstrip()) - self._longest
     match = self._at_end.search(text, max(start, 0))
     return None if match is None else len(text[: match.end()].rstrip())
@@ -98,6 +100,8 @@ class Conversations:
     """
     example = self._hidden(example)
     render = self._renderer(example)
+    # Some templates refuse a conversation that does not end with the assistant; what they write with the
+    # answer still tells where it is.
     before = _or_none(lambda: render(example.prompt, True))
     written = [self._of_response(example, response, render, before) for response in example.responses]
     texts = [each.text for each in written]
@@ -134,6 +138,7 @@ class Conversations:
     self, messages: list[dict], first: int, whole: Rendering, render: Callable
   ) -> list[tuple[int, int]]:
     """Returns the template's marks from a message on: those it does not make of the messages before."""
+    # Counted and not compared: the spans before may have moved with what the template writes differently now.
     earlier = len(render(messages[:first], False).spans) if first else 0
     spans = [(start, end) for start, end in whole.spans[earlier:] if start < end]
     if not spans:
@@ -158,8 +163,11 @@ class Conversations:
 
   def _around(self, messages: list[dict], j: int, whole: str, render: Callable) -> tuple[int, int]:
     """Returns where what stays the same ends and starts again with another answer in a message's place."""
+    # Another answer in its place: what stays the same on both sides is not the answer's, whatever the
+    # template does.
     other = [*messages[:j], {"role": "assistant", "content": _OTHER}, *messages[j + 1 :]]
     left, found, right = render(other, False).text.partition(_OTHER)
+    # Some templates write an answer twice, or cut it up: then no span of it can be told.
     clear = found and _OTHER not in right and _OTHER not in whole and len(left) + len(right) < len(whole)
     if not (clear and whole.startswith(left) and whole.endswith(right)):
       raise RecordError(
@@ -184,6 +192,7 @@ class Conversations:
       return example
     if self._reading.special_tokens == "raise":
       raise RecordError("special_token_in_text", refusal(names))
+    # One name at a time, by what the template writes: its source need not be understood.
     read = {name for name in names if not self._same(example, {name})}
     if read:
       self._counts["with_special_tokens_that_the_template_reads"] += 1

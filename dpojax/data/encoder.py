@@ -91,6 +91,8 @@ class Encoder:
     for example, error, whole, cut in zip(examples, refused, texts, short):
       ids = [next(flat) for _ in whole]
       same = [a is b for a, b in zip(whole, cut)]
+      # Cut by characters, and yet too few tokens: a tokenizer that drops or joins characters. Once more,
+      # whole.
       if not all(kept or len(each) >= room.enough for kept, each in zip(same, ids)):
         out += self._again(self._texts, example)
       else:
@@ -107,6 +109,7 @@ class Encoder:
 
   def _as_texts(self, example: Example) -> list[str]:
     """Returns the prompt and the responses as they are to be tokenized."""
+    # A text that starts with a special token has begun already: a space would stand between the two.
     begun = self._parse and self.ids.names.pattern.match(example.prompt or "".join(example.responses[:1]))
     beginning = lambda text: text if begun or not self.ids.adds_space else f" {text}"
     if example.prompt:

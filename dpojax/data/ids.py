@@ -29,6 +29,7 @@ class Ids:
 
   def __init__(self, tokenizer: Any):
     self._tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
+    # Asked and not read from the tokenizer's settings: each kind keeps them elsewhere, under other names.
     alone, behind, newline = self.of(["a", "\na", "\n"], special=False)
     self.adds_space = behind[len(newline) :] != alone
     self.bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] != alone[:1] else None
@@ -120,6 +121,7 @@ class Ids:
       return self._pieces(texts, special)
     for anchor in _ANCHORS:
       (head, _), *found = self._pieces([anchor, *(anchor + text for text in texts)], special)
+      # An anchor serves only where no token joins it with what follows; one of these three does for all tokenizers met.
       if all(each.ids[: len(head)] == head for each in found):
         return [
           Pieces(
@@ -153,6 +155,7 @@ class Ids:
       return Pieces([], [])
     if self.names.pattern.fullmatch(text):
       return Pieces([self._tokenizer.convert_tokens_to_ids(text)], [(0, len(text))])
+    # Tokenized without the marks, and told where it stood with them.
     place = [i for i, letter in enumerate(text) if letter != MARK]
     bare = text.replace(MARK, "")
     ids, offsets = (self._pieces if begins else self._pieces_behind)([bare], special=False)[0]

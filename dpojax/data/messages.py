@@ -178,6 +178,8 @@ def behind_prompt(prompt: list[dict], side: list[dict], name: str, note: Note) -
   Raises:
     RecordError: it is another conversation, or does not go on with the assistant.
   """
+  # Trainers write the prompt into the response with its system message or without; both are seen in published
+  # data.
   without_system = prompt[1:] if prompt[0]["role"] in ("system", "developer") else prompt
   for beginning in (prompt, without_system):
     if beginning and same(side[: len(beginning)], beginning):

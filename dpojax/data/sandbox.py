@@ -63,6 +63,7 @@ class Budget:
     before, self._steps = self._steps, self._steps + count
     if self._steps > STEPS:
       raise LimitError(f"it takes more than {STEPS:,} steps")
+    # The clock is asked now and then: to ask it takes longer than a step.
     if before // 1000 < self._steps // 1000 and time.monotonic() > self._until:
       raise LimitError(f"it takes longer than {SECONDS:.0f} seconds")
 
@@ -72,6 +73,8 @@ class Budget:
     if count <= self._room and self._made <= 40 * self._room:
       return
     if self._inputs is not None:  # measured once, and only where it matters
+      # A template may write a long record several times over; one that makes much of little is what is
+      # refused.
       self._room, self._inputs = CHARACTERS + 16 * _weight(self._inputs), None
       self._made -= count
       self.make(count)
@@ -137,6 +140,7 @@ def become(thing: Any, kind: type, attributes: dict[str, Any]) -> None:
   They are set anew: Python 3.13.0 loses some where the class changes below them.
   """
   attributes = dict(attributes)
+  # `transformers` makes the environment inside a function; only its instance can be changed from outside.
   thing.__class__ = kind
   vars(thing).clear()
   vars(thing).update(attributes)
@@ -167,6 +171,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
       if isinstance(left, str):
         budget.make(_widths(left, right if isinstance(right, tuple) else (right,)))
     elif _is_int(left) and _is_int(right):
+      # Of a product or power the size is known before it is made: that is the point of asking here.
       bits = left.bit_length(), right.bit_length()
       budget.number({"**": bits[0] * max(right, 0), "*": sum(bits), "+": max(bits)}[operator])
     elif operator == "*":
@@ -187,6 +192,8 @@ class _Counting(visitor.NodeTransformer):
 
   def visit_For(self, node: nodes.For) -> nodes.For:
     node = self.generic_visit(node)
+    # In the syntax tree and not in the text: any way to write a loop passes here, comprehensions do not
+    # exist.
     node.iter = _filtered(node.iter, _COUNTED)
     return node
 
@@ -240,6 +247,8 @@ def _watched(name: str, function: Callable) -> Callable:
   @functools.wraps(function)
   def watched(*args: Any, **kwargs: Any) -> Any:
     given = list(args)
+    # A generator is taken out once, counted as it goes, so that what it makes can be weighed before it is
+    # joined.
     if name == "join" and len(given) > first and not isinstance(given[first], (str, list, tuple)):
       given[first] = list(given[first])
     _BUDGET.get().call(name, given[first] if len(given) > first else None, tuple(given[first + 1 :]), kwargs)

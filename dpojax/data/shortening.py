@@ -46,10 +46,12 @@ class Shortening:
     if most is None:
       return written
     text, start = written.text, written.spans[0][0]
+    # Twice: a text only a little longer is not worth the risk of having to be tokenized again.
     if len(text) - start > 2 * most:
       text = text[: _word_end(text, start + most)]
     spans = [(low, min(high, len(text))) for low, high in written.spans if low <= len(text)]
     if start > 2 * most:
+      # Cut where a special token starts, so that no token spans the cut on the side that is kept.
       left, right = (
         (self._ids.names.start_of(text), start - most)
         if room.keep == "end"
@@ -65,6 +67,7 @@ class Shortening:
       return text
     if keep == "start":
       return text[: _word_end(text, most)]
+    # A thousand more, for the search of a space between words goes that far.
     return text[_word_end(text, len(text) - most - 1000) :]
 
   def _most(self, length: int, room: Room | None) -> int | None:

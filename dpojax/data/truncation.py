@@ -73,11 +73,13 @@ def cut(
     RecordError: no comparison is left.
   """
   prompt, responses, scored, _ = encoded
+  # By the longest response, so that all of a comparison stand behind the same prompt.
   longest = max(map(len, responses))
   most = truncation.max_prompt_length
   if len(prompt) + longest > truncation.max_length:
     prompt = cut_prompt(prompt, most, truncation.keep, bos)
   if len(prompt) + longest > truncation.max_length:
+    # Not the prompt's own length: the paper's code takes its bound, so a short prompt buys nothing.
     room = truncation.max_length - most
     responses, scored = [each[:room] for each in responses], [each[:room] for each in scored]
   for ids, which in zip(responses, scored):
@@ -101,6 +103,7 @@ def cut_prompt(prompt: list[int], most: int, keep: str, bos: int | None) -> list
     return prompt
   if keep == "start":
     return prompt[:most]
+  # BOS stays in front: a model that was trained with it reads anything else as a text that goes on.
   head = prompt[:1] if prompt[0] == bos else []
   return head + prompt[len(prompt) - most + len(head) :]
 

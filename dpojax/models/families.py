@@ -209,6 +209,8 @@ def dimensions(config: ModelConfig, shape: str) -> tuple[int, ...]:
 
 def transposed(x: np.ndarray, config: ModelConfig) -> np.ndarray:
   """A matrix [outputs, inputs], as `torch.nn.Linear` keeps it."""
+  # torch multiplies x W^T; our kernels are [inputs, outputs]. A transposed view costs nothing until it is
+  # placed.
   return x.T
 
 
@@ -225,6 +227,8 @@ def third_of_each_head(i: int) -> Callable:
   """Query (0), key or value of NeoX's one matrix [N 3 H, D], and of its bias, as [..., N, H]."""
 
   def part(x, config):
+    # NeoX keeps query, key and value of one head together; GPT-2 keeps all queries, then all keys, then all
+    # values.
     heads = x.reshape(config.heads, 3, config.head_size, *x.shape[1:])[:, i]
     return np.moveaxis(heads, -1, 0) if x.ndim == 2 else heads
 
