@@ -174,7 +174,8 @@ def test_a_second_process_finds_what_the_first_has_compiled(words, tmp_path):
   (tmp_path / "config.json").write_text(config_lib.to_json(config))
   code = (
     "import sys, jax, pathlib\n"
-    "from dpojax import config, train\n"
+    "from dpojax import train\n"
+    "from dpojax.training import config\n"
     "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
     "events = []\n"
     "jax.monitoring.register_event_listener(lambda name, **_: events.append(name))\n"
