@@ -121,7 +121,7 @@ class Ids:
       return self._pieces(texts, special)
     for anchor in _ANCHORS:
       (head, _), *found = self._pieces([anchor, *(anchor + text for text in texts)], special)
-      # An anchor serves only where no token joins it with what follows; one of these three does for all tokenizers met.
+      # An anchor serves where no token joins it with what follows; of all tokenizers met one of these did.
       if all(each.ids[: len(head)] == head for each in found):
         return [
           Pieces(
