@@ -12,7 +12,7 @@ from dpojax.data import records, templates
 from dpojax.data.examples import DataError
 from dpojax.models import config as model_config
 from dpojax.models import lora
-from dpojax.runtime.errors import UserError
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import parallel, preference, step
 
 LOSSES = {
@@ -66,10 +66,6 @@ MAY_CHANGE = (
 )
 """Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to
 rounding."""
-
-
-class ConfigError(UserError, ValueError):
-  """A config cannot be run; the message names the key, the value and the fix."""
 
 
 def defaults() -> ml_collections.ConfigDict:

@@ -13,8 +13,9 @@ import numpy as np
 from dpojax.models import hf, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import checkpoint
-from dpojax.training.config import ConfigError, flatten
+from dpojax.training.config import flatten
 
 
 def read(
