@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import math
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -679,9 +680,9 @@ def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDi
     )
 
 
-def flatten(config) -> dict:
+def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, Any]:
   """Returns {dotted key: value}; empty groups vanish."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, (ml_collections.ConfigDict, dict)):
       flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}

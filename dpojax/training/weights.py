@@ -103,7 +103,7 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
     CheckpointError: there is neither a model nor a run, or no such checkpoint.
   """
   path = os.path.expanduser(name)
-  changes = {"dtype": dtype} if dtype else {}
+  changes: dict[str, Any] = {"dtype": dtype} if dtype else {}
   if not hf.is_model(path):
     policy = checkpoint.load_policy(path, step)
     config = dataclasses.replace(policy.config, **changes)
