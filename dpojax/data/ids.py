@@ -121,7 +121,8 @@ class Ids:
       return self._pieces(texts, special)
     for anchor in _ANCHORS:
       (head, _), *found = self._pieces([anchor, *(anchor + text for text in texts)], special)
-      # An anchor serves only where no token joins it with what follows; one of these three does for all tokenizers met.
+      # An anchor serves only where no token joins it with what follows; one of these three does for all
+      # tokenizers met.
       if all(each.ids[: len(head)] == head for each in found):
         return [
           Pieces(
