@@ -14,16 +14,16 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
 from dpojax.data import packing
 from dpojax.models.config import ModelConfig
+from dpojax.runtime import command_line
 from dpojax.runtime.command import command
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import config as config_lib
 from dpojax.training import parallel, resolve, weights
 from dpojax.training import step as step_lib
-from dpojax.training.config import ConfigError
 from dpojax.training.throughput import CHIPS
 
 
@@ -221,10 +221,7 @@ def drawn_lengths(means: str, config: ml_collections.ConfigDict) -> np.ndarray:
   return lengths[lengths.sum(1) <= config.row_length]
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]}")
-  logging.set_verbosity(logging.WARNING)
+def main():
   given = flags.FLAGS
   if given.devices:
     parallel.simulate(given.devices)
@@ -235,11 +232,15 @@ def main(argv):
   print(report(needs, devices=jax.device_count(), chip=given.chip, utilisation=given.utilisation))
 
 
-if __name__ == "__main__":  # dpojax.train, which imports this module, has flags of its own
-  config_flags.DEFINE_config_file("config", None, "Config file, with :arg if it takes one.")
+def cli():
+  """Plans as the command line says: `dpojax-plan`, and `python -m dpojax.plan`."""
+  command_line.define_config()
   flags.DEFINE_integer("devices", 0, "Simulated CPU devices; 0: the devices there are.")
   flags.DEFINE_enum("chip", "", ["", *CHIPS], "A chip to hold it against.")
   flags.DEFINE_float("utilisation", 0.4, "Share of the chip's rate that is reached.")
   flags.DEFINE_string("lengths", "", "Mean tokens of prompt and responses, in place of data.")
-  flags.mark_flags_as_required(["config"])
-  app.run(main)
+  command_line.start(main, __doc__)
+
+
+if __name__ == "__main__":
+  cli()

@@ -19,24 +19,22 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
 from dpojax import plan
 from dpojax.data import loader, packing, tokenization
 from dpojax.data import report as report_lib
 from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
-from dpojax.runtime import memory, processes
+from dpojax.runtime import command_line, memory, processes
 from dpojax.runtime.command import command, say
-from dpojax.runtime.errors import UserError
+from dpojax.runtime.errors import ConfigError, UserError
 from dpojax.runtime.stopping import stop_signal
 from dpojax.training import checkpoint, objectives, resolve, weights
 from dpojax.training import config as config_lib
 from dpojax.training import step as step_lib
 from dpojax.training import workdir as workdir_lib
 from dpojax.training.checkpoint import Checkpoints
-from dpojax.training.config import ConfigError
 from dpojax.training.log import Log
 from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.throughput import Profile, Throughput
@@ -446,26 +444,25 @@ def _placed_ahead(
       asked = time.perf_counter()
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :arg if it takes one.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]}")
-  logging.set_verbosity(logging.WARNING)
+def main():
+  given = flags.FLAGS
   with command():
-    join_processes(CONFIG.value)
-    if flags.FLAGS.dry_run:
-      dry_run(CONFIG.value, WORKDIR.value or "")
+    join_processes(given.config)
+    if given.dry_run:
+      dry_run(given.config, given.workdir or "")
     else:
-      run(CONFIG.value, WORKDIR.value)
+      run(given.config, given.workdir)
 
 
-if __name__ == "__main__":
+def cli():
+  """Trains as the command line says: `dpojax-train`, and `python -m dpojax.train`."""
+  command_line.define_config()
   flags.DEFINE_bool("dry_run", False, "Report on the data, show three comparisons, and stop.")
-  flags.mark_flag_as_required("config")
   flags.register_multi_flags_validator(
     ["workdir", "dry_run"], lambda given: given["workdir"] or given["dry_run"], "--workdir is missing"
   )
-  app.run(main)
+  command_line.start(main, __doc__)
+
+
+if __name__ == "__main__":
+  cli()

@@ -23,18 +23,18 @@ import ml_collections
 import numpy as np
 import optax
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 
-from dpojax import train
 from dpojax.data import loader, packing
+from dpojax.runtime import command_line
 from dpojax.runtime.command import command, say
 from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import checkpoint, objectives, parallel, resolve, weights
 from dpojax.training import config as config_lib
 from dpojax.training import step as step_lib
 from dpojax.training import workdir as workdir_lib
 from dpojax.training.checkpoint import Checkpoints
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_lines
 from dpojax.training.micro_batches import MicroBatches
 from experiments import figures
@@ -411,33 +411,28 @@ def _check_can_sweep(config: ml_collections.ConfigDict) -> None:
       raise ConfigError(f"config.{key} is {given!r} and {why}; set {value!r}, or train members one by one")
 
 
-BETAS = flags.DEFINE_list("betas", [], "Values on the axis, separated by commas.")
-SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas.")
-AXIS = flags.DEFINE_string("axis", "beta", "The key that the values are of.")
-AT_ONCE = flags.DEFINE_integer("at_once", 0, "EnsembleMesh trained side by side; 0: all.")
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]}")
-  logging.set_verbosity(logging.WARNING)
-  workdir = pathlib.Path(train.WORKDIR.value)
+def main():
+  given = flags.FLAGS
+  workdir = pathlib.Path(given.workdir)
   with command():
-    config = train.CONFIG.value
-    values = [float(value) for value in BETAS.value]
     table = run(
-      config,
+      given.config,
       workdir,
-      seeds=[int(seed) for seed in SEEDS.value],
-      axis=AXIS.value,
-      values=values,
-      at_once=AT_ONCE.value,
+      seeds=[int(seed) for seed in given.seeds],
+      axis=given.axis,
+      values=[float(value) for value in given.betas],
+      at_once=given.at_once,
     )
     with disk_errors(workdir):
-      figures.against_axis(table, AXIS.value, workdir / "sweep.png")
+      figures.against_axis(table, given.axis, workdir / "sweep.png")
   print(f"written: {workdir}/table.jsonl and sweep.png")
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  command_line.define_config()
+  flags.mark_flag_as_required("workdir")
+  flags.DEFINE_list("betas", [], "Values on the axis, separated by commas.")
+  flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas.")
+  flags.DEFINE_string("axis", "beta", "The key that the values are of.")
+  flags.DEFINE_integer("at_once", 0, "Members trained side by side; 0: all.")
+  command_line.start(main, __doc__)

@@ -15,10 +15,10 @@ from dpojax.data import report, templates
 from dpojax.data.examples import DataError
 from dpojax.evaluate import scorers
 from dpojax.ppo import config as ppo_config
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import make_mesh
 from dpojax.sample.prompts import encode, reading_of
 from dpojax.training import checkpoint, resolve, weights
-from dpojax.training.config import ConfigError
 from tests import chats, conftest, worlds
 
 WORDS = "the sea way left right fox dog help first lazy".split()

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import preference
-from dpojax.training.config import ConfigError
 from experiments import suite
 from experiments.measurements import measure
 from experiments.paper import enumerable, frontier, loss_ablation, methods, training_curve

@@ -13,10 +13,10 @@ from dpojax.data import packing, tokenization
 from dpojax.data.examples import DataError
 from dpojax.evaluate import __main__, compare, confidence, measure, report, scorers
 from dpojax.models import transformer
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import make_mesh
 from dpojax.training import checkpoint, objectives
-from dpojax.training.config import ConfigError
 from tests import conftest, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -30,6 +30,8 @@ ROOMS = [
 ORDER = {
   "runtime": [
     "errors",
+    "command_line",
+    "commands",
     "disk",
     "digests",
     "ownership",

@@ -10,8 +10,8 @@ import transformers
 
 from dpojax.data.examples import DataError, Example
 from dpojax.evaluate import judging
+from dpojax.runtime.errors import ConfigError
 from dpojax.training.checkpoint import Checkpoints
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_lines
 from experiments.paper import hh, imdb, methods, siebert, stages, tldr
 from tests import test_evaluate, worlds

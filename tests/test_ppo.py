@@ -16,9 +16,9 @@ from dpojax.models import transformer
 from dpojax.ppo import loop as ppo
 from dpojax.ppo import losses as ppo_losses
 from dpojax.ppo import step as ppo_step
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import rollouts
 from dpojax.training import checkpoint, parallel, weights
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_metrics
 from dpojax.training.objectives import response_log_probs
 from tests import worlds

@@ -10,12 +10,12 @@ import pytest
 
 from dpojax.data import tokenization
 from dpojax.data.examples import DataError, Example
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
 from dpojax.sample.prompts import encode, read_prompts
 from dpojax.training import weights
 from dpojax.training.checkpoint import CheckpointError
-from dpojax.training.config import ConfigError
 from tests import conftest, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpojax import train
-from dpojax.training.config import ConfigError
+from dpojax.runtime.errors import ConfigError
 from dpojax.training.metrics import read_metrics
 from experiments import sweep
 from tests import worlds

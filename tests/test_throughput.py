@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import config as config_lib
 from dpojax.training import throughput
-from dpojax.training.config import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from dpojax.data import packing
@@ -284,6 +283,8 @@ class Loader:
     return self._ahead(lambda step: self._batch(plan, step, step), start, stop)
 
   def _ahead(self, batch: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    import grain  # here: it loads Orbax and more, and what is only read or planned needs none of it
+
     steps = grain.MapDataset.range(start, stop).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

@@ -15,10 +15,9 @@ of an OpenAI-compatible server, whose answers are kept: started again, nothing i
 
 import argparse
 
-from dpojax.evaluate import compare, judging, measure, report
-from dpojax.runtime.command import command, say
+from dpojax.evaluate import judging
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import add_draw_arguments, draw_of
-from dpojax.training.config import ConfigError
 
 
 def main():
@@ -47,6 +46,9 @@ def main():
   of_files.add_argument("--form", default="", help="of pairs' records (docs/data.md); by default recognised")
   of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
+  from dpojax.evaluate import compare, measure, report  # here, for --help needs no jax
+  from dpojax.runtime.command import command, say
+
   with command():
     if bool(options.workdir) == bool(options.ours):
       raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")

@@ -13,8 +13,8 @@ from dpojax.data.examples import DataError, Example
 from dpojax.evaluate import confidence, judging, scorers
 from dpojax.evaluate.judging import Pair
 from dpojax.runtime.command import say
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import make_mesh
-from dpojax.training.config import ConfigError
 
 
 def compare_files(

@@ -13,12 +13,12 @@ from dpojax.data.examples import Example
 from dpojax.evaluate import confidence, scorers
 from dpojax.evaluate.confidence import Estimate
 from dpojax.models import transformer
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator, make_mesh
 from dpojax.sample.prompts import encode, prompt_room, reading_of
 from dpojax.training import objectives, parallel, resolve, weights
 from dpojax.training import reference as reference_lib
-from dpojax.training.config import ConfigError
 
 
 class HeldOut(NamedTuple):

@@ -12,8 +12,8 @@ from dpojax.data import loader, tokenization
 from dpojax.data.examples import Example
 from dpojax.data.truncation import end_kept
 from dpojax.models import transformer
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import objectives, parallel, weights
-from dpojax.training.config import ConfigError
 
 Prompt = str | list[dict] | Example
 """Text, messages, or an example with the tools of its prompt."""

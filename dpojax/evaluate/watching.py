@@ -22,13 +22,13 @@ from dpojax.models import lora
 from dpojax.models.config import ModelConfig
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator, Sample
 from dpojax.sample.prompts import encode, read_prompts
 from dpojax.training import config as config_lib
 from dpojax.training import parallel, weights
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_lines
 
 

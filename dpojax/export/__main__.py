@@ -12,9 +12,7 @@ written alone, for PEFT. What was written is read back and held to the policy.
 
 import argparse
 
-from dpojax.export import writer
-from dpojax.models import hf
-from dpojax.runtime.command import command
+from dpojax.models.families import DTYPES
 
 
 def main():
@@ -22,12 +20,15 @@ def main():
   parser.add_argument("--workdir", required=True, help="folder of the run")
   parser.add_argument("--out", required=True, help="folder to write, empty or new")
   parser.add_argument("--step", type=int, help="of the checkpoint; by default the last")
-  parser.add_argument("--dtype", default="", choices=list(hf.DTYPES), help="by default as published")
+  parser.add_argument("--dtype", default="", choices=list(DTYPES), help="by default as published")
   parser.add_argument("--lora", action="store_true", help="the adapter alone, for PEFT")
   parser.add_argument("--base", default="", help="where PEFT finds the base, with --lora")
   options = parser.parse_args()
   if options.lora and options.dtype or options.base and not options.lora:
     parser.error("--dtype is for whole models, and --base for --lora")
+  from dpojax.export import writer  # here, for --help and an error of the command line need no jax
+  from dpojax.runtime.command import command
+
   with command():
     if options.lora:
       done = writer.export_adapter(options.workdir, options.out, step=options.step, base=options.base)

@@ -13,6 +13,9 @@ import numpy as np
 from dpojax.models.config import LARGEST, ROPE_SCALINGS, ModelConfig, RopeScaling
 from dpojax.runtime.errors import UserError
 
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Dtypes of tensors and their names in safetensors files."""
+
 
 class HuggingFaceError(UserError, ValueError):
   """A folder cannot be read or written; the message names the file, the value and the fix."""

@@ -26,8 +26,8 @@ import numpy as np
 
 from dpojax.models import families, peft, tensors, transformer
 from dpojax.models.config import ModelConfig
-from dpojax.models.families import Family, HuggingFaceError, Tensor
-from dpojax.models.tensors import DTYPES, read_json
+from dpojax.models.families import DTYPES, Family, HuggingFaceError, Tensor
+from dpojax.models.tensors import read_json
 from dpojax.runtime.disk import disk_errors
 
 SHARD_BYTES = 5 * 10**9

@@ -16,10 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from dpojax.models.families import HuggingFaceError, shown
-
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""Dtypes of tensors and their names in the files."""
+from dpojax.models.families import DTYPES, HuggingFaceError, shown
 
 LARGEST_JSON = 2**24
 """Bytes of a JSON file; the index of a model of 405 billion parameters has 2**17."""

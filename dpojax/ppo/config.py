@@ -6,8 +6,8 @@ import re
 import ml_collections
 
 from dpojax.ppo.step import Settings
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import config as config_lib
-from dpojax.training.config import ConfigError
 
 KEYS = {
   "steps": "steps",

@@ -50,6 +50,7 @@ from dpojax.ppo import losses as ppo_losses
 from dpojax.ppo import step as ppo_step
 from dpojax.ppo.step import Control, Experience, PPOState, Settings
 from dpojax.runtime.command import say
+from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.stopping import stop_signal
 from dpojax.sample import rollouts, sampler
 from dpojax.sample.rollouts import Reward
@@ -59,7 +60,6 @@ from dpojax.training import config as config_lib
 from dpojax.training import step as step_lib
 from dpojax.training import workdir as workdir_lib
 from dpojax.training.checkpoint import Checkpoints
-from dpojax.training.config import ConfigError
 from dpojax.training.log import Log
 from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.throughput import Throughput

@@ -4,6 +4,8 @@ Each shows every second, in the key-value store of jax's coordination service, t
 killed, stalls, or stops with an error ends the others with one line, which says who it was and which step
 is saved; the same command continues. jax itself would notice after 100 s, and end by SIGABRT under a stack
 trace. The store lives in process 0, without which jax ends the others at once: that too is made one line.
+Process 0 writes what has stopped the others to its own log, stack traces of defects included: who runs a
+hundred hosts reads one log.
 
 The store's client is not public in jax; Orbax and others read it from the same place.
 """
@@ -37,6 +39,7 @@ _BEAT = 1.0
 _GRACE = 3.0  # for a process that is about to end by an error of its own
 _FAREWELL = 12.0  # that process 0 waits for the others to read why it ends
 _LAST = 60.0  # that a process at its end waits for the others to come to theirs; jax then waits on
+_LONGEST_TRACE = 10_000  # characters of a stack trace that are told, its end
 _FOREVER = 10**9  # ms; who waits in vain is ended by the watch
 
 
@@ -203,7 +206,7 @@ class _Watch:
       before = now
       for i, text in list(self._ended.items()):
         if text and now - asked.setdefault(i, now) > _GRACE:
-          self._stop(f"process {i} has stopped: {text}")
+          self._stop("; ".join(f"process {j} has stopped: {why}" for j, why in self._reasons()))
       if self._told:
         self._stop(self._told)
       for i in self._seen if self._me == 0 else (0,):
@@ -228,7 +231,25 @@ class _Watch:
     if self._me == 0:
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         self._client.key_value_set("dpojax/lost/0", why, allow_overwrite=True)
+      self._show_traces()
     self._exit(f"error: {why}; {self._saved()}", tell=why)
+
+  def _reasons(self) -> list[tuple[int, str]]:
+    """Returns who has stopped and why; of those with the same reason the first, for all may lack one file."""
+    reasons = {}
+    for i, text in sorted(self._ended.items()):
+      if text:
+        reasons.setdefault(text, i)
+    return [(i, text) for text, i in reasons.items()]
+
+  def _show_traces(self) -> None:
+    """Writes the stack traces of the others' defects to the log of process 0, the same one once."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):
+      traces = {}
+      for key, text in self._client.key_value_dir_get("dpojax/trace/"):
+        traces.setdefault(text, []).append(key.rpartition("/")[2])
+      for text, processes in traces.items():
+        print(f"process {', '.join(sorted(processes, key=int))}:\n{text}", file=sys.stderr, flush=True)
 
   def _saved(self) -> str:
     if self.workdir is None:
@@ -238,19 +259,21 @@ class _Watch:
       return f"no step is saved in {self.workdir} yet: the same command starts again"
     return f"step {max(steps)} is saved in {self.workdir}: the same command continues"
 
-  def _exit(self, text: str, *, tell: str, code: int = 1) -> NoReturn:
+  def _exit(self, text: str, *, tell: str, trace: str = "", code: int = 1) -> NoReturn:
     """Says it, here and to the others, and ends the process without jax's wait for those it has lost."""
     with contextlib.suppress(OSError):  # a terminal may be gone
       print(text, file=sys.stderr, flush=True)
       sys.stdout.flush()
-    telling = threading.Thread(target=self._tell, args=(tell,), daemon=True)
+    telling = threading.Thread(target=self._tell, args=(tell, trace), daemon=True)
     telling.start()
     telling.join(_FAREWELL if self._me == 0 else _GRACE)  # a process 0 that stalls does not answer
     os._exit(code)
 
-  def _tell(self, why: str) -> None:
+  def _tell(self, why: str, trace: str) -> None:
     """Lets the others know; the store goes with process 0, which waits until they do."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
+      if trace:
+        self._client.key_value_set(f"dpojax/trace/{self._me}", trace[-_LONGEST_TRACE:], allow_overwrite=True)
       self._client.key_value_set(f"dpojax/end/{self._me}", why or "no reason given", allow_overwrite=True)
       while self._me == 0 and not self._all_ended():
         time.sleep(_BEAT / 4)
@@ -269,7 +292,7 @@ class _Watch:
       self._exit(f"error: {error}", tell=str(error).partition("\n")[0])
     text = "".join(traceback.format_exception(error)).rstrip()
     code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    self._exit(text, tell=text.splitlines()[-1], code=code)
+    self._exit(text, tell=text.splitlines()[-1], trace=text, code=code)
 
   def leave(self) -> None:
     if self._left.is_set():

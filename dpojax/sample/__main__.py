@@ -13,8 +13,6 @@ ending says what it was sampled with.
 
 import argparse
 
-from dpojax.runtime.command import command
-from dpojax.sample import files
 from dpojax.sample.draws import add_draw_arguments, draw_of
 
 
@@ -37,6 +35,9 @@ def main():
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   add_draw_arguments(parser)
   options = parser.parse_args()
+  from dpojax.runtime.command import command  # here, for --help and an error of the command line need no jax
+  from dpojax.sample import files
+
   with command():
     means = files.run(
       options.model,

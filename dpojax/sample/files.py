@@ -17,12 +17,12 @@ from dpojax.data import records, tokenization
 from dpojax.data.examples import Example
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.ownership import owned
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator, Sample, make_mesh, power_of_two
 from dpojax.sample.prompts import encode, prompt_room, read_prompts, reading_of
 from dpojax.training import checkpoint, weights
-from dpojax.training.config import ConfigError
 
 
 def run(

@@ -11,11 +11,11 @@ import numpy as np
 from dpojax.data import packing
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import sampler
 from dpojax.sample.draws import Draw
 from dpojax.training import parallel, weights
 from dpojax.training import reference as reference_lib
-from dpojax.training.config import ConfigError
 
 _NARROWEST = 16
 

@@ -12,9 +12,9 @@ from dpojax.data import records, tokenization
 from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.truncation import end_kept
 from dpojax.runtime.command import say
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import Generator
 from dpojax.training import weights
-from dpojax.training.config import ConfigError
 
 
 def read_prompts(

@@ -78,7 +78,7 @@ def _write_own(folder: pathlib.Path) -> None:
 def seal(folder: pathlib.Path, step: int) -> None:
   """Writes the digests of all files of a step that is written but not yet in its place."""
   unfinished = next(path for path in folder.iterdir() if path.name.split(".")[0] == str(step))
-  known = {}
+  known: dict[str, Any] = {}
   for path in unfinished.glob("*/digests_*.json"):
     known |= {f"{path.parent.name}/{name}": value for name, value in json.loads(path.read_text()).items()}
     path.unlink()

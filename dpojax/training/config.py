@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import math
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -12,7 +13,7 @@ from dpojax.data import records, templates
 from dpojax.data.examples import DataError
 from dpojax.models import config as model_config
 from dpojax.models import lora
-from dpojax.runtime.errors import UserError
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import parallel, preference, step
 
 LOSSES = {
@@ -66,10 +67,6 @@ MAY_CHANGE = (
 )
 """Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to
 rounding."""
-
-
-class ConfigError(UserError, ValueError):
-  """A config cannot be run; the message names the key, the value and the fix."""
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -683,9 +680,9 @@ def check_continues(old: ml_collections.ConfigDict, new: ml_collections.ConfigDi
     )
 
 
-def flatten(config) -> dict:
+def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, Any]:
   """Returns {dotted key: value}; empty groups vanish."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, (ml_collections.ConfigDict, dict)):
       flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}

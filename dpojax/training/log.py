@@ -18,7 +18,9 @@ class Log:
   """
 
   def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict, first: int):
-    self.last, self.evaluations, self._steps = {}, {}, config.steps
+    self.last: dict[str, dict[str, float]] = {}
+    self.evaluations: dict[int, dict[str, float]] = {}
+    self._steps = config.steps
     self._writer = (
       MetricsWriter(
         workdir, after_step=first or -1, wandb_project=config.wandb_project, settings=config.to_dict()

@@ -21,11 +21,11 @@ from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.memory import keep_compiled
 from dpojax.training import config as config_lib
 from dpojax.training import objectives, preference, step, weights
 from dpojax.training import reference as reference_lib
-from dpojax.training.config import ConfigError
 from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.parallel import Mesh, Replicas, make_parallel
 

@@ -13,8 +13,9 @@ import numpy as np
 from dpojax.models import hf, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import checkpoint
-from dpojax.training.config import ConfigError, flatten
+from dpojax.training.config import flatten
 
 
 def read(
@@ -102,7 +103,7 @@ def load(name: str, step: int | None = None, *, dtype: str = "") -> Loaded:
     CheckpointError: there is neither a model nor a run, or no such checkpoint.
   """
   path = os.path.expanduser(name)
-  changes = {"dtype": dtype} if dtype else {}
+  changes: dict[str, Any] = {"dtype": dtype} if dtype else {}
   if not hf.is_model(path):
     policy = checkpoint.load_policy(path, step)
     config = dataclasses.replace(policy.config, **changes)

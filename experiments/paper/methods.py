@@ -25,9 +25,9 @@ from dpojax.models import hf
 from dpojax.ppo import loop as ppo
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import best_of_n, rollouts
 from dpojax.training import parallel, resolve, weights
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_metrics
 from experiments import sweep
 from experiments.measurements import measure

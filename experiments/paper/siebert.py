@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers
 
-from dpojax.training.config import ConfigError
+from dpojax.runtime.errors import ConfigError
 
 Classify = Callable[[list[str]], list[list[dict[str, Any]]]]
 """Texts -> of each every label with its score."""

@@ -31,12 +31,12 @@ from dpojax.evaluate import compare, judging, scorers
 from dpojax.evaluate import report as report_lib
 from dpojax.ppo import loop as ppo
 from dpojax.runtime.command import command
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import make_mesh
 from dpojax.training import config as config_lib
 from dpojax.training import resolve
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_metrics
 from experiments import sweep
 from experiments.paper import methods, win_rate

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 from dpojax.data import tokenization
 from dpojax.data.examples import Example
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
-from dpojax.training.config import ConfigError
 from experiments.paper import methods, stages
 from experiments.paper.methods import Line
 from experiments.paper.stages import Given, Policy
