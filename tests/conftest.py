@@ -21,7 +21,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import train
-from tests import made_data, servers, worlds
+from tests import fast, made_data, servers, worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
@@ -43,6 +43,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
+  for item in items:
+    file = item.path.stem
+    if file in fast.FILES or item.originalname in fast.TESTS.get(file, ()):
+      item.add_marker(pytest.mark.fast)
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
