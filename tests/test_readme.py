@@ -2,6 +2,8 @@
 
 import re
 
+import jax
+
 from dpojax.ppo import config as ppo_config
 from dpojax.training import config as config_lib
 from tests import conftest
@@ -18,6 +20,16 @@ def test_the_readmes_python_runs():
     assert names["loss"].shape == (2,)
 
 
+def test_the_python_of_the_debugging_page_runs_and_prints_from_within_the_step(capfd):
+  text = (conftest.ROOT / "docs" / "debugging.md").read_text()
+  (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  names = {}
+  exec(block, names)
+  jax.effects_barrier()
+  assert "losses [0.693" in capfd.readouterr().out
+  assert names["gradient"].chosen.shape == (2,)
+
+
 def test_every_file_the_readme_names_exists():
   for name in re.findall(r"`((?:dpojax|configs|experiments)/[\w/.]+)`", README):
     assert (conftest.ROOT / name).exists(), name
@@ -26,7 +38,8 @@ def test_every_file_the_readme_names_exists():
 
 
 def test_every_key_on_a_command_line_is_a_key():
-  documents = [README, *(path.read_text() for path in (conftest.ROOT / "configs").glob("*.py"))]
+  pages = [*(conftest.ROOT / "configs").glob("*.py"), *(conftest.ROOT / "docs").glob("*.md")]
+  documents = [README, *(path.read_text() for path in pages)]
   keys = {key for text in documents for key in re.findall(r"--config\.([\w.]+)=", text)}
   assert "model.checkpoint" in keys
   assert keys - {"key"} <= set(config_lib.flatten(ppo_config.defaults()))
