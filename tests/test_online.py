@@ -2,16 +2,18 @@
 
 import importlib
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from dpojax import train
-from dpojax.data import loader, packing
-from dpojax.evaluate import scorers
+from dpojax.data import packing
+from dpojax.evaluate import judging
 from dpojax.online import config as online_config
-from dpojax.online import labels, loop, pairs, rounds
+from dpojax.online import loop, pairs, rounds
+from dpojax.runtime.digests import DamageError
 from dpojax.sample.generator import Generator
 from dpojax.training import checkpoint, resolve, throughput
 from dpojax.training.checkpoint import Checkpoints
@@ -226,3 +228,144 @@ def test_a_run_killed_in_any_phase_goes_on_to_the_same_bits(phase, whole, runs, 
   assert lines_of(tmp_path / "run") == lines_of(workdir)
   assert files_of(tmp_path / "run") == files_of(workdir)
   assert bits_of(tmp_path / "run", 6) == bits_of(workdir, 6)
+
+
+def test_without_rounds_a_run_is_that_of_train(runs, words, tmp_path):
+  config = run_config(
+    runs, words, tmp_path, **{"steps": 4, "online.offline_steps": 4, "online.judge": "", "eval_every": 2}
+  )
+  loop.run(config, tmp_path / "online")
+  train.run(online_config.of_training(config), tmp_path / "train")
+  assert lines_of(tmp_path / "online") == lines_of(tmp_path / "train")
+  assert bits_of(tmp_path / "online", 4) == bits_of(tmp_path / "train", 4)
+  assert not (tmp_path / "online" / "rounds").exists()
+
+
+def test_shuffled_labels_destroy_the_gain(whole, runs, words, tmp_path):
+  workdir, _ = whole
+  loop.run(run_config(runs, words, tmp_path, **{"data.shuffle_labels": True}), tmp_path / "run")
+  gain = lambda workdir: np.ptp([line["score"] for line in lines_of(workdir, "round")[::2]])
+  assert gain(tmp_path / "run") < 0.4 * gain(workdir)
+  assert (tmp_path / "run" / "comparisons" / "round_1.jsonl").read_text() == (
+    workdir / "comparisons" / "round_1.jsonl"
+  ).read_text()
+
+
+@pytest.mark.parametrize("changes", [{"parallel.fsdp": 2}, {"lora.rank": 2, "parallel.strategy": "pmap"}])
+def test_devices_and_adapters_change_nothing_of_what_is_sampled_first(changes, whole, runs, words, tmp_path):
+  workdir, _ = whole
+  loop.run(run_config(runs, words, tmp_path, **{"steps": 4, **changes}), tmp_path / "run")
+  ours, theirs = (
+    files_of(each)["rounds/1/samples.jsonl"].splitlines() for each in (tmp_path / "run", workdir)
+  )
+  for one, other in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
+    assert one["ids"] == other["ids"]
+    np.testing.assert_allclose(one["log_prob"], other["log_prob"], atol=1e-4)
+  told = lines_of(tmp_path / "run", "round")
+  assert abs(told[0]["kl"]) < 1e-4 < 0.002 < told[1]["kl"]
+
+
+def test_a_server_is_asked_nothing_twice_and_the_last_rounds_policy_is_the_reference(
+  serve, runs, words, tmp_path
+):
+  patience = [25]
+
+  def answer(request, headers):
+    patience[0] -= 1
+    if patience[0] < 0:
+      return 400, {}, {"error": {"message": "enough for today"}}
+    question = request["messages"][0]["content"]
+    a, b = (question.split(f"Response {name}:\n")[1].split("\n")[0] for name in "AB")
+    return f"Comparison: of words\nMore helpful: {kinder('', a, b)}"
+
+  server = serve(answer)
+  config = run_config(
+    runs,
+    words,
+    tmp_path,
+    **{
+      "steps": 4,
+      "batch_size": 32,
+      "online.judge": server.url,
+      "online.judge_model": "a judge",
+      "online.judge_workers": 1,
+      "online.pairing": "choice",
+      "online.num_samples": 2,
+      "online.prompts_per_round": 31,  # fewer than a batch: the others are the data's
+      "online.offline_share": 0.5,
+      "online.reference": "last_round",
+    },
+  )
+  with pytest.raises(judging.JudgeError, match="enough for today"):
+    loop.run(config, tmp_path / "run")
+  patience[0] = 1000
+  loop.run(config, tmp_path / "run")
+  answered = [count for question, count in server.asked.items()]
+  assert sum(answered) - len(answered) <= 1  # the one that was refused
+  told = lines_of(tmp_path / "run", "round")
+  assert len(told) == 2 and all(abs(line["kl"]) < 1e-5 for line in told)
+  assert told[1]["labels"] <= 62 and "score" not in told[0]
+  evaluated = lines_of(tmp_path / "run", "eval")
+  assert abs(evaluated[-1]["rewards/margins"]) < 1e-5  # the reference has just become the policy
+
+
+def test_rankings_of_all_answers_are_trained_on_as_far_as_labels_reach(runs, words, tmp_path, capsys):
+  config = run_config(
+    runs,
+    words,
+    tmp_path,
+    **{
+      "loss": "dpo_plackett_luce",
+      "data.num_responses": 3,
+      "online.pairing": "ranking",
+      "online.max_labels": 239,  # a round takes up to 120
+    },
+  )
+  loop.run(config, tmp_path / "run")
+  (told,) = lines_of(tmp_path / "run", "round")
+  assert told["labels"] <= 120 and lines_of(tmp_path / "run")[-1]["step"] == 2
+  assert "2 of 6 steps" in capsys.readouterr().out
+  records = [json.loads(line) for line in files_of(tmp_path / "run")["round_1.jsonl"].splitlines()]
+  assert {len(record.get("responses", "ab")) for record in records} == {2, 3}
+  for record in records:
+    scores = [kindness("", text) for text in record.get("responses", ())]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_round_whose_files_are_not_as_written_is_named(whole, runs, words, tmp_path):
+  workdir, _ = whole
+  config = run_config(runs, words, tmp_path)
+  shutil.copytree(workdir, tmp_path / "run")
+  for step in (4, 5, 6):
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+  path = tmp_path / "run" / "rounds" / "2" / "labels.jsonl"
+  path.write_text(path.read_text().replace("1.0", "2.0", 1))
+  with pytest.raises(DamageError, match="round 2 cannot be read"):
+    loop.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"online.judge": ""}, "config.online.judge is empty"),
+    ({"online.juge": "a"}, "config.online.juge is not a key; did you mean judge"),
+    ({"online.judge": "tests.test_online:kinder"}, "gives no scores; set pairing='choice'"),
+    ({"online.judge": "http://127.0.0.1:1/v1", "online.pairing": "choice"}, "num_samples is 3"),
+    ({"online.pairing": "ranking"}, "set loss='dpo_plackett_luce'"),
+    ({"online.steps_per_round": 4}, "config.steps is 6 and online.offline_steps 0"),
+    ({"online.prompts_per_round": 15}, "fewer than batch_size=16"),
+    ({"online.offline_share": 1.0}, r"offline_share is 1.0; it must be in \[0, 1\)"),
+    ({"online.max_new_tokens": 13}, "together more than data.max_length=16"),
+    ({"online.max_labels": 119}, "a round takes up to 120"),
+    ({"online.temperature": -1.0}, "config.online.temperature is -1.0"),
+    ({"online.reference": "moving"}, "reference.sync_every 0"),
+    ({"reference.sync_every": 2}, "set online.reference='moving'"),
+    ({"reference.mode": "stored"}, "samples are new in each round"),
+    ({"lora.rank": 2, "online.reference": "last_round"}, "the base below it"),
+    ({"objective": "sft"}, "dpojax.online runs objective='dpo'"),
+    ({"online.judge": "nothing/there"}, "nothing/there"),
+  ],
+)
+def test_a_config_that_cannot_run_is_refused(changes, message, runs, words, tmp_path):
+  with pytest.raises((ConfigError, checkpoint.CheckpointError), match=message):
+    loop.run(run_config(runs, words, tmp_path, **changes), tmp_path / "run")

@@ -36,6 +36,7 @@ from dpojax.models.config import ModelConfig
 from dpojax.online import config as online_config
 from dpojax.online import pairs, rounds
 from dpojax.online.labels import Labeller, make_labeller
+from dpojax.runtime.command import say
 from dpojax.runtime.stopping import stop_signal
 from dpojax.sample.current import Current
 from dpojax.train import TrainingError
@@ -79,7 +80,12 @@ def run(
     JudgeError: a server cannot be asked.
     TrainingError: an update is not finite, a round gives too few comparisons, or a signal asked to stop.
   """
+  given = config.steps
   config = online_config.settled(weights.with_tokenizer(config), labeller and labeller.compares)
+  if config.steps < given:
+    say(
+      f"{config.steps} of {given} steps: online.max_labels={config.online.max_labels} allows no more rounds"
+    )
   with workdir_lib.open_workdir(workdir, config) as workdir:
     return _run(workdir_lib.with_template_date(config, workdir), workdir, data, labeller, callback)
 
