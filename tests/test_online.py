@@ -116,8 +116,8 @@ def run_config(given, folder, **changes):
         "checkpoint_every": 1,
         "checkpoint_keep": 0,
         "check_memory": False,
-        "optimizer.name": "adamw",
-        "optimizer.learning_rate": 1e-2,
+        "optimizer.name": "sgd",  # goes where gradients point, and no further: shuffled labels have hardly any
+        "optimizer.learning_rate": 0.5,
         "optimizer.warmup_steps": 0,
         "online.judge": "tests.test_online:kindness",
         "online.steps_per_round": 2,
@@ -205,33 +205,38 @@ class Killed(BaseException):
 
 
 PHASES = {
-  "sampling": (Generator, "__call__", 5),
-  "scoring": (rounds.Rounds, "_ask", 55),
-  "pairing": (rounds, "_write", 12),
+  "sampling": (Generator, "__call__", 2),
+  "scoring": (rounds.Rounds, "_ask", 30),
+  "pairing": (pairs, "paired", 1),
   "training": (train.Loop, "step", 4),
-  "saving": (Checkpoints, "save", 4),
+  "saving": (Checkpoints, "save", 2),
 }
-"""Where a phase can be stopped, and at which call: in the second round."""
+"""Where a phase can be stopped, and at which call."""
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_run_killed_in_any_phase_goes_on_to_the_same_bits(phase, whole, given, tmp_path, monkeypatch):
+def test_a_run_killed_in_every_phase_ends_with_the_same_bits_and_asks_nothing_twice(
+  whole, given, tmp_path, monkeypatch
+):
   workdir, asked = whole
-  owner, name, at = PHASES[phase]
-  real, calls = getattr(owner, name), []
-
-  def killing(*args, **kwargs):
-    calls.append(name)
-    if len(calls) == at:
-      raise Killed
-    return real(*args, **kwargs)
-
   config = run_config(given, tmp_path)
   ASKED.clear()
-  monkeypatch.setattr(owner, name, killing)
-  with pytest.raises(Killed):
-    loop.run(config, tmp_path / "run")
-  assert 1 <= len(lines_of(tmp_path / "run", "round")) <= 2
+  for owner, name, at in PHASES.values():
+    real, calls = getattr(owner, name), []
+
+    def killing(*args, real=real, calls=calls, at=at, **kwargs):
+      calls.append(at)
+      if len(calls) == at:
+        raise Killed
+      return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, killing)
+      with pytest.raises(Killed):
+        loop.run(config, tmp_path / "run")
+    for path in (tmp_path / "run" / "rounds").glob("*/*.jsonl"):
+      with open(path, "a") as file:  # what a kill may leave of a line, where lines are still to come
+        if not (path.parent / "round.json").exists():
+          file.write('{"index": 3, "sam')
   loop.run(config, tmp_path / "run")
   assert len(ASKED) == asked
   assert lines_of(tmp_path / "run") == lines_of(workdir)
@@ -252,18 +257,18 @@ def test_without_rounds_a_run_is_that_of_train(given, tmp_path):
 
 def test_shuffled_labels_destroy_the_gain(whole, given, tmp_path):
   workdir, _ = whole
-  loop.run(run_config(given, tmp_path, **{"data.shuffle_labels": True}), tmp_path / "run")
-  gain = lambda workdir: np.ptp([line["score"] for line in lines_of(workdir, "round")[::2]])
-  assert gain(tmp_path / "run") < 0.4 * gain(workdir)
-  assert (tmp_path / "run" / "comparisons" / "round_1.jsonl").read_text() == (
-    workdir / "comparisons" / "round_1.jsonl"
-  ).read_text()
+  config = run_config(given, tmp_path, **{"data.shuffle_labels": True, "steps": 4})
+  loop.run(config, tmp_path / "run")
+  told, shuffled = lines_of(workdir, "round"), lines_of(tmp_path / "run", "round")
+  assert abs(shuffled[1]["score"] - shuffled[0]["score"]) < 0.5 * (told[1]["score"] - told[0]["score"])
+  one, other = (files_of(each)["round_1.jsonl"] for each in (tmp_path / "run", workdir))
+  assert one == other  # what was said is kept
 
 
-@pytest.mark.parametrize("changes", [{"parallel.fsdp": 2}, {"lora.rank": 2, "parallel.strategy": "pmap"}])
-def test_devices_and_adapters_change_nothing_of_what_is_sampled_first(changes, whole, given, tmp_path):
+def test_an_adapter_on_a_mesh_samples_what_the_model_does_and_learns(whole, given, tmp_path):
   workdir, _ = whole
-  loop.run(run_config(given, tmp_path, **{"steps": 4, **changes}), tmp_path / "run")
+  changes = {"steps": 4, "parallel.fsdp": 2, "lora.rank": 2, "optimizer.name": "adamw"}
+  loop.run(run_config(given, tmp_path, **changes, **{"optimizer.learning_rate": 3e-2}), tmp_path / "run")
   ours, theirs = (
     files_of(each)["rounds/1/samples.jsonl"].splitlines() for each in (tmp_path / "run", workdir)
   )
@@ -271,7 +276,7 @@ def test_devices_and_adapters_change_nothing_of_what_is_sampled_first(changes, w
     assert one["ids"] == other["ids"]
     np.testing.assert_allclose(one["log_prob"], other["log_prob"], atol=1e-4)
   told = lines_of(tmp_path / "run", "round")
-  assert abs(told[0]["kl"]) < 1e-4 < 0.002 < told[1]["kl"]
+  assert abs(told[0]["kl"]) < 1e-4 < 0.02 < told[1]["kl"]
 
 
 def test_a_server_is_asked_nothing_twice_and_the_last_rounds_policy_is_the_reference(serve, given, tmp_path):
@@ -324,6 +329,7 @@ def test_rankings_of_all_answers_are_trained_on_as_far_as_labels_reach(given, tm
       "data.num_responses": 3,
       "online.pairing": "ranking",
       "online.max_labels": 239,  # a round takes up to 120
+      "parallel.strategy": "pmap",
     },
   )
   loop.run(config, tmp_path / "run")

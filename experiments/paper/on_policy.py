@@ -308,7 +308,7 @@ def plot(lines: Sequence[Line], table: Table, path: pathlib.Path) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/on_policy"))
-  parser.add_argument("--seeds", default="0,1,2,3,4")
+  parser.add_argument("--seeds", default="0,1,2")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
   with command(folder):
