@@ -116,7 +116,7 @@ def run_config(given, folder, **changes):
         "checkpoint_every": 1,
         "checkpoint_keep": 0,
         "check_memory": False,
-        "optimizer.name": "sgd",  # goes where gradients point, and no further: shuffled labels have hardly any
+        "optimizer.name": "sgd",  # as far as gradients go: those of shuffled labels are small
         "optimizer.learning_rate": 0.5,
         "optimizer.warmup_steps": 0,
         "online.judge": "tests.test_online:kindness",

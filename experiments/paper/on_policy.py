@@ -38,8 +38,11 @@ BETAS, BETA = (0.25, 0.5, 1.0), 0.5
 LABELS, MIDDLE = (256, 1024, 4096), 1024
 """Betas at `MIDDLE` labels, and labels at `BETA`."""
 
-BATCH, PASSES, ROUND, ITERATIONS = 32, 4, 64, 4
+BATCH, PASSES, ROUND, ITERATIONS = 16, 4, 64, 4
 """Pairs of a step, passes over each pair, pairs of an on-policy round, rounds of iterative DPO."""
+
+LEARNING_RATE = 2e-3
+"""Of every method; reward models have half of it."""
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -49,20 +52,20 @@ GT = ppo.Settings(
   epochs=PASSES,
   minibatches=2,
   normalize_rewards=False,
-  learning_rate=1e-3,
+  learning_rate=LEARNING_RATE,
   critic_learning_rate=1e-2,
   schedule="linear",
   value_clip=1.0,
 )
 """PPO that is paid the true reward, 128 labels a rollout; as many rollouts as labels allow."""
 
-LEARNED = dataclasses.replace(GT, steps=40, prompts_per_step=32, num_samples=16, epochs=2, learning_rate=2e-3)
+LEARNED = dataclasses.replace(GT, steps=40, prompts_per_step=32, num_samples=16, epochs=2)
 """PPO that is paid a learned reward, of which it may ask as often as it likes."""
 
 
 def run(world: World, table: Table, seeds: Sequence[int]) -> list[Line]:
   """Trains every method at its betas and labels; returns where each run ended."""
-  lines = []
+  lines, policies = [], enumerable.Policies(world.model.config, world.prompts)
   for labels in LABELS:
     betas = BETAS if labels == MIDDLE else (BETA,)
     ours = world._replace(data=lambda config, labels=labels: offline_pairs(config, table, world, labels))
@@ -71,12 +74,13 @@ def run(world: World, table: Table, seeds: Sequence[int]) -> list[Line]:
       ours, OFFLINE, shared(labels), seeds=seeds, values=betas, kind=kind, at_once=len(seeds)
     )
     for line in methods.final(runs):
-      lines.append(told(world, table, kind, labels, line))
+      lines.append(told(world, table, policies, kind, labels, line))
     for beta in betas:
       for seed in seeds:
         for method, rounds in ((ITERATIVE, ITERATIONS), (ON_POLICY, labels // ROUND)):
-          lines.append(own_samples(ours, table, method, labels, rounds, beta, seed))
-    lines += ppo_of(ours, table, labels, betas, seeds)
+          ended = own_samples(ours, method, labels, rounds, beta, seed)
+          lines.append(told(world, table, policies, *ended))
+    lines += [told(world, table, policies, *ended) for ended in ppo_of(ours, labels, betas, seeds)]
   return lines
 
 
@@ -89,7 +93,7 @@ def shared(labels: int) -> dict:
     "log_every": steps,
     "eval_every": 0,
     "checkpoint_every": 0,
-    "optimizer.learning_rate": 2e-3,
+    "optimizer.learning_rate": LEARNING_RATE,
     "optimizer.warmup_steps": 10,
     "check_memory": False,
   }
@@ -123,9 +127,9 @@ def drawn_label(world: World) -> Labeller:
 
 
 def own_samples(
-  world: World, table: Table, method: str, labels: int, rounds: int, beta: float, seed: int
-) -> Line:
-  """Trains DPO in rounds of the policy's own samples; returns where it ended."""
+  world: World, method: str, labels: int, rounds: int, beta: float, seed: int
+) -> tuple[str, int, Line]:
+  """Trains DPO in rounds of the policy's own samples; returns its folder, its labels and where it ended."""
   kind = f"{'iterative' if method == ITERATIVE else 'on_policy'}_{labels}"
   folder = world.folder / kind
   config = methods.config_of(world, shared(labels) | {"beta": beta, "seed": seed})
@@ -155,20 +159,20 @@ def own_samples(
 
   name = f"{beta:g}_seed_{seed}"
   (line,) = methods.stage(folder / name, config.to_dict() | {"rounds": rounds}, make)
-  return told(world, table, kind, labels, line)
+  return kind, labels, line
 
 
 def ppo_of(
-  world: World, table: Table, labels: int, betas: Sequence[float], seeds: Sequence[int]
-) -> list[Line]:
-  """Runs PPO paid by a model of so many comparisons, and PPO paid so many rewards; returns their ends."""
+  world: World, labels: int, betas: Sequence[float], seeds: Sequence[int]
+) -> list[tuple[str, int, Line]]:
+  """Runs PPO paid by a model of the pairs, and PPO paid so many rewards; returns like `own_samples`."""
   steps = max(200, labels // 8)
   every = {"eval_every": steps // 10, "checkpoint_every": steps // 10}
-  changes = shared(labels) | every | {"steps": steps, "optimizer.learning_rate": 1e-3}
+  changes = shared(labels) | every | {"steps": steps, "optimizer.learning_rate": LEARNING_RATE / 2}
   models = {seed: methods.reward_model(world, changes, seed=seed, kind=f"{labels}_labels") for seed in seeds}
   learned = lambda seed: methods.learned(world, models[seed], num_samples=LEARNED.num_samples)
   rollouts = labels // (GT.prompts_per_step * GT.num_samples)
-  lines = []
+  ended = []
   for method, kind, reward, settings in (
     (PPO, f"ppo_{labels}", learned, LEARNED),
     (PPO_GT, f"ppo_gt_{labels}", lambda seed: world.reward, dataclasses.replace(GT, steps=rollouts)),
@@ -184,15 +188,16 @@ def ppo_of(
       measure_every=settings.steps,
       kind=kind,
     )
-    lines += [told(world, table, kind, labels, line) for line in methods.final(runs)]
-  return lines
+    ended += [(kind, labels, line) for line in methods.final(runs)]
+  return ended
 
 
-def told(world: World, table: Table, kind: str, labels: int, line: Line) -> Line:
+def told(
+  world: World, table: Table, policies: enumerable.Policies, kind: str, labels: int, line: Line
+) -> Line:
   """Returns what is written of a run that has ended: exact numbers of its policy."""
   beta, seed = line["setting"], line["seed"]
-  params = methods.load_policy(world, kind, beta, seed)
-  log_probs = enumerable.Policies(world.model.config, world.prompts).log_probs(params)
+  log_probs = policies.log_probs(methods.load_policy(world, kind, beta, seed))
   kept = {name: line[name] for name in ("method", "setting", "seed", "step", "reward", "kl")}
   return kept | {
     "labels": labels,
