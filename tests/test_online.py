@@ -14,10 +14,10 @@ from dpojax.evaluate import judging
 from dpojax.online import config as online_config
 from dpojax.online import loop, pairs, rounds
 from dpojax.runtime.digests import DamageError
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import Generator
 from dpojax.training import checkpoint, resolve, throughput
 from dpojax.training.checkpoint import Checkpoints
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_metrics
 from tests import worlds
 

@@ -1,23 +1,27 @@
-"""DPO on the policy's own samples; see `dpojax.online.loop`.
+"""DPO on the policy's own samples, round after round; see `dpojax.online.loop`.
 
 python -m dpojax.online --config=configs/online.py --workdir=DIR [--config.key=value ...]
 """
 
-from absl import app, flags, logging
+from absl import flags
 
-from dpojax import train
-from dpojax.online import loop
-from dpojax.runtime.command import command
+from dpojax.runtime import command_line
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]}")
-  logging.set_verbosity(logging.WARNING)
+def main():
+  from dpojax.online import loop  # here, for --help and an error of the command line need none of it
+  from dpojax.runtime.command import command
+
   with command():
-    loop.run(train.CONFIG.value, train.WORKDIR.value)
+    loop.run(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+def cli():
+  """Trains as the command line says: `dpojax-online`, and `python -m dpojax.online`."""
+  command_line.define_config()
+  flags.mark_flag_as_required("workdir")
+  command_line.start(main, __doc__)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  cli()

@@ -5,9 +5,9 @@ import re
 import ml_collections
 
 from dpojax.evaluate import scorers
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
 from dpojax.training import config as config_lib
-from dpojax.training.config import ConfigError
 
 PAIRINGS = ("best_worst", "ranking", "choice")
 REFERENCES = ("frozen", "last_round", "moving")

@@ -31,7 +31,7 @@ import ml_collections
 import numpy as np
 
 from dpojax import plan, train
-from dpojax.data import loader, tokenization
+from dpojax.data import loader, tokenization, tokenized
 from dpojax.models.config import ModelConfig
 from dpojax.online import config as online_config
 from dpojax.online import pairs, rounds
@@ -170,7 +170,7 @@ class _Own:
     some = itertools.islice(
       itertools.cycle(self._rounds.prompts.ids), max(_STAND_INS, self._config.batch_size)
     )
-    longest = tokenization.of_ids([(ids, answers) for ids in some], self._config.data.num_responses, {})
+    longest = tokenized.of_ids([(ids, answers) for ids in some], self._config.data.num_responses, {})
     batches = batches._replace(train=self._loader(loader.all_of(longest)))
     train.check_memory(self._training, start, batches, self._devices)
 
@@ -214,7 +214,7 @@ class _Own:
       return own
     all_of = lambda subset, which: [(*subset.comparison(i), subset.scored(i)) for i in which]
     return loader.all_of(
-      tokenization.of_ids(
+      tokenized.of_ids(
         all_of(own, range(len(own))) + all_of(offline, beside), config.data.num_responses, own.data.report
       )
     )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from dpojax.data import loader, records, tokenization
+from dpojax.data import loader, records, tokenization, tokenized
 from dpojax.data.examples import Example
 from dpojax.data.truncation import end_kept
 from dpojax.evaluate import watching
@@ -32,12 +32,12 @@ from dpojax.runtime import digests
 from dpojax.runtime.command import say
 from dpojax.runtime.digests import DamageError
 from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample import files, rollouts
 from dpojax.sample.current import Current
 from dpojax.sample.prompts import encode, read_prompts
 from dpojax.training import checkpoint, resolve
 from dpojax.training.checkpoint import CheckpointError
-from dpojax.training.config import ConfigError
 from dpojax.training.metrics import read_lines
 
 Line = dict[str, Any]
@@ -294,13 +294,13 @@ class Rounds:
         result[f"score/{name}"] = float(np.mean([said[i][order[place]] for i, order in paired.comparisons]))
     return result
 
-  def in_ids(self, made: Made, report: dict) -> tokenization.Tokenized:
+  def in_ids(self, made: Made, report: dict) -> tokenized.Tokenized:
     """Returns a round's comparisons as they were sampled, with a report of the data."""
     comparisons = [
       (self.prompts.ids[made.samples[i][0]["prompt"]], [made.samples[i][k]["ids"] for k in order])
       for i, order in made.paired.comparisons
     ]
-    return tokenization.of_ids(comparisons, self._config.data.num_responses, report)
+    return tokenized.of_ids(comparisons, self._config.data.num_responses, report)
 
 
 def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: ModelConfig) -> Prompts:
@@ -332,10 +332,9 @@ def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: M
     say(f"{len(ids)} prompts of {settings.prompts}, {cut} of them cut to {room} tokens")
     return Prompts(examples, ids)
   subset = loader.without_mismatched(data.train)
-  first = {}
-  for i in range(len(subset)):
-    first.setdefault(tuple(subset.comparison(i)[0].tolist()), i)
-  kept = {ids: i for ids, i in first.items() if 1 <= len(ids) <= room}
+  _, first = np.unique(subset.data.prompts()[subset.index], return_index=True)
+  lengths, first = subset.lengths[:, 0], np.sort(first)
+  kept = first[(lengths[first] >= 1) & (lengths[first] <= room)].tolist()
   say(
     f"{len(kept)} prompts of the training data; left out: {len(first) - len(kept)} that are empty or longer "
     f"than {room} tokens"
@@ -343,13 +342,10 @@ def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: M
   if not kept:
     raise ConfigError("the training data hold no prompt that can be answered; set online.prompts")
   decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-  examples = [
-    Example(decode(ids), ())
-    if data.examples is None
-    else data.examples[subset.example(i)]._replace(responses=())
-    for ids, i in kept.items()
-  ]
-  return Prompts(examples, [list(ids) for ids in kept])
+  ids = [subset.comparison(i)[0].tolist() for i in kept]
+  if data.examples is None:
+    return Prompts([Example(decode(each), ()) for each in ids], ids)
+  return Prompts([data.examples[subset.example(i)]._replace(responses=()) for i in kept], ids)
 
 
 @contextlib.contextmanager
