@@ -76,31 +76,28 @@ def _run(
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
   data = data or resolve.load_data(config)
-  batches = _make_batches(config, workdir, data, devices)
-  start = _place(config, data, batches, devices)
-  _check_memory(config, start, batches, devices)
+  batches = make_batches(config, workdir, data, devices)
+  start = place(config, data, batches, devices)
+  check_memory(config, start, batches, devices)
   workdir_lib.check_space(workdir, start.state, config)
   checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, best=config.checkpoint_best, owner=True)
-  first, start = _continue(config, workdir, checkpoints, start, batches, data, devices)
+  first, start = continue_from(config, workdir, checkpoints, start, batches, data, devices)
   with (
     Log(workdir, config, first) as log,
     stop_signal() as stop_asked,
     Profile(config_lib.profiled_steps(config), workdir) as profile,
   ):
-    loop = _Loop(config, workdir, data, start, batches, devices, checkpoints, log, first)
+    loop = Loop(config, workdir, data, start, batches, devices, checkpoints, log, first)
     del start  # the loop's copies are donated step by step; a second name would keep what they were
     if first == 0:
       loop.measure_start()
     loop.throughput.start()
-    for batch, rows, waited in _placed_ahead(batches.train.training(first, config.steps), devices):
-      profile.before(batch.step + 1, loop.state)
-      loop.step(batch, rows, waited)
-      loop.tell_and_keep(batch.step + 1, stopping=stop_asked(batch.step + 1))
+    loop.take_steps(batches.train.training(first, config.steps), profile, stop_asked)
     checkpoints.close()
   return log.last.get("eval", log.last.get("train", {}))
 
 
-class _Batches(NamedTuple):
+class Batches(NamedTuple):
   """Comparisons in rows. `told` is what data_report.json said before this start, or nothing."""
 
   train: loader.Loader
@@ -108,7 +105,7 @@ class _Batches(NamedTuple):
   told: dict
 
 
-class _Start(NamedTuple):
+class Start(NamedTuple):
   """All that a step takes and is. `about` is what its checkpoints belong to."""
 
   model: ModelConfig
@@ -120,18 +117,18 @@ class _Start(NamedTuple):
   flops: float
 
 
-def _make_batches(
+def make_batches(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, data: resolve.Data, devices
-) -> _Batches:
+) -> Batches:
   told = workdir_lib.open_report(workdir, data)
   train = resolve.make_loader(config, data.train, devices)
   held_out = data.held_out and resolve.make_loader(config, data.held_out, devices)
   _report_plan(train, config)
   processes.agree("data", data.fingerprints())
-  return _Batches(train, held_out, told)
+  return Batches(train, held_out, told)
 
 
-def _place(config: ml_collections.ConfigDict, data: resolve.Data, batches: _Batches, devices) -> _Start:
+def place(config: ml_collections.ConfigDict, data: resolve.Data, batches: Batches, devices) -> Start:
   """Reads the weights and puts them on the devices; no other copy of them is left when it returns."""
   setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_shard)
   resolve.check_ids(setup.model, config, data)
@@ -155,7 +152,7 @@ def _place(config: ml_collections.ConfigDict, data: resolve.Data, batches: _Batc
     reference = reference if config.lora.rank else None  # an adapter's is its base as well
   state = devices.place(step_lib.init_state(setup.params, tx))
   memory.fit_memory_to(state)
-  return _Start(
+  return Start(
     setup.model,
     setup.objective,
     train_step,
@@ -166,7 +163,7 @@ def _place(config: ml_collections.ConfigDict, data: resolve.Data, batches: _Batc
   )
 
 
-def _check_memory(config: ml_collections.ConfigDict, start: _Start, batches: _Batches, devices) -> None:
+def check_memory(config: ml_collections.ConfigDict, start: Start, batches: Batches, devices) -> None:
   """Refuses to start when the compiled step needs more memory than a device has."""
   if not config.check_memory:
     return
@@ -178,9 +175,9 @@ def _check_memory(config: ml_collections.ConfigDict, start: _Start, batches: _Ba
   plan.check_fits(start.train_step.compile(start.state, start.reference, rows))
 
 
-def _continue(
-  config, workdir, checkpoints: Checkpoints, start: _Start, batches: _Batches, data: resolve.Data, devices
-) -> tuple[int, _Start]:
+def continue_from(
+  config, workdir, checkpoints: Checkpoints, start: Start, batches: Batches, data: resolve.Data, devices
+) -> tuple[int, Start]:
   """Returns the step that is done, 0 in a new run, and the start as its checkpoint has it."""
   first = checkpoints.last_sound() or 0
   processes.agree(
@@ -203,7 +200,7 @@ def _continue(
   return first, start._replace(state=state, reference=reference)
 
 
-class _Loop:
+class Loop:
   """A run between two steps: its state, its reference, and what is told and kept of them."""
 
   def __init__(
@@ -211,8 +208,8 @@ class _Loop:
     config,
     workdir,
     data: resolve.Data,
-    start: _Start,
-    batches: _Batches,
+    start: Start,
+    batches: Batches,
     devices,
     checkpoints: Checkpoints,
     log: Log,
@@ -228,6 +225,8 @@ class _Loop:
     self.move_reference = devices.lift(
       step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True
     )
+    every = config.reference.sync_every
+    self.reference_moves_after = lambda step: every and step % every == 0
     self.watch = watching.make_watcher(
       config, start.model, data.held_out or data.train, workdir, devices, after_step=first or -1
     )
@@ -245,13 +244,21 @@ class _Loop:
     if self.watch is not None:
       self.log.write(0, "samples", self.watch(0, self.evaluated(self.state), self.reference))
 
+  def take_steps(
+    self, batches: Iterator[loader.Batch], profile: Profile, stop_asked: Callable[[int], bool]
+  ) -> None:
+    """Takes the steps of these batches, telling and keeping what is due after each."""
+    for batch, rows, waited in placed_ahead(batches, self.devices):
+      profile.before(batch.step + 1, self.state)
+      self.step(batch, rows, waited)
+      self.tell_and_keep(batch.step + 1, stopping=stop_asked(batch.step + 1))
+
   def step(self, batch: loader.Batch, rows: Any, waited: float) -> None:
     """Takes a step; `waited` are the seconds its rows have kept the loop."""
     with self.throughput.on_device():
       self.state, self.metrics = self.train_step(self.state, self.reference, rows)
     self.checkpoints.check()  # a save that failed since the last step ends the run now, not at the next save
-    every = self.config.reference.sync_every
-    if every and (batch.step + 1) % every == 0:
+    if self.reference_moves_after(batch.step + 1):
       self.reference, _ = self.move_reference(self.reference, self.state)
     self.log.advance()
     self.throughput.advance(batch, waited)
@@ -262,10 +269,7 @@ class _Loop:
     due = lambda every: every and (step % every == 0 or step == config.steps)
     logging_now, saving = step == 1 or due(config.log_every), due(config.checkpoint_every)
     if logging_now or saving or stopping:  # only here: to ask is to wait for the devices
-      with self.throughput.on_device():
-        finite = self.devices.collect(self.state.finite)
-      if not finite:
-        self._stop_at_a_bad_step()
+      self.check_finite()
     if logging_now:
       metrics = {name: float(value) for name, value in self.devices.collect(self.metrics).items()}
       log.write(step, "train", metrics | self.throughput.rates())
@@ -281,19 +285,32 @@ class _Loop:
     if self.watch is not None and due(config.sample_every):
       log.write(step, "samples", self.watch(step, self.evaluated(self.state), self.reference))
       self.throughput.start()
-    if saving or (stopping and config.checkpoint_every):
+    if saving:
       self._save(step)
     if stopping:
-      self.checkpoints.wait()
-      processes.meet("stop")
-      raise TrainingError(
-        f"stopped by a signal after step {step}; "
-        + (
-          f"it is saved in {self.workdir}: the same command continues"
-          if config.checkpoint_every
-          else "nothing is saved: checkpoint_every is 0"
-        )
+      self.stop(step)
+
+  def check_finite(self) -> None:
+    """Waits for the last step; if it or one before was not finite, saves the last good state and raises."""
+    with self.throughput.on_device():
+      finite = self.devices.collect(self.state.finite)
+    if not finite:
+      self._stop_at_a_bad_step()
+
+  def stop(self, step: int) -> None:
+    """Saves a step that is not saved yet, and raises: a signal has asked to stop."""
+    if self.config.checkpoint_every and step and step not in self.checkpoints.steps():
+      self._save(step)
+    self.checkpoints.wait()
+    processes.meet("stop")
+    raise TrainingError(
+      f"stopped by a signal after step {step}; "
+      + (
+        f"it is saved in {self.workdir}: the same command continues"
+        if self.config.checkpoint_every
+        else "nothing is saved: checkpoint_every is 0"
       )
+    )
 
   def _save(self, step: int) -> None:
     moving = self.devices.collect(self.reference) if self.config.reference.sync_every else None
@@ -428,7 +445,7 @@ def _report_plan(train_loader: loader.Loader, config: ml_collections.ConfigDict)
   )
 
 
-def _placed_ahead(
+def placed_ahead(
   batches: Iterator[loader.Batch], devices, ahead: int = 2
 ) -> Iterator[tuple[loader.Batch, Any, float]]:
   """Keeps `ahead` batches on the devices before they are asked for; says how long each kept the loop."""

@@ -57,7 +57,7 @@ def run(*arguments, cwd):
   )
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "ppo"])
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "ppo", "online"])
 def test_help_is_had_without_jax(command, tmp_path):
   lines = (
     "import atexit, runpy, sys",
@@ -89,7 +89,7 @@ def test_every_command_that_pip_installs_is_there_to_be_called():
     line.split(" = ") for line in setup["options.entry_points"]["console_scripts"].split("\n")[1:]
   )
   assert {
-    f"dpojax-{each}" for each in ("train", "sample", "evaluate", "export", "plan", "ppo")
+    f"dpojax-{each}" for each in ("train", "sample", "evaluate", "export", "plan", "ppo", "online")
   } < scripts.keys()
   for place in scripts.values():
     assert callable(importlib.metadata.EntryPoint("", place, "").load())

@@ -10,7 +10,7 @@ from dpojax.runtime.errors import ConfigError
 from dpojax.training import preference
 from experiments import suite
 from experiments.measurements import measure
-from experiments.paper import enumerable, frontier, loss_ablation, methods, training_curve
+from experiments.paper import enumerable, frontier, loss_ablation, methods, on_policy, training_curve
 from tests import conftest
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -179,3 +179,19 @@ def test_ids_at_hand_are_comparisons_of_the_loader():
   prompt, responses = data[1]
   assert prompt.tolist() == [3] and [r.tolist() for r in responses] == [[5, 6], [0]]
   assert data.lengths.tolist() == [[2, 1, 3], [1, 2, 1]]
+
+
+def test_win_rates_at_a_temperature_are_those_of_tempered_draws(rng):
+  count = len(enumerable.RESPONSES)
+  log_probs = np.log(rng.dirichlet(np.ones(count), 2))
+  table = enumerable.Table(np.log(rng.dirichlet(np.ones(count), 2)), rng.normal(size=(2, count)))
+  np.testing.assert_allclose(on_policy.at_temperature(log_probs, 1.0), np.exp(log_probs), rtol=1e-9)
+  assert on_policy.win_rate(table, table.log_probs, 1.0) == pytest.approx(0.5)
+  greedy = on_policy.at_temperature(log_probs, 0.0)
+  assert np.sort(greedy, axis=1)[:, -1].tolist() == [1, 1] and greedy.sum() == 2
+  half = on_policy.at_temperature(log_probs, 0.5)
+  first = np.array([response[0] for response in enumerable.RESPONSES])
+  mass = np.stack([np.exp(log_probs)[:, first == token].sum(1) for token in range(enumerable.IDS)], axis=1)
+  want = mass**2 / (mass**2).sum(axis=1, keepdims=True)
+  for token in range(enumerable.IDS):
+    np.testing.assert_allclose(half[:, first == token].sum(1), want[:, token])

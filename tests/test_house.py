@@ -24,6 +24,7 @@ ROOMS = [
   "train",
   "export",
   "ppo",
+  "online",
 ]
 """What stands at the top of the package, in the way of the data: a room imports only from rooms before it."""
 
@@ -105,10 +106,11 @@ ORDER = {
     "resolve",
     "workdir",
   ],
-  "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "prompts", "files"],
+  "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "current", "prompts", "files"],
   "evaluate": ["confidence", "judging", "scorers", "measure", "compare", "report", "watching"],
   "export": ["verify", "writer"],
   "ppo": ["losses", "step", "config", "loop"],
+  "online": ["config", "pairs", "labels", "rounds", "loop"],
 }
 """Of each room its modules: one imports only modules before it; its command, `__main__`, comes last."""
 

@@ -4,6 +4,7 @@ import re
 
 import jax
 
+from dpojax.online import config as online_config
 from dpojax.ppo import config as ppo_config
 from dpojax.training import config as config_lib
 from tests import conftest
@@ -42,4 +43,5 @@ def test_every_key_on_a_command_line_is_a_key():
   documents = [README, *(path.read_text() for path in pages)]
   keys = {key for text in documents for key in re.findall(r"--config\.([\w.]+)=", text)}
   assert "model.checkpoint" in keys
-  assert keys - {"key"} <= set(config_lib.flatten(ppo_config.defaults()))
+  known = [config_lib.flatten(each.defaults()) for each in (ppo_config, online_config)]
+  assert keys - {"key"} <= set().union(*known)

@@ -224,6 +224,7 @@ class Loader:
     shards: int = 1,
     rows_at_once: int = 0,
     span: Callable[[int], tuple[int, int]] = lambda rows: (0, rows),
+    coarse: bool = False,
   ):
     """Prepares the plans.
 
@@ -236,6 +237,7 @@ class Loader:
       rows_at_once: see `dpojax.training.micro_batches.MicroBatches`; rows stand as it says, in one
         shape for all steps.
       span: rows of a step -> (first row, number of rows) that this process fills.
+      coarse: see `packing.plan`.
 
     Raises:
       PackingError: a comparison does not fit a row, or they are fewer than a step takes.
@@ -251,7 +253,14 @@ class Loader:
     # Two epochs: prefetching threads cross from one into the next.
     self._plan = functools.lru_cache(maxsize=2)(
       lambda epoch: packing.plan(
-        self.lengths, seed, epoch, batch_size, row_length, row_multiple=row_multiple, buckets=buckets
+        self.lengths,
+        seed,
+        epoch,
+        batch_size,
+        row_length,
+        row_multiple=row_multiple,
+        buckets=buckets,
+        coarse=coarse,
       )
     )
     self._plan_in_order = functools.cache(

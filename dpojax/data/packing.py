@@ -83,6 +83,7 @@ def plan(
   *,
   row_multiple: int = 1,
   buckets: int = BUCKETS,
+  coarse: bool = False,
 ) -> Plan:
   """Returns the steps of one epoch: a pure function of its arguments.
 
@@ -98,6 +99,8 @@ def plan(
     row_multiple: the number of rows is a multiple of it.
     buckets: row counts steps are rounded up to. With one, all steps have as many rows and the last
       ones of most are empty.
+    coarse: what a row holds and how many there are is rounded up to few values, so that data sets like one
+      another, such as those of rounds, have the same shapes; there is then one row count, whatever `buckets`.
 
   Raises:
     PackingError: a comparison is longer than a row, or there are fewer than `batch_size`.
@@ -112,7 +115,12 @@ def plan(
   order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
   index = order[: steps * batch_size].reshape(steps, batch_size)
   shape = row_shape(lengths, row_length)
+  if coarse:
+    shape = RowShape(row_length, _few(shape.scored), _few(shape.comparisons))
   row, needed = _first_fit(lengths, index, shape)
+  if coarse:
+    rows = row_multiple * _few(-(-int(needed.max()) // row_multiple))
+    return Plan(index, row, np.full(steps, rows), shape)
   counts = row_buckets(lengths, batch_size, row_length, row_multiple=row_multiple, buckets=buckets)
   return Plan(index, row, _round_up(needed, counts), shape)
 
@@ -349,6 +357,12 @@ def _best_buckets(counts: np.ndarray, weights: np.ndarray, most: int) -> list[in
       for j in range(len(counts))
     ]
   return waste[-1][1]
+
+
+def _few(count: int) -> int:
+  """Returns the least power of two, or one and a half of one, that is not below a count."""
+  power = 1 << max(0, count - 1).bit_length()
+  return power * 3 // 4 if 4 <= power and power * 3 // 4 >= count else power
 
 
 def _round_up(needed: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -141,6 +141,30 @@ def arrays(
   return Tokenized(
     lengths, ids, offsets, example, report, _fingerprint(lengths, ids, example, mask), mask, prompts
   )
+
+
+def of_ids(
+  comparisons: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]] | tuple],
+  num_responses: int,
+  report: dict,
+) -> Tokenized:
+  """Returns comparisons whose ids are at hand.
+
+  Args:
+    comparisons: of each the prompt's ids and those of its responses, at most `num_responses`; which ids of
+      each response are scored may come third, None where all are.
+    num_responses: `K`.
+    report: see `Tokenized`.
+  """
+  lengths = np.zeros((len(comparisons), 1 + num_responses), np.int32)
+  ids, scored = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+  for row, (prompt, responses, *which) in zip(lengths, comparisons):
+    row[: 1 + len(responses)] = [len(prompt), *map(len, responses)]
+    ids += [np.asarray(each, np.int32) for each in (prompt, *responses)]
+    every = [np.ones(len(each), bool) for each in responses]
+    scored += [np.zeros(len(prompt), bool), *(which[0] if which and which[0] is not None else every)]
+  example = np.arange(len(comparisons), dtype=np.int32)
+  return arrays(lengths, np.concatenate(ids), np.concatenate(scored), example, report)
 
 
 def _fingerprint(*arrays: np.ndarray | None) -> str:

@@ -59,10 +59,10 @@ def compare_files(
     endpoint = judging.Endpoint(
       judge,
       judge_model,
-      _question(question),
+      question_of(question),
       api_key=os.environ.get(api_key_env, "").strip(),
       workers=workers,
-      **({"options": _options(judge_options)} if judge_options else {}),
+      **({"options": options_of(judge_options)} if judge_options else {}),
     )
     kept = judging.Answers(answers or str(pathlib.Path(ours).with_suffix(".answers.jsonl")))
     asked = judging.endpoint_judge(endpoint, kept)
@@ -172,7 +172,12 @@ def _responses_of(path: str, form: str) -> dict[int, tuple[Example, list[str | l
   return found
 
 
-def _question(name: str) -> str:
+def question_of(name: str) -> str:
+  """Returns a question of `judging.QUESTIONS`, or that of a file.
+
+  Raises:
+    ConfigError: there is no such file, or it lacks a place for a text.
+  """
   if name in judging.QUESTIONS:
     return judging.QUESTIONS[name]
   try:
@@ -187,7 +192,12 @@ def _question(name: str) -> str:
   return text
 
 
-def _options(text: str) -> dict[str, Any]:
+def options_of(text: str) -> dict[str, Any]:
+  """Returns the object of a JSON text.
+
+  Raises:
+    ConfigError: it is none.
+  """
   try:
     options = json.loads(text)
     if not isinstance(options, dict):

@@ -18,17 +18,16 @@ from dpojax.data import loader, records, tokenization
 from dpojax.data.examples import Example
 from dpojax.data.truncation import end_kept
 from dpojax.evaluate import scorers
-from dpojax.models import lora
 from dpojax.models.config import ModelConfig
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample import files
+from dpojax.sample.current import Current
 from dpojax.sample.draws import Draw
-from dpojax.sample.generator import Generator, Sample
+from dpojax.sample.generator import Sample
 from dpojax.sample.prompts import encode, read_prompts
-from dpojax.training import config as config_lib
-from dpojax.training import parallel, weights
+from dpojax.training import parallel
 from dpojax.training.metrics import read_lines
 
 
@@ -58,16 +57,22 @@ class Watcher:
     Raises:
       DataError, ConfigError, CheckpointError: prompts or scorer cannot be used.
     """
-    self._config, self._model, self._devices = config, model, devices
-    self._mesh = devices if isinstance(devices, parallel.Mesh) else parallel.Mesh()
+    self._config, self._model = config, model
     self._tokenizer = tokenization.load_tokenizer(config.tokenizer)
     self._draw = Draw(
       num_samples=config.sample_count, max_new_tokens=config.sample_max_new_tokens, seed=config.seed
     )
-    self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._mesh)
-    self._stop_ids = tuple(loader.without_mismatched(subset).data.report.get("stop_ids", ()))
     self._prompts, self._ids = self._read(subset)
-    self._generator = None
+    self._current = Current(
+      config,
+      model,
+      tuple(loader.without_mismatched(subset).data.report.get("stop_ids", ())),
+      self._draw,
+      eos=self._tokenizer.eos_token_id,
+      batch_size=min(len(self._ids), config.batch_size),
+      devices=devices,
+    )
+    self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._current.mesh)
     self._path = workdir / "samples.jsonl"
     kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
     with disk_errors(workdir):
@@ -86,14 +91,13 @@ class Watcher:
     Raises:
       DiskError: the disk is full or cannot be written.
     """
-    self._take(params, reference)
-    lines = []
-    for batch in self._generator.batches([len(ids) for ids in self._ids]):
-      drawn = self._generator([self._ids[i] for i in batch], batch)
+    generator, lines = self._current.generator(params, reference), []
+    for batch in generator.batches([len(ids) for ids in self._ids]):
+      drawn = generator([self._ids[i] for i in batch], batch)
       lines += [
         self._record(step, i, k, each) for i, samples in zip(batch, drawn) for k, each in enumerate(samples)
       ]
-    self._generator.renew()
+    generator.renew()
     lines.sort(key=lambda line: (line["index"], line["sample"]))
     if self._score:
       scores = self._score(
@@ -147,30 +151,6 @@ class Watcher:
       f"{len(ids)} prompts are answered every {config.sample_every} steps, {cut} of them cut to {room} tokens"
     )
     return prompts, ids
-
-  def _take(self, params: Any, reference: Any | None) -> None:
-    """Gives the generator the params, and makes it at the first call."""
-    params, reference = (tree and self._devices.collect(tree) for tree in (params, reference))
-    adapter = config_lib.lora_of(self._config)
-    if adapter is not None:
-      params = lora.merge(jax.tree.map(np.asarray, reference), jax.tree.map(np.asarray, params), adapter)
-    if self._generator is None:
-      loaded = lambda params: (
-        params
-        and weights.Loaded(
-          self._model, params, self._config.tokenizer, "the policy", self._config, self._stop_ids
-        )
-      )
-      self._generator = Generator(
-        loaded(params),
-        loaded(reference),
-        self._draw,
-        eos=self._tokenizer.eos_token_id,
-        batch_size=min(len(self._ids), self._config.batch_size),
-        devices=self._mesh,
-      )
-    else:
-      self._generator.renew(params, reference)
 
   def _record(self, step: int, index: int, number: int, drawn: Sample) -> dict[str, Any]:
     return {

@@ -1,6 +1,5 @@
 """The keys of a PPO run, those of every run and a group of its own, and the checks before any work."""
 
-import difflib
 import re
 
 import ml_collections
@@ -74,7 +73,7 @@ def validate(config: ml_collections.ConfigDict) -> Settings:
       f"config.objective is {config.objective!r}; dpojax.ppo runs objective='ppo', the others are "
       "python -m dpojax.train's"
     )
-  _check_group(config)
+  config_lib.check_group(config, "ppo", defaults())
   config_lib.validate(data_config(config))
   flat = config_lib.flatten(config)
   for key, value, why in (
@@ -121,18 +120,3 @@ def data_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     del config["ppo"]
     config.objective, config.loss = "sft", "token_mean"
   return config
-
-
-def _check_group(config: ml_collections.ConfigDict) -> None:
-  """Refuses keys of `ppo` that are unknown, missing or of another type."""
-  known, given = defaults().ppo, config.get("ppo", {})
-  for key in given:
-    if key not in known:
-      near = difflib.get_close_matches(key, list(known), n=1)
-      raise ConfigError(f"config.ppo.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
-  for key, default in known.items():
-    if key not in given:
-      raise ConfigError(f"config.ppo.{key} is missing; start a config from dpojax.ppo.config.defaults()")
-    kinds = (int, float) if isinstance(default, float) else type(default)
-    if not isinstance(given[key], kinds) or isinstance(given[key], bool) != isinstance(default, bool):
-      raise ConfigError(f"config.ppo.{key} is {given[key]!r}; it must be of type {type(default).__name__}")

@@ -259,12 +259,7 @@ def _check_rows(settings: Settings, devices: parallel.Mesh) -> None:
 
 def prompts_of_step(count: int, number: int, settings: Settings) -> np.ndarray:
   """Returns which of `count` prompts a step is about: each once an epoch, in an order of its own."""
-  places = np.arange(number * settings.prompts_per_step, (number + 1) * settings.prompts_per_step)
-  orders = {
-    epoch: np.random.default_rng([settings.seed, 1, epoch]).permutation(count)
-    for epoch in np.unique(places // count).tolist()
-  }
-  return np.array([orders[place // count][place % count] for place in places.tolist()])
+  return rollouts.prompts_in_turn(count, number, size=settings.prompts_per_step, seed=settings.seed)
 
 
 def train(

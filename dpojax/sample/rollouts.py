@@ -157,6 +157,19 @@ def checked_scores(reward: Reward, prompts, responses) -> np.ndarray:
   return scores
 
 
+def prompts_in_turn(count: int, number: int, *, size: int, seed: int) -> np.ndarray:
+  """Returns which of `count` prompts the `number`-th draw of `size` is about.
+
+  Each comes once an epoch, in an order that the epoch has of its own.
+  """
+  places = np.arange(number * size, (number + 1) * size)
+  orders = {
+    epoch: np.random.default_rng([seed, 1, epoch]).permutation(count)
+    for epoch in np.unique(places // count).tolist()
+  }
+  return np.array([orders[place // count][place % count] for place in places.tolist()])
+
+
 class LearnedReward:
   """The `Reward` of a reward model that reads the policy's ids: its head on each last token."""
 

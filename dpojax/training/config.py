@@ -64,6 +64,8 @@ MAY_CHANGE = (
   "data.cache_dir",
   "check_memory",
   "compile_cache",
+  "online.max_labels",
+  "online.judge_workers",
 )
 """Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to
 rounding."""
@@ -620,6 +622,27 @@ def _check_reference(config, names: list[str]) -> None:
       f"config.reference.checkpoint is {reference.checkpoint!r}, not the policy's "
       f"{config.model.checkpoint!r}; set reference.may_differ=True if that is the purpose"
     )
+
+
+def check_group(config: ml_collections.ConfigDict, name: str, defaults: ml_collections.ConfigDict) -> None:
+  """Refuses keys of a command's own group that are unknown, missing or of another type.
+
+  Raises:
+    ConfigError: naming the key, the value and the fix.
+  """
+  known, given = defaults[name], config.get(name, {})
+  for key in given:
+    if key not in known:
+      near = difflib.get_close_matches(key, list(known), n=1)
+      raise ConfigError(f"config.{name}.{key} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
+  for key, default in known.items():
+    if key not in given:
+      raise ConfigError(
+        f"config.{name}.{key} is missing; start a config from dpojax.{name}.config.defaults()"
+      )
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(given[key], kinds) or isinstance(given[key], bool) != isinstance(default, bool):
+      raise ConfigError(f"config.{name}.{key} is {given[key]!r}; it must be of type {type(default).__name__}")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from dpojax.data import builders, loader, tokenization
 from dpojax.data import report as data_report
-from dpojax.data.examples import DataError
+from dpojax.data.examples import DataError, Example
 from dpojax.data.truncation import end_kept
 from dpojax.kernels import backends
 from dpojax.models import config as model_config
@@ -33,13 +33,15 @@ from dpojax.training.parallel import Mesh, Replicas, make_parallel
 class Data(NamedTuple):
   """Training and held-out comparisons, either tokenized.
 
-  `fingerprint` is of the ids that they are taken from, `report` what was read, cut and left out, and why.
+  `fingerprint` is of the ids that they are taken from, `report` what was read, cut and left out, and why;
+  `examples` are the training comparisons in text, by `Subset.example`, where they were read as such.
   """
 
   train: loader.Subset | loader.Mismatched
   held_out: loader.Subset | loader.Mismatched | None
   fingerprint: str
   report: dict | None = None
+  examples: Sequence[Example] | None = None
 
   @property
   def stop_ids(self) -> list[int]:
@@ -91,12 +93,12 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
       **_responses(config),
     )
     report[name] = {"records": comparisons.report, "problems": comparisons.problems, "tokens": result.report}
-    return result
+    return result, comparisons
 
   if jax.process_count() > 1 and jax.process_index() > 0:
     multihost_utils.sync_global_devices("process 0 has prepared the data")
-  every = tokenized(settings.path, "training", "train")
-  held_out_data = tokenized(settings.eval_path, "held-out", "test") if settings.eval_path else None
+  every, examples = tokenized(settings.path, "training", "train")
+  held_out_data = tokenized(settings.eval_path, "held-out", "test")[0] if settings.eval_path else None
   if jax.process_count() > 1 and jax.process_index() == 0:
     multihost_utils.sync_global_devices("process 0 has prepared the data")
 
@@ -111,12 +113,19 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     report["held out by data.eval_size"] = len(held_out)
   if settings.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)
-  if config.objective == "dpo" and "kto" in config_lib.losses_of(config):
-    mismatched = lambda subset: loader.mismatched(subset, config.seed, settings.max_length)
-    train, held_out = mismatched(train), held_out and mismatched(held_out)
+  train, held_out = as_the_loss_reads(config, train), held_out and as_the_loss_reads(config, held_out)
   report |= {"training comparisons": len(train), "held-out comparisons": len(held_out or ())}
   say(data_report.table(report))
-  return Data(train, held_out, every.fingerprint, report)
+  return Data(train, held_out, every.fingerprint, report, examples)
+
+
+def as_the_loss_reads(
+  config: ml_collections.ConfigDict, subset: loader.Subset
+) -> loader.Subset | loader.Mismatched:
+  """Returns the comparisons with what the loss reads besides: for KTO a response to another prompt."""
+  if config.objective == "dpo" and "kto" in config_lib.losses_of(config):
+    return loader.mismatched(subset, config.seed, config.data.max_length)
+  return subset
 
 
 def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.Subset]:
@@ -166,9 +175,13 @@ def make_devices(config: ml_collections.ConfigDict) -> Replicas | Mesh:
 
 
 def make_loader(
-  config: ml_collections.ConfigDict, subset: loader.Subset | loader.Mismatched, devices: Replicas | Mesh
+  config: ml_collections.ConfigDict,
+  subset: loader.Subset | loader.Mismatched,
+  devices: Replicas | Mesh,
+  *,
+  coarse: bool = False,
 ) -> loader.Loader:
-  """Returns the loader of the rows that the devices are given.
+  """Returns the loader of the rows that the devices are given; `coarse` as of `packing.plan`.
 
   Raises:
     PackingError: a comparison does not fit a row, or they are fewer than a step takes.
@@ -181,6 +194,7 @@ def make_loader(
     shards=devices.row_multiple,
     rows_at_once=config.rows_at_once,
     span=devices.span,
+    coarse=coarse,
   )
 
 

@@ -223,11 +223,14 @@ def _data(config, table: Table, prompts: np.ndarray, sizes: Sizes) -> resolve.Da
 
 
 def draw_comparisons(
-  rng: np.random.Generator, table: Table, count: int
+  rng: np.random.Generator, table: Table, count: int, *, uniform: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns prompts and the numbers of chosen and rejected responses, [count] each."""
+  """Returns prompts and the numbers of chosen and rejected responses, [count] each.
+
+  A share `uniform` of the responses is drawn uniformly, the others from the reference.
+  """
   size, most = table.rewards.shape
-  chances = (np.exp(table.log_probs) + 1 / most) / 2
+  chances = uniform / most + (1 - uniform) * np.exp(table.log_probs)
   bounds = np.cumsum(chances, axis=1)
   which = rng.integers(size, size=count)
   first, second = (_drawn(rng, bounds, which) for _ in range(2))

@@ -35,7 +35,7 @@ from tests.chaos import scenarios
 
 LONGEST = 120.0
 _PR_SET_PDEATHSIG = 1
-SHARES = {"train": 0.5, "ppo": 0.15, "sample": 0.15, "two": 0.2}
+SHARES = {"train": 0.4, "ppo": 0.15, "sample": 0.1, "online": 0.15, "two": 0.2}
 """Of the kills, by scenario."""
 WITHIN = 30.0  # s, in which the processes of a run end when one of them is lost
 
@@ -342,7 +342,7 @@ def main():
     maker = os.fork()
     if not maker:
       try:
-        scenarios.make_world(world, with_reward="ppo" in options.only)
+        scenarios.make_world(world, with_reward="ppo" in options.only or "online" in options.only)
         os._exit(0)
       finally:
         os._exit(1)

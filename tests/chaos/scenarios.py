@@ -17,6 +17,8 @@ import numpy as np
 
 from dpojax import train
 from dpojax.data import builders, tokenization
+from dpojax.online import loop as online
+from dpojax.online import rounds
 from dpojax.ppo import loop as ppo
 from dpojax.runtime import processes
 from dpojax.runtime.command import command, is_main
@@ -32,7 +34,7 @@ CLOCK = (*throughput.METRICS, "samples_per_second", "time")
 
 
 def make_world(folder, with_reward):
-  """Makes what the runs are given: a tokenizer, pairs, an SFT run and, for PPO, a reward model."""
+  """Makes what the runs are given: a tokenizer, pairs, an SFT run and perhaps a reward model."""
   worlds.save_tokenizer(folder / "words")
   worlds.write_jsonl(folder / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 150))
   worlds.write_jsonl(folder / "others.jsonl", worlds.pairs(np.random.default_rng(1), 150))
@@ -120,6 +122,44 @@ def run_ppo(world, folder):
     _tell(folder, _of_run(folder / "run", 6))
 
 
+def run_online(world, folder):
+  """Three rounds of DPO on samples that a reward model scores."""
+  config = importlib.import_module("configs.online").get_config()
+  with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict(
+      {
+        "model.checkpoint": str(world / "sft"),
+        "tokenizer": str(world / "words"),
+        "data.path": str(world / "pairs.jsonl"),
+        "data.cache_dir": str(folder / "cache"),
+        "data.max_length": 32,
+        "data.eval_size": 16,
+        "data.max_prompt_length": 4,
+        "row_length": 64,
+        "steps": 9,
+        "batch_size": 16,
+        "eval_every": 3,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "check_memory": False,
+        "optimizer.learning_rate": 1e-4,
+        "online.judge": str(world / "reward"),
+        "online.steps_per_round": 3,
+        "online.prompts_per_round": 160,
+        "online.prompts_at_once": 16,
+        "online.num_samples": 3,
+        "online.max_new_tokens": 6,
+        "online.offline_share": 0.25,
+      }
+    )
+  with command():
+    workdir = folder / "run"
+    online.run(config, workdir)
+    kept = [*workdir.glob("comparisons/*"), *workdir.glob("rounds/*/*.jsonl")]
+    files = {str(path.relative_to(workdir)): _sha(path.read_bytes()) for path in sorted(kept)}
+    _tell(folder, _of_run(workdir, 9) | files)
+
+
 def run_sample(world, folder):
   with command():
     files.run(
@@ -133,7 +173,7 @@ def run_sample(world, folder):
     _tell(folder, {"samples": _sha((folder / "samples.jsonl").read_bytes())})
 
 
-RUNS = {"train": run_train, "two": run_two, "ppo": run_ppo, "sample": run_sample}
+RUNS = {"train": run_train, "two": run_two, "ppo": run_ppo, "sample": run_sample, "online": run_online}
 """Scenarios by name."""
 
 PHASES = {
@@ -149,6 +189,7 @@ PHASES = {
   "two": ("storing a reference", "restoring", "evaluating", "training", "saving"),
   "ppo": ("preparing", "restoring", "evaluating", "PPO step", "saving"),
   "sample": ("sampling",),
+  "online": ("restoring", "evaluating", "sampling", "labelling", "pairing", "training", "saving"),
 }
 """What a scenario does, and a kill can be aimed at."""
 
@@ -232,6 +273,8 @@ def watch_phases(path, slow):
   told(ppo.Trainer, "step", "PPO step")
   told(ppo.Trainer, "measure", "evaluating")
   told(Generator, "__call__", "sampling")
+  told(rounds.Rounds, "_label", "labelling")
+  told(rounds.Rounds, "_finish", "pairing")
   for name in ("save", "wait"):
     told(checkpoint.Checkpoints, name, "saving")
   told(checkpoint.Checkpoints, "restore", "restoring")

@@ -1,0 +1,380 @@
+"""A round: the policy's samples, what is said of them, the comparisons of it, each kept as it comes.
+
+WORKDIR/rounds/N/samples.jsonl   prompt, sample and log-probs, a line a sample
+WORKDIR/rounds/N/labels.jsonl    what was said, a line a score or a judged pair; equal answers are asked once
+WORKDIR/rounds/N/round.json      written last: counts, and digests of the two
+WORKDIR/comparisons/round_N.jsonl   the comparisons in text, which `dpojax.train` reads as its data
+
+A round that was killed goes on with the lines that are there. Steps are on the very ids that were sampled.
+The text tells less of a sample that ran out of tokens, which `train` ends with EOS, and of an empty one,
+whose comparison it leaves out.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from dpojax.data import loader, records, tokenization, tokenized
+from dpojax.data.examples import Example
+from dpojax.data.truncation import end_kept
+from dpojax.evaluate import watching
+from dpojax.models.config import ModelConfig
+from dpojax.online import pairs
+from dpojax.online.labels import Answer, Labeller
+from dpojax.runtime import digests
+from dpojax.runtime.command import say
+from dpojax.runtime.digests import DamageError
+from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.errors import ConfigError
+from dpojax.sample import files, rollouts
+from dpojax.sample.current import Current
+from dpojax.sample.prompts import encode, read_prompts
+from dpojax.training import checkpoint, resolve
+from dpojax.training.checkpoint import CheckpointError
+from dpojax.training.metrics import read_lines
+
+Line = dict[str, Any]
+
+
+class Prompts(NamedTuple):
+  """What is answered, in text or messages and in ids."""
+
+  examples: list[Example]
+  ids: list[list[int]]
+
+
+class Made(NamedTuple):
+  """A round that is complete: the samples of each of its prompts, the comparisons, and what was counted."""
+
+  samples: list[list[Line]]
+  paired: pairs.Paired
+  metrics: dict[str, float]
+
+
+class Stopped(Exception):
+  """A signal asked to stop between two parts of a round; what was there is kept."""
+
+
+class Rounds:
+  """Makes the rounds of a run, or reads those that are there."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    prompts: Prompts,
+    labeller: Labeller,
+    current: Current,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      config: all keys.
+      workdir: the run's folder.
+      prompts: what is answered.
+      labeller: who is asked.
+      current: samples from the policy.
+    """
+    self._config, self._workdir, self.prompts = config, workdir, prompts
+    self._labeller, self._current = labeller, current
+    self._tokenizer = tokenization.load_tokenizer(config.tokenizer)
+    self._count = config.online.prompts_per_round
+
+  def make(
+    self, number: int, params: Any, reference: Any | None, stop_asked: Callable[[], bool] = lambda: False
+  ) -> Made:
+    """Returns a round, from what there is of it.
+
+    Args:
+      number: of the round, from 1.
+      params: placed, of the policy that samples.
+      reference: placed, or None where there is none.
+      stop_asked: whether to stop; asked between batches.
+
+    Raises:
+      CheckpointError: the round was begun by other weights.
+      Stopped: it was asked to stop.
+    """
+    folder = self._workdir / "rounds" / str(number)
+    with disk_errors(self._workdir):
+      folder.mkdir(parents=True, exist_ok=True)
+    self._check_weights(folder, checkpoint.fingerprint(params))
+    if not (folder / "round.json").exists():
+      began = time.perf_counter()
+      lines, new = self._sample(folder, number, params, reference, stop_asked)
+      seconds = time.perf_counter() - began
+      self._label(folder, number, lines, stop_asked)
+      self._finish(folder, number, new / seconds)
+    return self.read(number)
+
+  def read(self, number: int) -> Made:
+    """Returns a round that is complete.
+
+    Raises:
+      DamageError: its files are not as they were written.
+    """
+    folder = self._workdir / "rounds" / str(number)
+    try:
+      kept = json.loads((folder / "round.json").read_text())
+      digests.check(folder, kept["digests"])
+    except (OSError, ValueError, KeyError, TypeError, DamageError) as error:
+      raise DamageError(
+        f"round {number} cannot be read ({error}); bring {folder} back, or take another workdir"
+      ) from error
+    samples, said = self._samples(folder), self._said(folder)
+    return Made(samples, pairs.paired(self._config.online.pairing, said), kept["metrics"])
+
+  def answer(self, line: Line) -> Answer:
+    """Returns a sample as the labeller is shown it."""
+    prompt = line["prompt"]
+    return Answer(self.prompts.examples[prompt], self.prompts.ids[prompt], line["response"], line["ids"])
+
+  # Sampling.
+
+  def _which(self, number: int) -> list[int]:
+    """The prompts of a round."""
+    return rollouts.prompts_in_turn(
+      len(self.prompts.ids), number - 1, size=self._count, seed=self._config.seed
+    ).tolist()
+
+  def _sample(self, folder, number: int, params, reference, stop_asked) -> tuple[list[list[Line]], int]:
+    """Draws what is not there yet; returns all samples and how many are new."""
+    which, size = self._which(number), self._config.online.num_samples
+    ids = [self.prompts.ids[i] for i in which]
+    generator, new = self._current.generator(params, reference), 0
+    with _appending(folder / "samples.jsonl") as (there, add):
+      known = {(line["index"], line["sample"]) for line in there}
+      for batch in generator.batches([len(each) for each in ids]):
+        if all((i, k) in known for i in batch for k in range(size)):
+          continue
+        _stop_if(stop_asked)
+        numbers = [(number - 1) * self._count + i for i in batch]
+        drawn = generator([ids[i] for i in batch], numbers)
+        lines = [
+          {"index": i, "sample": k, "prompt": which[i], "ids": each.ids}
+          | files.told(self._tokenizer, ids[i], each)
+          for i, samples in zip(batch, drawn)
+          for k, each in enumerate(samples)
+        ]
+        add([line for line in lines if (line["index"], line["sample"]) not in known])
+        new += len(lines)
+    generator.renew()
+    return self._samples(folder), new
+
+  def _samples(self, folder: pathlib.Path) -> list[list[Line]]:
+    """The samples of each prompt of the round, in their order."""
+    lines = sorted(read_lines(folder / "samples.jsonl"), key=lambda line: (line["index"], line["sample"]))
+    size = self._config.online.num_samples
+    return [lines[first : first + size] for first in range(0, len(lines), size)]
+
+  # Labelling.
+
+  def _label(self, folder, number: int, samples: list[list[Line]], stop_asked) -> None:
+    """Asks what is not answered yet. Of equal answers to one prompt the first alone gets a score."""
+    at_once = self._labeller.at_once
+    with _appending(folder / "labels.jsonl") as (there, add):
+      known = {(line["index"], line["sample"]) for line in there}
+      for first in range(0, len(samples), at_once):
+        asked = [
+          (i, k)
+          for i in range(first, min(first + at_once, len(samples)))
+          for k in self._to_ask(samples[i])
+          if (i, k) not in known
+        ]
+        if not asked:
+          continue
+        _stop_if(stop_asked)
+        add(
+          [
+            {"index": i, "sample": k, "said": value if self._labeller.compares else float(value)}
+            for (i, k), value in zip(asked, self._ask(number, samples, asked), strict=True)
+          ]
+        )
+
+  def _to_ask(self, of: list[Line]) -> list[int]:
+    """The numbers of a prompt's samples that are asked about, of pairs those of the first."""
+    texts = [line["response"] for line in of]
+    if self._labeller.compares:
+      return [k for k in range(0, len(of), 2) if texts[k] != texts[k + 1]]
+    return [k for k, text in enumerate(texts) if text not in texts[:k]]
+
+  def _ask(self, number: int, samples: list[list[Line]], asked: list[tuple[int, int]]) -> Sequence:
+    answers = lambda places: [self.answer(samples[i][k]) for i, k in places]
+    if not self._labeller.compares:
+      scores = np.asarray(self._labeller.ask(answers(asked)), np.float64)
+      if not np.isfinite(scores).all():
+        i, k = asked[int(np.argmin(np.isfinite(scores)))]
+        raise ConfigError(
+          f"config.online.judge is {self._config.online.judge!r}, which gives no finite number to "
+          f"{samples[i][k]['response'][:60]!r} (round {number}, prompt {i}); mend it"
+        )
+      return scores.tolist()
+    seed = ((self._config.seed * 2**20 + number) * self._count + asked[0][0]) * len(samples[0]) + asked[0][1]
+    return self._labeller.ask(list(zip(answers(asked), answers([(i, k + 1) for i, k in asked]))), seed)
+
+  def _said(self, folder: pathlib.Path) -> list[list]:
+    """What was said of each prompt's samples, as `pairs.paired` takes it."""
+    said = {(line["index"], line["sample"]): line["said"] for line in read_lines(folder / "labels.jsonl")}
+    result = []
+    for i, of in enumerate(self._samples(folder)):
+      texts = [line["response"] for line in of]
+      if self._labeller.compares:
+        result.append([said.get((i, k), "tie") for k in range(0, len(of), 2)])
+      else:
+        result.append([said[i, texts.index(text)] for text in texts])
+    return result
+
+  # What is kept.
+
+  def _check_weights(self, folder: pathlib.Path, weights: str) -> None:
+    """Keeps the digest of the weights that a round is sampled from, or holds them to it."""
+    about = folder / "weights.json"
+    if not about.exists():
+      _write(about, json.dumps({"weights": weights}) + "\n")
+    elif json.loads(about.read_text())["weights"] != weights:
+      raise CheckpointError(
+        f"{folder} holds samples of other weights than the run has now; bring back the checkpoints it was "
+        "made with, or remove that folder, and those of later rounds, to sample again"
+      )
+
+  def _finish(self, folder: pathlib.Path, number: int, rate: float) -> None:
+    """Writes the comparisons in text, and then counts and digests."""
+    samples, said = self._samples(folder), self._said(folder)
+    paired = pairs.paired(self._config.online.pairing, said)
+    texts = self._workdir / "comparisons"
+    with disk_errors(self._workdir):
+      texts.mkdir(exist_ok=True)
+    _write(
+      texts / f"round_{number}.jsonl",
+      "".join(
+        json.dumps(self._record([samples[i][k] for k in order]), ensure_ascii=False) + "\n"
+        for i, order in paired.comparisons
+      ),
+    )
+    labels = len(read_lines(folder / "labels.jsonl"))
+    metrics = self._metrics(samples, said, paired) | {
+      "round": number,
+      "labels": labels + (self.read(number - 1).metrics["labels"] if number > 1 else 0),
+      "samples_per_second": rate,
+    }
+    names = ["samples.jsonl", "labels.jsonl"]
+    _write(
+      folder / "round.json",
+      json.dumps({"metrics": metrics, "digests": digests.of_files(folder, names)}, indent=1) + "\n",
+    )
+
+  def _record(self, of: list[Line]) -> dict:
+    """A comparison in the project's own form, of samples best first."""
+    example = self.prompts.examples[of[0]["prompt"]]
+    text = isinstance(example.prompt, str)
+    responses = [
+      line["response"] if text else [{"role": "assistant", "content": line["response"]}] for line in of
+    ]
+    record = records.prompt_record(example)
+    if len(of) == 2:
+      return record | {"chosen": responses[0], "rejected": responses[1]}
+    return record | {"responses": responses}
+
+  def _metrics(self, samples: list[list[Line]], said: list[list], paired: pairs.Paired) -> dict[str, float]:
+    """Means over the round's samples, as `watching.means` has them, and what was counted."""
+    lines = [dict(line) for of in samples for line in of]
+    if not self._labeller.compares:
+      for line in lines:
+        line["score"] = said[line["index"]][line["sample"]]
+    result = watching.means(lines) | {"pairs": len(paired.comparisons)} | paired.counts
+    if not self._labeller.compares and paired.comparisons:
+      for name, place in (("chosen", 0), ("rejected", -1)):
+        result[f"score/{name}"] = float(np.mean([said[i][order[place]] for i, order in paired.comparisons]))
+    return result
+
+  def in_ids(self, made: Made, report: dict) -> tokenized.Tokenized:
+    """Returns a round's comparisons as they were sampled, with a report of the data."""
+    comparisons = [
+      (self.prompts.ids[made.samples[i][0]["prompt"]], [made.samples[i][k]["ids"] for k in order])
+      for i, order in made.paired.comparisons
+    ]
+    return tokenized.of_ids(comparisons, self._config.data.num_responses, report)
+
+
+def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: ModelConfig) -> Prompts:
+  """Returns what is answered: the prompts of a file, or those of the training data, each once.
+
+  Raises:
+    DataError, ConfigError: there is none that can be used.
+  """
+  settings, tokenizer = config.online, tokenization.load_tokenizer(config.tokenizer)
+  room = config.data.max_prompt_length
+  if model.longest is not None:
+    room = min(room, model.longest - settings.max_new_tokens)
+  if room < 1:
+    raise ConfigError(
+      f"config.online.max_new_tokens is {settings.max_new_tokens} and the model has {model.longest} "
+      "positions, which leaves none for a prompt; lower it"
+    )
+  if settings.prompts:
+    examples = list(read_prompts(settings.prompts).values())
+    ids, cut = encode(
+      examples,
+      tokenizer,
+      longest=room,
+      keep=end_kept(config.data),
+      path=settings.prompts,
+      reading=tokenization.Reading.of(config.data),
+      vocab_size=model.vocab_size,
+    )
+    say(f"{len(ids)} prompts of {settings.prompts}, {cut} of them cut to {room} tokens")
+    return Prompts(examples, ids)
+  subset = loader.without_mismatched(data.train)
+  _, first = np.unique(subset.data.prompts()[subset.index], return_index=True)
+  lengths, first = subset.lengths[:, 0], np.sort(first)
+  kept = first[(lengths[first] >= 1) & (lengths[first] <= room)].tolist()
+  say(
+    f"{len(kept)} prompts of the training data; left out: {len(first) - len(kept)} that are empty or longer "
+    f"than {room} tokens"
+  )
+  if not kept:
+    raise ConfigError("the training data hold no prompt that can be answered; set online.prompts")
+  decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+  ids = [subset.comparison(i)[0].tolist() for i in kept]
+  if data.examples is None:
+    return Prompts([Example(decode(each), ()) for each in ids], ids)
+  return Prompts([data.examples[subset.example(i)]._replace(responses=()) for i in kept], ids)
+
+
+@contextlib.contextmanager
+def _appending(path: pathlib.Path) -> Iterator[tuple[list[Line], Callable[[list[Line]], None]]]:
+  """Yields the whole lines of a file, without one that was cut off, and a function that adds to them."""
+  lines = read_lines(path)
+  with disk_errors(path.parent):
+    _write(path, "".join(map(_line, lines)))
+    with open(path, "a", encoding="utf-8") as file:
+
+      def add(more: list[Line]) -> None:
+        file.write("".join(map(_line, more)))
+        file.flush()
+
+      yield lines, add
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file under another name and renames it: what stands there is complete."""
+  with disk_errors(path.parent):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _line(record: dict) -> str:
+  return json.dumps(record) + "\n"  # in ASCII: a text may hold what else ends a line
+
+
+def _stop_if(stop_asked: Callable[[], bool]) -> None:
+  if stop_asked():
+    raise Stopped
