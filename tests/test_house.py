@@ -103,7 +103,7 @@ ORDER = {
     "workdir",
   ],
   "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "prompts", "files"],
-  "evaluate": ["confidence", "judging", "scorers", "measure", "compare", "report", "watching"],
+  "evaluate": ["confidence", "judging", "scorers", "similarity", "report", "measure", "compare", "watching"],
   "export": ["verify", "writer"],
   "ppo": ["losses", "step", "config", "loop"],
 }

@@ -4,8 +4,10 @@ python -m dpojax.evaluate --workdir=RUN --out=FILE.json [--pairs=FILE.jsonl] [--
 python -m dpojax.evaluate --ours=SAMPLES.jsonl --theirs=FILE.jsonl --judge=... --out=FILE.json [...]
 
 The first measures on held-out pairs (those the run held out, or `--pairs`): preference accuracy,
-margin and perplexity; and on samples to their prompts: KL to the reference, lengths, and the mean of
-a scorer, the workdir of a reward model's run or module:function of (prompt, response).
+margin, perplexity, and the CHES score of their two answers, whose highest are the pairs that displace
+probability; `--pair_scores=FILE.jsonl` writes every pair with its own. And on samples to their prompts: KL
+to the reference, lengths, and the mean of a scorer, the workdir of a reward model's run or module:function
+of (prompt, response). With `--pairs` RUN may be a Hugging Face folder, which has no reference of its own.
 
 The second gives the win rate of the first file's responses. The other file is of samples to the
 same prompts too, or of pairs, whose chosen responses count. The judge is a reward model's workdir,
@@ -27,6 +29,7 @@ def main():
   of_run = parser.add_argument_group("a run")
   of_run.add_argument("--workdir", default="", help="the run's folder")
   of_run.add_argument("--pairs", default="", help="held-out pairs; by default the run's")
+  of_run.add_argument("--pair_scores", default="", help=".jsonl to write held-out pairs with their scores to")
   of_run.add_argument("--scorer", default="", help="a reward model's workdir, or module:function")
   of_run.add_argument("--num_prompts", type=int, default=256, help="prompts sampled to; 0: none")
   add_draw_arguments(of_run)
@@ -62,6 +65,7 @@ def main():
         batch_size=options.batch_size,
         fsdp=options.fsdp,
         tensor=options.tensor,
+        pair_scores=options.pair_scores,
       )
     else:
       for flag in ("theirs", "judge"):
