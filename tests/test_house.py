@@ -196,6 +196,8 @@ def test_data_is_numpy_without_jax():
     ("dpojax.log_probs", "flax optax orbax tensorflow_datasets transformers grain ml_collections"),
     ("dpojax.data.packing", "jax flax tensorflow torch transformers"),
     ("dpojax.train", "tensorflow torch"),
+    ("dpojax.sample.__main__", "jax flax transformers numpy"),
+    ("dpojax.evaluate.__main__", "jax flax transformers numpy"),
   ],
 )
 def test_an_import_loads_nothing_heavier_than_it_needs(module, absent):

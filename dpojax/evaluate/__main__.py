@@ -17,10 +17,8 @@ of an OpenAI-compatible server, whose answers are kept: started again, nothing i
 
 import argparse
 
-from dpojax.evaluate import compare, judging, measure, report
-from dpojax.runtime.command import command, say
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import add_draw_arguments, draw_of
-from dpojax.training.config import ConfigError
 
 
 def main():
@@ -40,9 +38,8 @@ def main():
   of_files.add_argument("--judge_model", default="", help="its name at the URL")
   of_files.add_argument("--judge_options", default="", help="JSON: further keys of a request")
   of_files.add_argument(
-    "--question",
-    default="dialogue",
-    help=f"{', '.join(judging.QUESTIONS)}, or a file with {{prompt}}, {{a}}, {{b}}",
+    "--question", default="dialogue", help="dialogue, summary, concise_summary, news_summary, concise_news_summary, or a file with {prompt}, "
+    "{a}, {b}"
   )
   of_files.add_argument("--api_key_env", default="OPENAI_API_KEY")
   of_files.add_argument("--answers", default="", help="file a URL's answers are kept in")
@@ -50,7 +47,13 @@ def main():
   of_files.add_argument("--form", default="", help="of pairs' records (docs/data.md); by default recognised")
   of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
+
+  from dpojax.evaluate import compare, measure, report  # not before: --help does not wait for jax
+  from dpojax.runtime.command import command, say
+  from dpojax.training import resolve
+
   with command():
+    resolve.use_compile_cache()
     if bool(options.workdir) == bool(options.ours):
       raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")
     if options.workdir:

@@ -6,3 +6,7 @@ class UserError(Exception):
 
   Every error of this package that is not a defect is one; a command line shows it as one line.
   """
+
+
+class ConfigError(UserError, ValueError):
+  """A config cannot be run; the message names the key, the value and the fix."""

@@ -13,8 +13,6 @@ ending says what it was sampled with.
 
 import argparse
 
-from dpojax.runtime.command import command
-from dpojax.sample import files
 from dpojax.sample.draws import add_draw_arguments, draw_of
 
 
@@ -37,7 +35,13 @@ def main():
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   add_draw_arguments(parser)
   options = parser.parse_args()
+
+  from dpojax.runtime.command import command  # not before: --help and a wrong flag do not wait for jax
+  from dpojax.sample import files
+  from dpojax.training import resolve
+
   with command():
+    resolve.use_compile_cache()
     means = files.run(
       options.model,
       options.prompts,

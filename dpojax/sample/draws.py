@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from dpojax.training.config import ConfigError
+from dpojax.runtime.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dpojax.data import records, templates
 from dpojax.data.examples import DataError
 from dpojax.models import config as model_config
 from dpojax.models import lora
-from dpojax.runtime.errors import UserError
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import parallel, preference, step
 
 LOSSES = {
@@ -66,10 +66,6 @@ MAY_CHANGE = (
 )
 """Keys, or their beginnings, that may differ when a run is continued: they leave every number as it is, to
 rounding."""
-
-
-class ConfigError(UserError, ValueError):
-  """A config cannot be run; the message names the key, the value and the fix."""
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -172,8 +168,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.sample_scorer = ""  # workdir of a reward model, or module:function(prompt, response)
   config.wandb_project = ""
   config.check_memory = True  # compile before the first step and refuse what does not fit a device
-  config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto:
-  # in data.cache_dir for accelerators, none for CPUs, whose programs differ from one kind to the next
+  config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto: in
+  # data.cache_dir, for each kind of CPU by itself, unless JAX_COMPILATION_CACHE_DIR names one
 
   config.parallel = ml_collections.ConfigDict()
   config.parallel.strategy = "pmap"
