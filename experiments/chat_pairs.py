@@ -56,8 +56,10 @@ def text_of(messages: Sequence[dict]) -> str:
   return "\n".join(str(message["content"]) for message in messages)
 
 
-def read(path: str, tokenizer: Any, cache: pathlib.Path, *, longest_prompt: int, longest: int) -> list[dict]:
-  """Returns the pairs of a file that are short enough, shuffled in an order that is always the same.
+def read(
+  path: str, tokenizer: Any, cache: pathlib.Path, *, longest_prompt: int, longest: int
+) -> tuple[list[dict], list[dict]]:
+  """Returns the pairs of a file that are short enough, shuffled the same way every time, and the others.
 
   Args:
     path: in any form that can be trained on.
@@ -71,14 +73,16 @@ def read(path: str, tokenizer: Any, cache: pathlib.Path, *, longest_prompt: int,
   """
   examples = builders.prepare("jsonl", path=path, data_dir=cache)
   records = [record_of(each) for each in examples if len(each.responses) > 1 and all(each.responses[:2])]
-  fitting = [each for each in records if _fits(each, tokenizer, longest_prompt, longest)]
+  fitting, others = [], []
+  for each in records:
+    (fitting if _fits(each, tokenizer, longest_prompt, longest) else others).append(each)
   say(
     f"{path}: {len(fitting)} of {len(records)} pairs have prompts of at most {longest_prompt} tokens and "
-    f"{longest} with each answer; the others are left out"
+    f"{longest} with each answer; the others are too long"
   )
   if not fitting:
     raise DataError(f"{path} has no pair of at most {longest} tokens; give shorter ones")
-  return [fitting[i] for i in np.random.default_rng(0).permutation(len(fitting))]
+  return [fitting[i] for i in np.random.default_rng(0).permutation(len(fitting))], others
 
 
 def _fits(record: dict, tokenizer: Any, longest_prompt: int, longest: int) -> bool:

@@ -123,7 +123,7 @@ def _parts(workdir: pathlib.Path, pairs: str, model: str, sizes: Sizes) -> dict[
   names = ("held_out", "train", "judge")
   paths = {name: workdir / f"{name}.jsonl" for name in names}
   if not all(path.exists() for path in paths.values()):
-    records = chat_pairs.read(
+    short, long = chat_pairs.read(
       pairs,
       tokenization.load_tokenizer(model),
       workdir / "prepared",
@@ -131,7 +131,10 @@ def _parts(workdir: pathlib.Path, pairs: str, model: str, sizes: Sizes) -> dict[
       longest=sizes.longest,
     )
     wanted = {"held_out": sizes.held_out, "train": sizes.steps * sizes.batch_size, "judge": 0}
-    for name, part in chat_pairs.split(records, wanted).items():
+    made = chat_pairs.split(short, wanted)
+    seen = {json.dumps(each["prompt"]) for name in ("held_out", "train") for each in made[name]}
+    made["judge"] += [each for each in long if json.dumps(each["prompt"]) not in seen]
+    for name, part in made.items():
       sweep.write_lines(paths[name], part)
   parts = {name: read_lines(path) for name, path in paths.items()}
   prompts = {json.dumps(each["prompt"]): each["prompt"] for each in parts["held_out"]}
@@ -336,7 +339,7 @@ def report(summary: dict[str, Any], workdir: pathlib.Path, pairs: str, model: st
   ]
   settings = [["key", "value"]] + [[key, str(value)] for key, value in summary["settings"].items()]
   return page.page(
-    "SmolLM2-135M-Instruct, before and after DPO",
+    f"{pathlib.Path(model).name}, before and after DPO",
     [
       page.paragraphs(told(summary)),
       page.picture(workdir / "smollm2.png", "Loss, held-out log-ratios, and win rate against sampled KL"),

@@ -77,7 +77,7 @@ def test_both_sides_of_a_trajectory_start_from_one_folder_one_adapter_and_the_sa
   """Each side is dpojax here, so nothing parts them; the other is TRL where it is installed."""
   pairs = worlds.write_jsonl(tmp_path / "pairs.jsonl", worlds.dialogues(12))
   tokenizer = tokenization.load_tokenizer(chat_model)
-  records = chat_pairs.read(pairs, tokenizer, tmp_path / "cache", longest_prompt=128, longest=128)
+  records, _ = chat_pairs.read(pairs, tokenizer, tmp_path / "cache", longest_prompt=128, longest=128)
   settings = dict(
     beta=0.1,
     dtype="float32",

@@ -110,7 +110,7 @@ def chat_file(args: argparse.Namespace) -> pathlib.Path:
   if not path.exists():
     tokenizer = tokenization.load_tokenizer(args.model)
     longest = dict(longest_prompt=args.max_length // 2, longest=args.max_length)
-    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **longest))
+    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **longest)[0])
   return path
 
 
@@ -124,7 +124,7 @@ def same_trajectory(args: argparse.Namespace, settings: dict) -> None:
   if not path.exists():
     tokenizer = tokenization.load_tokenizer(args.model)
     short = dict(longest_prompt=longest, longest=longest)
-    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **short))
+    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **short)[0])
   given = settings | {
     "path": str(path),
     "steps": args.trajectory_steps,

@@ -48,7 +48,8 @@ atexit.register(lambda: open(out, "w").write(json.dumps(found)))
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """.format(
-  stages=list(STAGES), imported={"dpojax.sample": "dpojax.sample.files", "dpojax.train": "dpojax.plan"}
+  stages=list(STAGES),
+  imported={"dpojax.sample": "dpojax.sample.files", "dpojax.train": "dpojax.evaluate.watching"},
 )
 """Runs a command as `python -m` does and says how long its parts took."""
 
@@ -186,7 +187,7 @@ def write_inputs(model: str, pairs: str, out: pathlib.Path) -> dict[str, pathlib
   questions = [[{"role": "user", "content": question}] for question in QUESTIONS]
   records = chat_pairs.read(
     pairs, tokenization.load_tokenizer(model), out / "prepared", longest_prompt=128, longest=192
-  )[:PAIRS]
+  )[0][:PAIRS]
   write_lines = lambda path, lines: path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   with disk_errors(out):
     paths["questions"].write_text(json.dumps(questions))

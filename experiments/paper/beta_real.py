@@ -98,7 +98,7 @@ def config_of(pairs: str, model: str, workdir: pathlib.Path, sizes: Sizes):
   workdir.mkdir(parents=True, exist_ok=True)
   paths = {name: workdir / f"{name}.jsonl" for name in ("held_out", "train")}
   if not all(path.exists() for path in paths.values()):
-    records = chat_pairs.read(
+    records, _ = chat_pairs.read(
       pairs,
       tokenization.load_tokenizer(model),
       workdir / "prepared",
