@@ -18,7 +18,10 @@ def test_the_change_at_a_kl_is_read_off_the_line_between_two_steps():
 
 def test_a_row_holds_the_answers_and_the_ends_of_their_turns(chat_model):
   tokenizer = tokenization.load_tokenizer(chat_model)
-  rows = displacement.rows_of(tokenizer, 3, ("No", "Never"), 512)
+  comparison = displacement.encoded(tokenizer, 3, ("No", "Never"))
+  shape = displacement.shape_of([comparison])
+  assert shape.length % 32 == 0 and shape.length - len(comparison[0]) - shape.scored < 32
+  rows = displacement.rows_of(comparison, shape)
   texts = [tokenizer.decode(rows.target[0][rows.slot[0] == k]) for k in (0, 1)]
   assert texts == ["No<|end|>", "Never<|end|>"]
   prompt = tokenizer.decode(rows.tokens[0][(rows.branch[0] == 0) & (rows.comparison[0] > 0)])
@@ -26,7 +29,7 @@ def test_a_row_holds_the_answers_and_the_ends_of_their_turns(chat_model):
 
 
 def test_the_experiment_in_small_tells_where_probability_goes_and_goes_on(chat_model, tmp_path, capsys):
-  sizes = displacement.SMALL._replace(row_length=512, learning_rate=1e-3)
+  sizes = displacement.SMALL._replace(learning_rate=1e-3)
   lines = displacement.run(tmp_path, chat_model, sizes)
   assert len(lines) == 3 * 2 + 6  # DPO of every pair and seed, and the other losses on the first
   for line in lines:

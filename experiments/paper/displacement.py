@@ -72,14 +72,13 @@ BETA = 0.1
 
 
 class Sizes(NamedTuple):
-  """How long each run is; `pairs` of `PAIRS` are tried with every loss, all of them with DPO."""
+  """How long each run is; DPO is run on all of `PAIRS`, the other losses on the first, with fewer seeds."""
 
   seeds: int = 10
-  steps: int = 12
-  repaired_seeds: int = 10
+  steps: int = 10
+  repaired_seeds: int = 4
   learning_rate: float = 5e-5
   rank: int = 16
-  row_length: int = 96
 
 
 SMALL = Sizes(seeds=2, steps=2, repaired_seeds=1, rank=2)
@@ -144,15 +143,24 @@ def make_program(model: weights.Loaded, sizes: Sizes) -> Program:
   return Program(jax.device_put(model.params), start, look, step)
 
 
-def rows_of(tokenizer: Any, seed: int, pair: tuple[str, str], length: int) -> packing.Rows:
-  """Returns the one row of a seed's prompt and the two answers, each with the end of its turn."""
+def encoded(tokenizer: Any, seed: int, pair: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Returns the ids of a seed's prompt and of the two answers, each with the end of its turn."""
   message = {"role": "user", "content": QUESTION.format(STATEMENTS[seed % len(STATEMENTS)])}
   answers = tuple([{"role": "assistant", "content": word}] for word in pair)
-  (encoded,) = tokenization.encode([Example([message], answers)], tokenizer)
-  prompt, responses = encoded[:2]
-  arrays = np.array(prompt), [np.array(each) for each in responses]
-  shape = packing.RowShape(length, max(2 * max(map(len, responses)), 4), 1)
-  return packing.fill([arrays], np.zeros(1, int), 1, shape, num_responses=2, example=[0])
+  ((prompt, responses, *_),) = tokenization.encode([Example([message], answers)], tokenizer)
+  return np.array(prompt), [np.array(each) for each in responses]
+
+
+def shape_of(every: Sequence[tuple[np.ndarray, list[np.ndarray]]]) -> packing.RowShape:
+  """Returns the shape of a row that any of the comparisons fits."""
+  scored = max(sum(map(len, responses)) for _, responses in every)
+  longest = max(len(prompt) + sum(map(len, responses)) for prompt, responses in every)
+  return packing.RowShape(-(-longest // 32) * 32, scored, 1)
+
+
+def rows_of(comparison: tuple[np.ndarray, list[np.ndarray]], shape: packing.RowShape) -> packing.Rows:
+  """Returns the one row of a comparison."""
+  return packing.fill([comparison], np.zeros(1, int), 1, shape, num_responses=2, example=[0])
 
 
 def train(program: Program, rows: packing.Rows, loss: str, seed: int, steps: int) -> dict[str, Any]:
@@ -190,8 +198,10 @@ def run(workdir: pathlib.Path, folder: str, sizes: Sizes) -> list[dict]:
     return lines
   model = weights.load(folder)
   tokenizer, program = tokenization.load_tokenizer(folder), make_program(model, sizes)
+  every = {each[1:]: encoded(tokenizer, each[2], each[1]) for each in wanted}
+  shape = shape_of([encoded(tokenizer, seed, pair) for seed in range(len(STATEMENTS)) for pair in PAIRS])
   for number, (loss, pair, seed) in enumerate(wanted, 1):
-    found = train(program, rows_of(tokenizer, seed, pair, sizes.row_length), loss, seed, sizes.steps)
+    found = train(program, rows_of(every[pair, seed], shape), loss, seed, sizes.steps)
     found["gained"] = [[tokenizer.decode([token]), gain] for token, gain in found["gained"]]
     lines.append({"about": about, "loss": loss, "pair": list(pair), "seed": seed} | found)
     sweep.write_lines(path, lines)
