@@ -29,11 +29,11 @@ def test_a_row_holds_the_answers_and_the_ends_of_their_turns(chat_model):
 
 
 def test_the_experiment_in_small_tells_where_probability_goes_and_goes_on(chat_model, tmp_path, capsys):
-  sizes = displacement.SMALL._replace(learning_rate=1e-3)
+  sizes = displacement.SMALL._replace(learning_rate=1e-2)
   lines = displacement.run(tmp_path, chat_model, sizes)
   assert len(lines) == 3 * 2 + 6  # DPO of every pair and seed, and the other losses on the first
   for line in lines:
-    assert len(line["kl"]) == 3 and abs(line["kl"][0]) < 1e-6 < line["kl"][-1]
+    assert len(line["kl"]) == 3 and abs(line["kl"][0]) < 1e-5 < line["kl"][-1]
     assert len(line["gained"]) == 3 and line["gained"][0][1] > 0
     if line["loss"] == "dpo":  # which widens the gap, whatever becomes of the chosen answer
       gap = np.subtract(line["chosen"], line["rejected"])
