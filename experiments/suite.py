@@ -1,9 +1,11 @@
 """All experiments of the paper that a CPU can run, as many side by side as there are cores.
 
 python -m experiments.suite --sentences=FILE --pairs=FILE [--workdir=runs/suite] [--jobs=N]
+python -m experiments.suite --real --pairs=FILE [--model=FOLDER] [...]
 
-Each one continues where it was killed and is skipped where it is finished; the pictures and tables
-are drawn again. What an experiment prints goes into NAME.log, its tables here as well, with the time
+With --real those of a published model instead, SmolLM2-135M-Instruct from its package, or any folder with a
+chat template. Each one continues where it was killed and is skipped where it is finished; the pictures and
+tables are drawn again. What an experiment prints goes into NAME.log, its tables here as well, with the time
 it took. Where one fails the others of its chain are left out, and the same command continues.
 """
 
@@ -16,7 +18,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from dpojax.runtime.command import command
 from dpojax.runtime.disk import disk_errors
+from experiments import smollm2
 
 
 def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[str]]]:
@@ -24,14 +28,29 @@ def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[
   text = [f"--workdir={workdir / 'sentiment'}", f"--sentences={sentences}"]
   return [
     [
-      ["frontier", "--world=sentiment", *text],
-      ["training_curve", f"--workdir={workdir / 'sentiment'}"],
-      ["best_of_n", *text],
-      ["win_rate", *text, f"--pairs={pairs}"],
+      ["paper.frontier", "--world=sentiment", *text],
+      ["paper.training_curve", f"--workdir={workdir / 'sentiment'}"],
+      ["paper.best_of_n", *text],
+      ["paper.win_rate", *text, f"--pairs={pairs}"],
     ],
-    [["frontier", "--world=enumerable", f"--workdir={workdir / 'enumerable'}"]],
-    [["loss_ablation", f"--workdir={workdir / 'loss_ablation'}"]],
-    [["beta_ablation", f"--workdir={workdir / 'beta_ablation'}", f"--pairs={pairs}"]],
+    [["paper.frontier", "--world=enumerable", f"--workdir={workdir / 'enumerable'}"]],
+    [["paper.loss_ablation", f"--workdir={workdir / 'loss_ablation'}"]],
+    [["paper.beta_ablation", f"--workdir={workdir / 'beta_ablation'}", f"--pairs={pairs}"]],
+  ]
+
+
+def real_chains(workdir: pathlib.Path, pairs: str, model: str) -> list[list[list[str]]]:
+  """Returns the experiments on a published model, as `chains` does."""
+  given = [f"--pairs={pairs}", f"--model={model}"]
+  return [
+    [
+      ["smollm2", f"--workdir={workdir / 'smollm2'}", *given],
+      ["paper.beta_real", f"--workdir={workdir / 'beta_real'}", *given],
+    ],
+    [
+      ["paper.displacement", f"--workdir={workdir / 'displacement'}", f"--model={model}"],
+      ["measurements.time_to_first", f"--out={workdir / 'time_to_first'}", *given],
+    ],
   ]
 
 
@@ -39,7 +58,7 @@ def run_chain(chain: Sequence[Sequence[str]], workdir: pathlib.Path) -> str:
   """Runs the experiments of a chain; returns the one that failed, or nothing."""
   for name, *arguments in chain:
     world = [value for key, _, value in (each.partition("=") for each in arguments) if key == "--world"]
-    label = "_".join([name, *world])
+    label = "_".join([name.rpartition(".")[2], *world])
     log, start = workdir / f"{label}.log", time.monotonic()
     print(f"== {label} has started: {log}", flush=True)
     with open(log, "w") as file:
@@ -70,28 +89,29 @@ def take_share(shares: list[list[int]]) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/suite"))
-  parser.add_argument("--sentences", required=True)
+  parser.add_argument("--sentences", default="")
   parser.add_argument("--pairs", required=True)
+  parser.add_argument("--real", action="store_true", help="experiments on a published model, and no others")
+  parser.add_argument("--model", default="", help="with --real: a folder; by default made of the package")
   parser.add_argument("--jobs", type=int, default=0, help="chains at once; 0: one a core")
   arguments = parser.parse_args()
-  for path in (arguments.sentences, arguments.pairs):
-    if not pathlib.Path(path).exists():
-      sys.exit(f"error: {path} is not there; give files of sentences and of pairs")
+  for path in ([] if arguments.real else [arguments.sentences]) + [arguments.pairs]:
+    if not path or not pathlib.Path(path).exists():
+      sys.exit(f"error: {path or '--sentences'} is not there; give files of sentences and of pairs")
   workdir = arguments.workdir.absolute()
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   jobs = arguments.jobs or len(cores) or os.cpu_count()
   shares, start = [cores[i::jobs] for i in range(jobs)], time.monotonic()
   with disk_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
+  if arguments.real:
+    with command():
+      model = arguments.model or smollm2.model_folder(workdir / "model")
+    todo = real_chains(workdir, arguments.pairs, model)
+  else:
+    todo = chains(workdir, arguments.sentences, arguments.pairs)
   with concurrent.futures.ThreadPoolExecutor(jobs, initializer=take_share, initargs=(shares,)) as pool:
-    failed = list(
-      filter(
-        None,
-        pool.map(
-          lambda chain: run_chain(chain, workdir), chains(workdir, arguments.sentences, arguments.pairs)
-        ),
-      )
-    )
+    failed = list(filter(None, pool.map(lambda chain: run_chain(chain, workdir), todo)))
   print(f"== all took {(time.monotonic() - start) / 60:.1f} minutes")
   if failed:
     sys.exit(f"error: {', '.join(failed)} failed; mend what the log says, and the same command continues")

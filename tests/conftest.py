@@ -21,7 +21,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import train
-from tests import fast, made_data, servers, worlds
+from dpojax.models import hf
+from tests import chats, fast, made_data, servers, worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
@@ -128,6 +129,17 @@ def words(tmp_path_factory) -> str:
   """A folder with a word-level tokenizer of the words that `tests.worlds.pairs` uses."""
   folder = tmp_path_factory.mktemp("words")
   worlds.save_tokenizer(folder)
+  return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory) -> str:
+  """A Hugging Face folder of a small random model with a chat template."""
+  folder = tmp_path_factory.mktemp("chat_model")
+  tokenizer = chats.tokenizer("byte_level", chats.TEMPLATES["trim"])
+  config = worlds.llama(vocab_size=len(tokenizer), max_positions=512)
+  hf.save(folder, config, worlds.params_of(config))
+  tokenizer.save_pretrained(folder)
   return str(folder)
 
 

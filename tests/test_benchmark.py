@@ -6,7 +6,10 @@ import pathlib
 import numpy as np
 
 from dpojax import plan
-from experiments.benchmark import dpojax_side, inputs, report
+from dpojax.data import tokenization
+from dpojax.models import peft
+from experiments import chat_pairs
+from experiments.benchmark import dpojax_side, inputs, report, trajectory
 from tests import worlds
 
 
@@ -68,3 +71,48 @@ def test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs(words, tmp_pat
   assert (sides["torch"]["slowest"], sides["torch"]["fastest"]) == (1.0, 4.0)
   text = report.write(summary, tmp_path)
   assert "| torch | 2.00 (1.00 to 4.00) |" in text and (tmp_path / "test.png").stat().st_size > 5000
+
+
+def test_both_sides_of_a_trajectory_start_from_one_folder_one_adapter_and_the_same_ids(chat_model, tmp_path):
+  """Each side is dpojax here, so nothing parts them; the other is TRL where it is installed."""
+  pairs = worlds.write_jsonl(tmp_path / "pairs.jsonl", worlds.dialogues(12))
+  tokenizer = tokenization.load_tokenizer(chat_model)
+  records, _ = chat_pairs.read(pairs, tokenizer, tmp_path / "cache", longest_prompt=128, longest=128)
+  settings = dict(
+    beta=0.1,
+    dtype="float32",
+    source="jsonl",
+    max_length=256,
+    row_length=384,
+    path=worlds.write_jsonl(tmp_path / "chat.jsonl", records),
+    tokenizer=chat_model,
+    batch_size=4,
+    steps=2,
+    rows_at_once=1,
+    cache=str(tmp_path / "cache"),
+    model=chat_model,
+  )
+  given = {}
+
+  def run_side(side, settings, folder):
+    given[folder.name, side] = settings
+    return dpojax_side.run(settings)
+
+  found = trajectory.run(settings, tmp_path, run_side)
+  assert list(found) == ["all params", "adapter"] and len(given) == 4
+  for form, sides in found.items():
+    apart = trajectory.differences(sides["dpojax"]["trace"], sides["trl"]["trace"], 0.1)
+    assert apart.shape == (2, 4) and not apart.any()
+    shown = trajectory.values_of(sides["dpojax"]["trace"][1], 0.1)
+    np.testing.assert_allclose(shown[1], 0.1 * (shown[2] - shown[3]), rtol=1e-4, atol=1e-6)
+    assert f"| {form} | the last of 2 | 0.0e+00 |" in trajectory.table(found, 0.1)
+  assert peft.is_adapter_folder(tmp_path / "adapter" / "adapter")
+  ids, texts = (
+    [json.loads(line) for line in pathlib.Path(given["adapter", "trl"][key]).read_text().splitlines()]
+    for key in ("ids", "pairs")
+  )
+  assert len(ids) == len(texts) == 8
+  for (prompt, *responses), text in zip(ids, texts):
+    for side, response in zip(("chosen", "rejected"), responses):
+      whole = tokenizer(text["prompt"] + text[side], add_special_tokens=False)["input_ids"]
+      assert prompt + response[:-1] == whole and tokenizer.decode(response[-1:]) == "<|end|>"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.paper import beta_ablation
+from experiments.paper import beta_ablation, beta_real
 from tests import worlds
 
 
@@ -39,3 +39,21 @@ def test_the_beta_ablation_in_small_tells_of_every_beta(tmp_path, capsys):
   last = [line for line in table if line["split"] == "measured" and line["step"] == 6]
   assert len(last) == 4
   assert all(line["kl"] == 0 for line in first) and all(line["kl"] > 0 for line in last)
+
+
+def test_beta_on_a_chat_model_in_small_tells_of_every_beta_and_goes_on(chat_model, tmp_path, capsys):
+  pairs = worlds.write_jsonl(tmp_path / "pairs.jsonl", worlds.dialogues(30))
+  run = lambda: beta_real.run(
+    pairs, chat_model, tmp_path / "run", beta_real.SMALL, betas=(0.1, 0.5), seeds=(0,)
+  )
+  table = run()
+  beta_real.show(table)
+  out = capsys.readouterr().out
+  assert "| 0.1 | " in out and "| 0.5 | " in out
+  first, last = (
+    [line for line in table if line["split"] == "measured" and line["step"] == step] for step in (0, 2)
+  )
+  assert [line["beta"] for line in last] == [0.1, 0.5]
+  assert all(abs(line["kl"]) < 1e-6 for line in first) and all(line["kl"] > 0 for line in last)
+  assert all(line["perplexity"] > 1 for line in last)
+  assert run() == table

@@ -257,6 +257,8 @@ def test_what_a_run_has_not_is_named(runs):
     measure.evaluate_run(runs.dpo)
   with pytest.raises(ConfigError, match="is no reward model"):
     scorers.make_scorer(runs.sft, make_mesh(1, 1))
+  with pytest.raises(ConfigError, match="--pair_scores is of policies"):
+    measure.evaluate_run(runs.reward, pairs=runs.pairs, pair_scores="scores.jsonl")
 
 
 def test_the_command_compares_and_writes(files, tmp_path):

@@ -107,7 +107,7 @@ ORDER = {
     "workdir",
   ],
   "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "current", "prompts", "files"],
-  "evaluate": ["confidence", "judging", "scorers", "measure", "compare", "report", "watching"],
+  "evaluate": ["confidence", "judging", "scorers", "similarity", "report", "measure", "compare", "watching"],
   "export": ["verify", "writer"],
   "ppo": ["losses", "step", "config", "loop"],
   "online": ["config", "pairs", "labels", "rounds", "loop"],
@@ -201,6 +201,8 @@ def test_data_is_numpy_without_jax():
     ("dpojax.log_probs", "flax optax orbax tensorflow_datasets transformers grain ml_collections"),
     ("dpojax.data.packing", "jax flax tensorflow torch transformers"),
     ("dpojax.train", "tensorflow torch"),
+    ("dpojax.sample.__main__", "jax flax transformers numpy"),
+    ("dpojax.evaluate.__main__", "jax flax transformers numpy"),
   ],
 )
 def test_an_import_loads_nothing_heavier_than_it_needs(module, absent):

@@ -125,6 +125,15 @@ def pairs(rng, count):
   return [record() for _ in range(count)]
 
 
+def dialogues(count):
+  """Pairs in the form of Anthropic HH, no prompt twice."""
+  records = pairs(np.random.default_rng(0), count)
+  starts = [f"\n\nHuman: {i} {each['prompt']}?\n\nAssistant:" for i, each in enumerate(records)]
+  return [
+    {side: start + each[side] for side in ("chosen", "rejected")} for start, each in zip(starts, records)
+  ]
+
+
 def write_jsonl(path, records):
   path.write_text("".join(json.dumps(record) + "\n" for record in records))
   return str(path)

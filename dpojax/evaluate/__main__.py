@@ -4,8 +4,10 @@ python -m dpojax.evaluate --workdir=RUN --out=FILE.json [--pairs=FILE.jsonl] [--
 python -m dpojax.evaluate --ours=SAMPLES.jsonl --theirs=FILE.jsonl --judge=... --out=FILE.json [...]
 
 The first measures on held-out pairs (those the run held out, or `--pairs`): preference accuracy,
-margin and perplexity; and on samples to their prompts: KL to the reference, lengths, and the mean of
-a scorer, the workdir of a reward model's run or module:function of (prompt, response).
+margin, perplexity, and the CHES score of their two answers, whose highest are the pairs that displace
+probability; `--pair_scores=FILE.jsonl` writes every pair with its own. And on samples to their prompts: KL
+to the reference, lengths, and the mean of a scorer, the workdir of a reward model's run or module:function
+of (prompt, response). With `--pairs` RUN may be a Hugging Face folder, which has no reference of its own.
 
 The second gives the win rate of the first file's responses. The other file is of samples to the
 same prompts too, or of pairs, whose chosen responses count. The judge is a reward model's workdir,
@@ -26,6 +28,7 @@ def main():
   of_run = parser.add_argument_group("a run")
   of_run.add_argument("--workdir", default="", help="the run's folder")
   of_run.add_argument("--pairs", default="", help="held-out pairs; by default the run's")
+  of_run.add_argument("--pair_scores", default="", help=".jsonl to write held-out pairs with their scores to")
   of_run.add_argument("--scorer", default="", help="a reward model's workdir, or module:function")
   of_run.add_argument("--num_prompts", type=int, default=256, help="prompts sampled to; 0: none")
   add_draw_arguments(of_run)
@@ -38,7 +41,8 @@ def main():
   of_files.add_argument(
     "--question",
     default="dialogue",
-    help=f"{', '.join(judging.QUESTIONS)}, or a file with {{prompt}}, {{a}}, {{b}}",
+    help="dialogue, summary, concise_summary, news_summary, concise_news_summary, or a file with {prompt}, "
+    "{a}, {b}",
   )
   of_files.add_argument("--api_key_env", default="OPENAI_API_KEY")
   of_files.add_argument("--answers", default="", help="file a URL's answers are kept in")
@@ -48,8 +52,10 @@ def main():
   options = parser.parse_args()
   from dpojax.evaluate import compare, measure, report  # here, for --help needs no jax
   from dpojax.runtime.command import command, say
+  from dpojax.training import resolve
 
   with command():
+    resolve.use_compile_cache()
     if bool(options.workdir) == bool(options.ours):
       raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")
     if options.workdir:
@@ -64,6 +70,7 @@ def main():
         batch_size=options.batch_size,
         fsdp=options.fsdp,
         tensor=options.tensor,
+        pair_scores=options.pair_scores,
       )
     else:
       for flag in ("theirs", "judge"):

@@ -5,20 +5,24 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpojax.data import builders, loader, tokenization
+from dpojax.data import builders, loader, records, tokenization
 from dpojax.data.examples import Example
-from dpojax.evaluate import confidence, scorers
+from dpojax.evaluate import confidence, report, scorers, similarity
 from dpojax.evaluate.confidence import Estimate
 from dpojax.models import transformer
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator, make_mesh
 from dpojax.sample.prompts import encode, prompt_room, reading_of
+from dpojax.training import config as config_lib
 from dpojax.training import objectives, parallel, resolve, weights
 from dpojax.training import reference as reference_lib
+
+SIDES = ("chosen", "rejected")
 
 
 class HeldOut(NamedTuple):
@@ -26,6 +30,19 @@ class HeldOut(NamedTuple):
 
   batches: loader.Loader
   texts: Sequence[Example]
+
+
+class Scores(NamedTuple):
+  """What models say of held-out comparisons, float64.
+
+  Attributes:
+    log_probs: of every response [N, K], by model: "policy", and "reference" where there is one.
+    similarity: [N, 2] CHES scores of pairs under the policy, as they are and length-normalised; None where
+      a comparison has fewer than two responses.
+  """
+
+  log_probs: dict[str, np.ndarray]
+  similarity: np.ndarray | None
 
 
 def evaluate_run(
@@ -40,11 +57,12 @@ def evaluate_run(
   batch_size: int = 16,
   fsdp: int = 1,
   tensor: int = 1,
+  pair_scores: str = "",
 ) -> dict[str, Any]:
   """Returns what is measured of a run; see the module's text.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder; with `pairs` also a Hugging Face folder or a hub name.
     step: of its checkpoint; None is the last.
     reference: a model; '' is the run's own, 'none' none.
     pairs: held-out pairs in the form of the run's data; '' those the run held out.
@@ -53,18 +71,26 @@ def evaluate_run(
     draw: how samples are drawn.
     batch_size: prompts of a batch.
     fsdp, tensor: how the params are cut over devices.
+    pair_scores: a file to write the held-out pairs into, each with its scores, see `scored_records`; '' is
+      none.
 
   Raises:
     ConfigError, DataError, CheckpointError, PackingError: something given cannot be used.
+    DiskError: the disk is full or cannot be written.
   """
   devices = make_mesh(fsdp, tensor)
   policy = weights.load(workdir, step)
   if policy.settings is None:
-    raise ConfigError(f"{workdir} is no run's workdir; sample from it with dpojax.sample instead")
+    if not pairs:
+      raise ConfigError(f"{workdir} is no run's workdir and has held nothing out; give --pairs=FILE")
+    reference = reference or "none"
+    policy = policy._replace(settings=_settings_of(workdir, pairs))
   score = scorers.make_scorer(scorer, devices) if scorer else None
   held_out = load_held_out(policy.settings, pairs, devices)
   result = {"model": policy.name, "pairs": len(held_out.batches.subset)}
   if policy.config.reward_head:
+    if pair_scores:
+      raise ConfigError(f"--pair_scores is of policies and {workdir} is a reward model; leave it out")
     return result | {"reference": None, "held_out": _of_reward_model(policy, held_out, devices)}
 
   other = (
@@ -72,9 +98,12 @@ def evaluate_run(
     if reference == "none"
     else (weights.load(reference, dtype=policy.config.dtype) if reference else weights.load_reference(policy))
   )
+  scores = score_held_out(policy, other, held_out, devices)
+  if pair_scores:
+    report.write_lines(scored_records(scores, held_out, policy.settings.beta), pair_scores)
   result |= {
     "reference": other and other.name,
-    "held_out": measure_held_out(policy, other, held_out, devices),
+    "held_out": measure_held_out(scores, held_out, policy.settings.beta),
   }
   if num_prompts:
     tokenizer = tokenization.load_tokenizer(policy.tokenizer)
@@ -130,37 +159,110 @@ def load_held_out(settings: ml_collections.ConfigDict, pairs: str, devices: para
   )
 
 
-def measure_held_out(
+def score_held_out(
   policy: weights.Loaded, reference: weights.Loaded | None, held_out: HeldOut, devices: parallel.Mesh
-) -> dict[str, Any]:
-  """Returns accuracy, margin and perplexities on held-out comparisons.
+) -> Scores:
+  """Returns log-probs under both models, and the similarity of pairs under the policy."""
+  batches, values, lifted = held_out.batches, {}, {}
+  several = batches.lengths.shape[1] > 2
+  for name, model in {"policy": policy, "reference": reference}.items():
+    if model is None:
+      continue
+    config = dataclasses.replace(model.config, published="", remat="none")
+    alike = several and name == "policy"
+    if (config, alike) not in lifted:  # models of one config compile once
+      score = _with_similarity if alike else reference_lib.make_score_step
+      lifted[config, alike] = devices.lift(
+        score(transformer.make_apply(config), num_responses=batches.lengths.shape[1] - 1, chunk_size=None),
+        donate_state=False,
+      )
+    columns = batches.lengths.shape[1] - 1 + 2 * alike
+    values[name] = scorers.response_values(
+      batches, lifted[config, alike], devices.place(model.params), devices, columns=columns
+    )
+  found = values["policy"][:, -2:] if several else None
+  return Scores({name: each[:, : batches.lengths.shape[1] - 1] for name, each in values.items()}, found)
+
+
+def _with_similarity(apply: objectives.Apply, *, num_responses: int, chunk_size: int | None):
+  """Returns `score(params, rows)` with two more columns: the similarity of a comparison's first two."""
+
+  def score(params, rows):
+    outputs, knobs = apply(params, rows), dict(num_responses=num_responses)
+    sums = objectives.response_log_probs(outputs, rows, chunk_size=chunk_size, **knobs).sums
+    alike = jnp.stack(similarity.of_rows(outputs, rows, **knobs), axis=-1)
+    return jnp.concatenate([sums, alike.astype(sums.dtype)], axis=-1), rows.example
+
+  return score
+
+
+def measure_held_out(scores: Scores, held_out: HeldOut, beta: float) -> dict[str, Any]:
+  """Returns accuracy, margin, perplexities and similarity on held-out comparisons.
 
   With a reference, margins are of implicit rewards at the run's beta (Rafailov et al. 2023, Sec. 4),
   before any beta_schedule; without one, of log-probs. A margin of 0 counts half in the accuracy.
   """
   batches = held_out.batches
-  lengths = batches.lengths[:, 1:].astype(np.float64)
   scored = batches.subset.scored_lengths.astype(np.float64)
-  log_probs = _log_probs(
-    {"policy": policy} | ({"reference": reference} if reference else {}), batches, devices
-  )
   result = {
     "perplexity": {
       name: {
-        which: perplexity(values[:, k], scored[:, k])
-        for k, which in enumerate(("chosen", "rejected"))
-        if k < values.shape[1]
+        which: perplexity(values[:, k], scored[:, k]) for k, which in enumerate(SIDES) if k < values.shape[1]
       }
-      for name, values in log_probs.items()
+      for name, values in scores.log_probs.items()
     }
   }
-  both = np.all(lengths[:, :2] > 0, axis=1) & (lengths.shape[1] > 1)
+  both = _pairs_there(held_out)
   if both.any():
-    values = log_probs["policy"]
-    if reference is not None:
-      values = policy.settings.beta * (values - log_probs["reference"])
-    result |= _preferences(values[both])
+    result |= _preferences(_rewards(scores, beta)[both])
+    plain, normalized = scores.similarity[both].T
+    result["ches"] = confidence.mean(plain)
+    result["ches_length_normalized"] = confidence.mean(normalized)
   return result
+
+
+def scored_records(scores: Scores, held_out: HeldOut, beta: float) -> list[dict[str, Any]]:
+  """Returns the held-out pairs as records that can be trained on, each with what was found of it.
+
+  "margin" is of implicit rewards where there is a reference, else of log-probs; "ches" and
+  "ches_length_normalized" are those of `evaluate.similarity`. To leave out the pairs that a score is
+  highest of is to leave out their lines.
+  """
+  subset, rewards = held_out.batches.subset, _rewards(scores, beta)
+  lines = []
+  for i in np.flatnonzero(_pairs_there(held_out)):
+    example = held_out.texts[subset.example(int(i))]
+    lines.append(
+      records.prompt_record(example)
+      | dict(zip(SIDES, example.responses))
+      | {f"log_prob_{side}": float(scores.log_probs["policy"][i, k]) for k, side in enumerate(SIDES)}
+      | {
+        "margin": float(rewards[i, 0] - rewards[i, 1]),
+        "ches": float(scores.similarity[i, 0]),
+        "ches_length_normalized": float(scores.similarity[i, 1]),
+      }
+    )
+  return lines
+
+
+def _pairs_there(held_out: HeldOut) -> np.ndarray:
+  """Returns [N] bool: which comparisons have two responses."""
+  lengths = held_out.batches.lengths[:, 1:]
+  return np.all(lengths[:, :2] > 0, axis=1) & (lengths.shape[1] > 1)
+
+
+def _rewards(scores: Scores, beta: float) -> np.ndarray:
+  """Returns implicit rewards [N, K], or log-probs where there is no reference."""
+  values = scores.log_probs["policy"]
+  return beta * (values - scores.log_probs["reference"]) if "reference" in scores.log_probs else values
+
+
+def _settings_of(folder: str, pairs: str) -> ml_collections.ConfigDict:
+  """Returns the settings that a model which no run has made is measured with."""
+  settings = config_lib.defaults()
+  settings.model.checkpoint = settings.tokenizer = folder
+  settings.data.path = pairs
+  return settings
 
 
 def perplexity(log_probs: np.ndarray, tokens: np.ndarray) -> Estimate:
@@ -243,24 +345,6 @@ def _preferences(rewards: np.ndarray) -> dict[str, Any]:
     "margin": confidence.mean(margins),
     "rewards": {"chosen": confidence.mean(rewards[:, 0]), "rejected": confidence.mean(rewards[:, 1])},
   }
-
-
-def _log_probs(
-  models: dict[str, weights.Loaded], batches: loader.Loader, devices: parallel.Mesh
-) -> dict[str, np.ndarray]:
-  """Returns the log-prob of every response under each model; models of one config compile once."""
-  lifted, values = {}, {}
-  for name, model in models.items():
-    config = dataclasses.replace(model.config, published="", remat="none")
-    if config not in lifted:
-      lifted[config] = devices.lift(
-        reference_lib.make_score_step(
-          transformer.make_apply(config), num_responses=batches.lengths.shape[1] - 1, chunk_size=None
-        ),
-        donate_state=False,
-      )
-    values[name] = scorers.response_values(batches, lifted[config], devices.place(model.params), devices)
-  return values
 
 
 def _prompts(held_out: HeldOut, count: int) -> list[Example]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from dpojax.evaluate.confidence import Estimate
@@ -37,9 +38,22 @@ def write(result: dict[str, Any], out: str | os.PathLike) -> None:
       return {key: plain(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+  _write(json.dumps(plain(result), indent=2) + "\n", out)
+
+
+def write_lines(records: Sequence[dict[str, Any]], out: str | os.PathLike) -> None:
+  """Writes records as JSON, a line each.
+
+  Raises:
+    DiskError: the disk is full or cannot be written.
+  """
+  _write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), out)
+
+
+def _write(text: str, out: str | os.PathLike) -> None:
   out = pathlib.Path(out)
   with disk_errors(out.parent):
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(plain(result), indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)

@@ -128,7 +128,7 @@ class RewardModel:
 
 
 def response_values(
-  batches: loader.Loader, score: Callable, params: Any, devices: parallel.Mesh
+  batches: loader.Loader, score: Callable, params: Any, devices: parallel.Mesh, *, columns: int = 0
 ) -> np.ndarray:
   """Returns a value of every response of a loader's comparisons, [N, K] float64, 0 for an absent one.
 
@@ -137,9 +137,10 @@ def response_values(
     score: lifted (params, rows) -> (values [R, P, K], examples [R, P]).
     params: placed.
     devices: where they are placed.
+    columns: values of a comparison where they are not one of each response.
   """
   position = {batches.subset.example(i): i for i in range(len(batches.subset))}
-  values = np.full((len(batches.subset), batches.lengths.shape[1] - 1), np.nan)
+  values = np.full((len(batches.subset), columns or batches.lengths.shape[1] - 1), np.nan)
   for batch in batches.evaluation():
     of_rows, examples = devices.collect_rows(score(params, devices.place_rows(batch.rows, batch.total_rows)))
     for where in zip(*np.nonzero(examples >= 0)):

@@ -3,10 +3,13 @@
 import ctypes
 import os
 import pathlib
+import platform
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+from dpojax.runtime import digests
 
 _KEPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 """Of glibc's mallopt: one arena for all threads, no buffer mapped alone, none given back at the top, and
@@ -49,6 +52,38 @@ def _set_malloc(settings: Sequence[tuple[int, int]]) -> None:
   if hasattr(libc, "mallopt"):
     for parameter, value in settings:
       libc.mallopt(parameter, value)
+
+
+def compile_folder(root: pathlib.Path) -> pathlib.Path | None:
+  """Returns where this process's compiled programs are kept by default, in a folder that machines may share.
+
+  None where a folder is set already (JAX_COMPILATION_CACHE_DIR), and where a CPU does not say what it is.
+  A program for a CPU may use any instruction of the one it was compiled on, and jax's own key does not
+  hold which: each kind of CPU, by its model and its instructions, has a folder of its own.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return None
+  if jax.default_backend() != "cpu":
+    return root / "compiled"
+  kind = cpu_kind()
+  return root / "compiled" / f"cpu-{digests.of_bytes(kind.encode())[:16]}" if kind else None
+
+
+def cpu_kind(path: str | os.PathLike = "/proc/cpuinfo") -> str:
+  """Returns the architecture, model and instructions of the CPU as Linux tells them, or an empty string."""
+  try:
+    first = pathlib.Path(path).read_text().split("\n\n")[0]
+  except OSError:
+    return ""
+  told = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+  told = {name.strip(): value.split() for name, value in told.items()}
+  flags = told.get("flags") or told.get("Features")
+  if not flags:
+    return ""
+  names = ("vendor_id", "model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
+  return " ".join(
+    [platform.machine(), *(word for name in names for word in told.get(name, ())), *sorted(flags)]
+  )
 
 
 def keep_compiled(folder: str | os.PathLike) -> None:

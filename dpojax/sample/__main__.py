@@ -37,8 +37,10 @@ def main():
   options = parser.parse_args()
   from dpojax.runtime.command import command  # here, for --help and an error of the command line need no jax
   from dpojax.sample import files
+  from dpojax.training import resolve
 
   with command():
+    resolve.use_compile_cache()
     means = files.run(
       options.model,
       options.prompts,

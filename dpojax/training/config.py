@@ -171,8 +171,8 @@ def defaults() -> ml_collections.ConfigDict:
   config.sample_scorer = ""  # workdir of a reward model, or module:function(prompt, response)
   config.wandb_project = ""
   config.check_memory = True  # compile before the first step and refuse what does not fit a device
-  config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto:
-  # in data.cache_dir for accelerators, none for CPUs, whose programs differ from one kind to the next
+  config.compile_cache = "auto"  # folder of compiled programs, found by later runs; empty: none; auto: in
+  # data.cache_dir, for each kind of CPU by itself, unless JAX_COMPILATION_CACHE_DIR names one
 
   config.parallel = ml_collections.ConfigDict()
   config.parallel.strategy = "pmap"

@@ -22,7 +22,7 @@ from dpojax.models.config import ModelConfig
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
-from dpojax.runtime.memory import keep_compiled
+from dpojax.runtime.memory import compile_folder, keep_compiled
 from dpojax.training import config as config_lib
 from dpojax.training import objectives, preference, step, weights
 from dpojax.training import reference as reference_lib
@@ -146,15 +146,19 @@ def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.S
 
 def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns the folder that prepared data and stored references are kept in."""
-  named = config.data.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax")
-  return pathlib.Path(named).expanduser()
+  return pathlib.Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
 
 
-def use_compile_cache(config: ml_collections.ConfigDict) -> None:
-  """Keeps compiled programs where the config says; before anything is compiled."""
-  folder = config.compile_cache
+def default_cache_dir() -> pathlib.Path:
+  """Returns the folder of everything that is kept between runs, where a config names none."""
+  return pathlib.Path(os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax")).expanduser()
+
+
+def use_compile_cache(config: ml_collections.ConfigDict | None = None) -> None:
+  """Keeps compiled programs where the config says, or by default; before anything is compiled."""
+  folder = "auto" if config is None else config.compile_cache
   if folder == "auto":
-    folder = cache_dir(config) / "compiled" if jax.default_backend() != "cpu" else ""
+    folder = compile_folder(default_cache_dir() if config is None else cache_dir(config))
   if folder:
     with disk_errors(pathlib.Path(folder)):
       keep_compiled(pathlib.Path(folder).expanduser().absolute())

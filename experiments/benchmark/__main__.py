@@ -2,10 +2,13 @@
 
 python -m experiments.benchmark --case=small --data=FILE --tokenizer=FOLDER --out=runs/benchmark
 
-Needs `pip install -e '.[parity]'`. Writes results.json, table.md and a plot into --out. Every side
-runs in its own process, one after the other and over again; the first step of a peer's run, and
-steps that dpojax compiles, are left out of the times. Peers are tried with several part sizes and the fastest
-counts.
+python -m experiments.benchmark --case=smollm2 --data=FILE --model=FOLDER --out=runs/benchmark_smollm2
+
+Needs `pip install -e '.[parity]'`. The second is of a real chat model: first both sides take the same steps
+and what parts them is written to trajectory.md (see `trajectory`), then they are timed. Writes CASE.json,
+CASE.md and a plot into --out. Every side runs in its own process, one after the other and over again; the
+first step of a peer's run, and steps that dpojax compiles, are left out of the times. Peers are tried with
+several part sizes and the fastest counts.
 """
 
 import argparse
@@ -25,6 +28,7 @@ CASES = {
   "small": dict(width=256, layers=4, heads=4, vocab_size=50257),
   "large": dict(width=768, layers=12, heads=12, vocab_size=50257),
   "gpu-1b": dict(width=2048, layers=16, heads=32, vocab_size=50257, dtype="bfloat16"),
+  "smollm2": {},  # of --model, on chat pairs, and the same trajectory first
 }
 
 # glibc gives large buffers back to the system and pays a page fault for each 4 KiB when it gets
@@ -41,7 +45,13 @@ def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--case", choices=CASES, default="small")
   parser.add_argument("--data", required=True, help="HH pairs, .jsonl or .jsonl.gz")
-  parser.add_argument("--tokenizer", required=True)
+  parser.add_argument("--tokenizer", default="", help="by default the model's")
+  parser.add_argument(
+    "--model", default="", help="a Hugging Face folder; by default random weights of the case"
+  )
+  parser.add_argument("--trajectory-steps", type=int, default=30, help="of --case=smollm2; 0: none")
+  parser.add_argument("--trajectory-batch", type=int, default=4, help="pairs of such a step")
+  parser.add_argument("--trajectory-length", type=int, default=128, help="tokens of its longest pairs")
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--sides", default="dpojax,dpojax-stored,trl,trl-stored,torch")
   parser.add_argument("--rounds", type=int, default=3)
@@ -91,6 +101,43 @@ def run_side(side: str, settings: dict, folder: pathlib.Path, allocator: dict[st
   return json.loads(out.read_text()) | {"process_seconds": time.perf_counter() - start}
 
 
+def chat_file(args: argparse.Namespace) -> pathlib.Path:
+  """Returns the file of the data's pairs as messages, written once."""
+  from dpojax.data import tokenization
+  from experiments import chat_pairs, sweep
+
+  path = args.out / "chat.jsonl"
+  if not path.exists():
+    tokenizer = tokenization.load_tokenizer(args.model)
+    longest = dict(longest_prompt=args.max_length // 2, longest=args.max_length)
+    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **longest)[0])
+  return path
+
+
+def same_trajectory(args: argparse.Namespace, settings: dict) -> None:
+  """Runs the trajectory of both sides on the shortest pairs, and writes and prints how far they are apart."""
+  from dpojax.data import tokenization
+  from experiments import chat_pairs, sweep
+  from experiments.benchmark import trajectory
+
+  path, longest = args.out / "short.jsonl", args.trajectory_length
+  if not path.exists():
+    tokenizer = tokenization.load_tokenizer(args.model)
+    short = dict(longest_prompt=longest, longest=longest)
+    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **short)[0])
+  given = settings | {
+    "path": str(path),
+    "steps": args.trajectory_steps,
+    "batch_size": args.trajectory_batch,
+    "max_length": 2 * longest,  # nothing is cut: a prompt may have half of it
+    "row_length": max(3 * longest, 256),
+  }
+  side = lambda name, settings, folder: run_side(name, settings, folder, {})
+  text = trajectory.table(trajectory.run(given, args.out / "trajectory", side), settings["beta"])
+  (args.out / "trajectory.md").write_text(text)
+  print(text, flush=True)
+
+
 def matmul_rate() -> float:
   """Returns the machine's own rate in FLOP/s: the best of several large float32 products."""
   code = (
@@ -126,7 +173,7 @@ def main():
     "dtype": "float32",
     "source": "hh",
     "path": args.data,
-    "tokenizer": args.tokenizer,
+    "tokenizer": args.tokenizer or args.model,
     "batch_size": args.batch_size,
     "max_length": args.max_length,
     "row_length": args.row_length,
@@ -137,8 +184,16 @@ def main():
     "threads": args.threads,
     "steps": args.steps,
     "cache": str(args.out / "cache"),
-    "model": str(args.out / f"model-{args.case}"),
+    "model": args.model or str(args.out / f"model-{args.case}"),
   } | case
+  if args.case == "smollm2":
+    if not args.model:
+      sys.exit("error: --case=smollm2 needs --model=FOLDER; python -m dpojax.models.from_gguf makes one")
+    settings |= {"source": "jsonl", "path": str(chat_file(args))}
+    if args.trajectory_steps:
+      same_trajectory(args, settings)
+  if not args.rounds:
+    return
   model = inputs.make_model(settings, pathlib.Path(settings["model"]))
   batches = inputs.make_loader(inputs.run_config(settings))
   settings |= inputs.write_pairs(settings, batches, args.out)

@@ -4,15 +4,19 @@ python -m experiments.benchmark.dpojax_side SETTINGS OUT
 """
 
 import json
+import pathlib
 import sys
 import time
 
 import flax
 import jax
 import jaxlib
+import numpy as np
 
+from dpojax.models import peft
 from dpojax.runtime import memory
 from dpojax.training import checkpoint, resolve, step
+from dpojax.training import config as config_lib
 from experiments.benchmark import inputs, measure
 
 
@@ -22,6 +26,9 @@ def run(settings: dict) -> dict:
   batches = resolve.make_loader(config, resolve.load_data(config).train, devices)
   setup = resolve.make_setup(config, axis_name=devices.axis_name)
   tx, train_step = resolve.make_train_step(config, setup.objective, devices)
+  if settings.get("adapter") and not pathlib.Path(settings["adapter"]).exists():
+    params = jax.tree.map(np.asarray, setup.params)
+    peft.save(settings["adapter"], setup.model, params, config_lib.lora_of(config), base=settings["model"])
   start = time.perf_counter()
   reference = devices.place(setup.reference)
   if settings.get("stored"):
@@ -34,7 +41,7 @@ def run(settings: dict) -> dict:
   setup = setup._replace(params=None, reference=None)
   memory.fit_memory_to(state)
 
-  seconds, waits, losses, compiled = [], [], [], {}
+  seconds, waits, losses, trace, compiled = [], [], [], [], {}
   source = iter(batches.training(0, config.steps))
   for _ in range(config.steps):
     start = time.perf_counter()
@@ -43,6 +50,7 @@ def run(settings: dict) -> dict:
     waits.append(time.perf_counter() - start)
     state, metrics = train_step(state, reference, rows)
     losses.append(float(devices.collect(metrics["loss"])))
+    trace.append({name: float(value) for name, value in devices.collect(metrics).items()})
     seconds.append(time.perf_counter() - start)
     if batch.total_rows not in compiled:  # this step was compiled: its time is told apart
       compiled[batch.total_rows] = seconds.pop()
@@ -50,6 +58,7 @@ def run(settings: dict) -> dict:
   return {
     "seconds": seconds,
     "losses": losses,
+    "trace": trace,
     "compile": sum(compiled.values()) - len(compiled) * min(seconds, default=0.0),
     "compiles": len(compiled),
     "input_wait": waits,

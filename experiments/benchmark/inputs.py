@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dpojax.data import builders, loader, packing
+from dpojax.data import builders, loader, packing, tokenization
 from dpojax.models import config as model_config
 from dpojax.models import hf, transformer
 from dpojax.training import config as config_lib
@@ -31,6 +31,8 @@ def run_config(settings: dict) -> ml_collections.ConfigDict:
       "chunk_size": settings.get("chunk_size", 0),
       "model.remat": settings.get("remat", "none"),
       "model.scan_layers": settings.get("scan_layers", False),
+      "lora.rank": settings.get("rank", 0),
+      "lora.alpha": 2.0 * max(settings.get("rank", 0), 1),
       "reference.mode": "stored" if settings.get("stored") else "inline",
       "data.source": settings["source"],
       "data.path": settings["path"],
@@ -48,7 +50,9 @@ def run_config(settings: dict) -> ml_collections.ConfigDict:
 
 
 def make_model(settings: dict, folder: pathlib.Path) -> model_config.ModelConfig:
-  """Writes random Llama-style weights once, as a Hugging Face folder; returns its config."""
+  """Returns the config of the folder, into which random Llama-style weights are written if there is none."""
+  if hf.is_model_folder(folder):
+    return hf.read_config(folder)
   config = model_config.llama_style(
     vocab_size=settings["vocab_size"],
     width=settings["width"],
@@ -57,9 +61,8 @@ def make_model(settings: dict, folder: pathlib.Path) -> model_config.ModelConfig
     max_positions=2 * settings["row_length"],
     tie_embeddings=True,
   )
-  if not hf.is_model_folder(folder):
-    params = jax.tree.map(np.asarray, transformer.init_params(config, jax.random.key(0)))
-    hf.save(folder, config, params)
+  params = jax.tree.map(np.asarray, transformer.init_params(config, jax.random.key(0)))
+  hf.save(folder, config, params)
   return config
 
 
@@ -75,15 +78,19 @@ def make_loader(config: ml_collections.ConfigDict, **options: Any) -> loader.Loa
 
 
 def write_pairs(settings: dict, batches: loader.Loader, folder: pathlib.Path) -> dict[str, str]:
-  """Writes the pairs of all steps, as text for TRL and as ids for the plain step."""
+  """Writes the pairs of all steps, as text for TRL and as ids for the plain step; messages are rendered."""
   index = batches.plan(0).index[: settings["steps"]].ravel()
   texts = builders.prepare(
     settings["source"], path=settings["path"], data_dir=pathlib.Path(settings["cache"]) / "prepared"
   )
+  tokenizer = tokenization.load_tokenizer(settings["tokenizer"])
   pairs, ids = folder / "pairs.jsonl", folder / "ids.jsonl"
   with open(pairs, "w") as text_lines, open(ids, "w") as id_lines:
     for i in index:
       prompt, responses, *_ = texts[batches.subset.example(int(i))]
+      if not isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        responses = ["".join(message["content"] for message in response) for response in responses]
       text_lines.write(
         json.dumps({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}) + "\n"
       )

@@ -6,6 +6,7 @@ import tempfile
 import time
 
 import datasets
+import peft
 import torch
 import transformers
 import trl
@@ -26,6 +27,29 @@ class Clock(transformers.TrainerCallback):
     self.seconds.append(measure.now() - self._start)
 
 
+class Trainer(trl.DPOTrainer):
+  """Keeps what every step was, before it is averaged and rounded for the log."""
+
+  def __init__(self, *args, **options):
+    self.trace = []
+    super().__init__(*args, **options)
+
+  def compute_loss(self, *args, **options):
+    loss = super().compute_loss(*args, **options)
+    kept = {name: values[-1] for name, values in self._metrics["train"].items() if values}
+    self.trace.append({"loss": float(loss.detach())} | kept)
+    return loss
+
+
+def check_ids(settings: dict, dataset) -> None:
+  """Ends the run where TRL reads other ids than dpojax does: nothing could be compared."""
+  with open(settings["ids"]) as lines:
+    for number, (line, theirs) in enumerate(zip(lines, dataset)):
+      found = [theirs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+      if json.loads(line) != found:
+        sys.exit(f"pair {number} has other ids: {line.strip()} beside {found}")
+
+
 def run(settings: dict) -> dict:
   on_gpu = torch.cuda.is_available()
   if not on_gpu:
@@ -35,13 +59,15 @@ def run(settings: dict) -> dict:
   model = transformers.AutoModelForCausalLM.from_pretrained(
     settings["model"], dtype=dtype, attn_implementation=settings.get("attention", "sdpa")
   )
+  if settings.get("adapter"):
+    model = peft.PeftModel.from_pretrained(model, settings["adapter"], is_trainable=True)
   tokenizer = transformers.AutoTokenizer.from_pretrained(settings["tokenizer"])
   tokenizer.pad_token = tokenizer.eos_token
   with open(settings["pairs"]) as lines:
     pairs = datasets.Dataset.from_list([json.loads(line) for line in lines])
   clock = Clock()
   with tempfile.TemporaryDirectory() as folder:
-    trainer = trl.DPOTrainer(
+    trainer = Trainer(
       model=model,
       processing_class=tokenizer,
       train_dataset=pairs,
@@ -72,11 +98,14 @@ def run(settings: dict) -> dict:
         use_liger_kernel=settings.get("liger", False),
       ),
     )
+    if settings.get("check_ids"):
+      check_ids(settings, trainer.train_dataset)
     start = time.perf_counter()
     trainer.train()
     whole = time.perf_counter() - start
   losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
   return {
+    "trace": trainer.trace,
     "seconds": clock.seconds,
     "whole": whole,
     "losses": losses,
