@@ -63,7 +63,7 @@ def run_chain(chain: Sequence[Sequence[str]], workdir: pathlib.Path) -> str:
     print(f"== {label} has started: {log}", flush=True)
     with open(log, "w") as file:
       failed = subprocess.run(
-        [sys.executable, "-m", f"experiments.paper.{name}", *arguments],
+        [sys.executable, "-m", f"experiments.{name}", *arguments],
         stdout=file,
         stderr=subprocess.STDOUT,
         check=False,

@@ -17,7 +17,6 @@ of an OpenAI-compatible server, whose answers are kept: started again, nothing i
 
 import argparse
 
-from dpojax.evaluate import judging
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import add_draw_arguments, draw_of
 
