@@ -292,16 +292,16 @@ def test_every_comparison_may_bring_a_beta_of_its_own(name, rng):
   if name in ("kto", "bco"):  # their point is of the whole step: the same examples at one beta each
     examples = examples[:1] * 6
   betas = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], np.float32)
-  with_knobs = lambda examples, betas: _packed_with(examples, {"beta": betas})
-  got, metrics = evaluate(objective(name), params, reference, with_knobs(examples, betas))
-  each = [
-    evaluate(objective(name), params, reference, with_knobs([example], betas[i : i + 1]))[0]
-    for i, example in enumerate(examples)
-  ]
+  compiled = jax.jit(objective(name).evaluate)  # once, for rows of one shape
+
+  def loss_of(examples, betas):
+    loss, metrics = compiled(params, reference, _packed_with(examples, {"beta": betas}))
+    return float(loss.value()), {name: float(mean.value()) for name, mean in metrics.items()}
+
+  got, metrics = loss_of(examples, betas)
+  each = [loss_of([example], betas[i : i + 1])[0] for i, example in enumerate(examples)]
   if name == "bco":  # delta is the step's mean log-ratio at each pair's own beta
-    each = [
-      evaluate(objective(name), params, reference, with_knobs(examples, np.full(6, b)))[0] for b in betas
-    ]
+    each = [loss_of(examples, np.full(6, b, np.float32))[0] for b in betas]
   np.testing.assert_allclose(got, np.mean(each), rtol=2e-4)
   np.testing.assert_allclose(metrics["beta"], betas.mean(), rtol=1e-5)
 
@@ -331,8 +331,8 @@ def _packed_with(examples, knobs):
   return packing.fill(
     examples,
     plan.row[0],
-    int(plan.rows[0]) + 1,
-    plan.shape,
+    7,  # with one that stays empty
+    packing.RowShape(64, 64, 6),
     num_responses=len(examples[0][1]),
     example=range(len(examples)),
     knobs=knobs,

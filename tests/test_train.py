@@ -118,9 +118,46 @@ KNOBS = {
 }  # with its tau of 0.05 the slope at a margin of 0 is upward
 
 
-@pytest.mark.parametrize("loss", [*preference.LOSSES, "dpo,nll_mean"])
+ALONE = (
+  "dpo",
+  "apo_down",
+  "dpop",
+  "dpo_plackett_luce",
+  "aot",
+  "aot_unpaired",
+  "kto",
+  "bco",
+  "tdpo2",
+  "epsilon_dpo",
+  "simpo",
+  "orpo",
+  "r_dpo",
+  "unlikelihood",
+)
+"""Losses that a run is made of by themselves: each reads something of its own, or is pulled up by others."""
+
+SUMS = (
+  "ipo,hinge,robust_dpo,exo_pair,nca_pair,bco_pair",
+  "sppo_hard,apo_zero,discopop,cal_dpo",
+  "bdpo,mappo,gpo_exponential,gpo_truncated_quadratic,gpo_savage,f_dpo_forward_kl",
+  "f_dpo_js_divergence,f_dpo_alpha_divergence,h_dpo,tdpo1",
+  "alphapo,cpo,nll,nll_mean",
+  "dpo,nll_mean",
+)
+"""The others, several in a run, of which each has a metric of its own."""
+
+
+def test_every_loss_is_in_a_run():
+  assert {*ALONE, *(name for names in SUMS for name in names.split(","))} == preference.LOSSES.keys()
+
+
+def knobs_of(names):
+  return {f"loss_options.{knob}": value for name in names for knob, value in KNOBS.get(name, {}).items()}
+
+
+@pytest.mark.parametrize("loss", [*ALONE, *SUMS])
 def test_a_run_with_any_loss_learns_what_is_preferred(loss, given, sft, tmp_path):
-  changes = {f"loss_options.{knob}": value for knob, value in KNOBS.get(loss, {}).items()}
+  names = loss.split(",")
   result = train.run(
     worlds.run_config(
       "dpo",
@@ -130,16 +167,16 @@ def test_a_run_with_any_loss_learns_what_is_preferred(loss, given, sft, tmp_path
       checkpoint_every=0,
       eval_every=6,
       log_every=6,
-      **{"model.checkpoint": sft, **changes},
+      **{"model.checkpoint": sft, **knobs_of(names)},
     ),
     tmp_path,
   )
   first, last = lines(tmp_path, "eval")
   assert last["loss"] < first["loss"] and last["logps/chosen"] > first["logps/chosen"] - 1
+  for name in names if len(names) > 1 else ():
+    assert last[f"loss/{name}"] < first[f"loss/{name}"], name
   assert result["rewards/accuracies"] > 0.6 and math.isfinite(result["rewards/margins"])
-  assert ("log_ratios/abs" in result) == any(
-    preference.LOSSES[name].reads_reference for name in loss.split(",")
-  )
+  assert ("log_ratios/abs" in result) == any(preference.LOSSES[name].reads_reference for name in names)
 
 
 def test_responses_judged_one_by_one_are_enough_for_kto(given, sft, tmp_path):
