@@ -19,6 +19,7 @@ OPTIONS = {
   "robust_dpo": {"label_smoothing": 0.1},
   "exo_pair": {"label_smoothing": 0.1},
   "mappo": {"gap": 0.4},
+  "odpo": {"margin": 0.7},
 }
 NAMES = sorted(losses.PAIRWISE_LOSSES)
 
@@ -38,6 +39,7 @@ def sigmoid(x):
 # Each formula as its paper states it, of h_w, h_l and beta.
 FORMULAS = {
   "dpo": lambda w, l, b: -log_sigmoid(b * (w - l)),
+  "odpo": lambda w, l, b: -log_sigmoid(b * (w - l) - 0.7),
   "ipo": lambda w, l, b: (w - l - 1 / (2 * b)) ** 2,
   "hinge": lambda w, l, b: np.maximum(0, 1 - b * (w - l)),
   "robust_dpo": lambda w, l, b: (-0.9 * log_sigmoid(b * (w - l)) + 0.1 * log_sigmoid(b * (l - w))) / 0.8,
@@ -97,6 +99,8 @@ def test_a_loss_is_its_papers_formula(name, beta, pairs):
   np.testing.assert_allclose(loss_named(name)(*single, beta=beta), want, rtol=1e-3, atol=2e-5)
 
 
+RUNNING = losses.RunningMargins(jnp.float32(0.3), jnp.float32(1.5))
+
 # Every public function, as a function of four arrays and a beta. A new one without data here fails.
 
 
@@ -130,6 +134,7 @@ DATA = {
     name: two_pairs
     for name in (
       "dpo_loss",
+      "odpo_loss",
       "ipo_loss",
       "hinge_loss",
       "robust_dpo_loss",
@@ -159,6 +164,10 @@ DATA = {
   "epsilon_dpo_beta": lambda x: (Pair(*x[:2]), Pair(*x[1:3]), Pair(*x[2:4])),
   "epsilon_dpo_loss": lambda x: (*two_pairs(x), Pair(*x[1:3]), Pair(*x[2:4])),
   "beta_dpo_filter": lambda x: (x[0], jax.nn.sigmoid(x[1])),
+  "beta_dpo_beta": lambda x: x[:1],
+  "running_margins": lambda x: (RUNNING, x[0]),
+  "beta_dpo_batch": lambda x: (x[0], jax.nn.sigmoid(x[1]), RUNNING),
+  "nash_md_loss": lambda x: (x[0], x[1], jax.nn.sigmoid(x[2])),
   "dr_dpo_weights": lambda x: x[:1],
   "xpo_loss": lambda x: (*two_pairs(x), x[1]),
   **{
@@ -206,6 +215,8 @@ KNOBS = {
   "undesirable_weight": 0.7,
   "mix": 0.4,
   "gap": 0.4,
+  "margin": 0.7,
+  "momentum": 0.8,
   "epsilon": 0.2,
   "center": 0.3,
   "spread": 1.5,

@@ -37,6 +37,8 @@ class Swept(NamedTuple):
 SWEPT = {name: Swept() for name in (*losses.PAIRWISE_LOSSES, "aot", "aot_unpaired")} | {
   "robust_dpo": Swept(changes={"loss_options.label_smoothing": 0.1}),
   "exo_pair": Swept(changes={"loss_options.label_smoothing": 1e-3}),
+  "odpo": Swept(changes={"loss_options.margin": 0.5}),
+  "beta_dpo": Swept(),
   "mappo": Swept(changes={"loss_options.gap": 0.5}),
   "h_dpo": Swept(changes={"loss_options.alpha": 0.9}),
   "r_dpo": Swept(changes={"loss_options.alpha": 0.02}),
