@@ -203,8 +203,8 @@ READ = {
     "sequence's. EGPO leaves out the 1/2, which is a baseline",
   ),
   "odpo_loss": (
-    "the paper's objective, from memory of it; it follows from Bradley-Terry with an offset",
-    "none seen",
+    "authors' `trainers.py` (rycolab/odpo)",
+    "theirs is given both scores, margin = alpha log(s_w - s_l), or of their ratio; alpha is 1 there",
   ),
 }
 """Where the formulas that no golden vector of TRL holds were read, and where readings differ."""

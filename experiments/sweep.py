@@ -138,6 +138,12 @@ def members_of(
       f"a sweep cannot be over {axis!r}; it may be over beta, optimizer.learning_rate "
       "or a number in loss_options"
     )
+  knob = axis.removeprefix("loss_options.")
+  if knob in config_lib.columns_of(config):
+    raise ConfigError(
+      f"a sweep over {axis} would change nothing: data.columns.{knob} is {config.data.columns[knob]!r}, so "
+      "each pair brings its own; leave one of them"
+    )
   values = list(values) or [flat[axis]]
   members = [
     Member(i, seed, axis, value)

@@ -29,10 +29,14 @@ KNOBS = {
   "margin": Knob(math.isfinite, "finite"),
   "epsilon": Knob(lambda x: 0 <= x < 1, "in [0, 1)"),
   "share": Knob(lambda x: 0 < x <= 1, "in (0, 1]"),
+  "sampled_rejected": Knob(lambda x: x in (0, 1), "0 or 1"),
   "desirable_weight": Knob(lambda x: 0 <= x < math.inf, "at least 0"),
   "undesirable_weight": Knob(lambda x: 0 <= x < math.inf, "at least 0"),
 }
-"""Keywords of losses that a config or the data may give."""
+"""Keywords of losses that a config or the data may give; `OF_DATA` the data alone."""
+
+OF_DATA = ("sampled_rejected",)
+"""Knobs that say what a pair is: XPO's, 1 where the rejected response is the reference's sample, else 0."""
 
 
 def columns_text(columns: Mapping[str, str]) -> list[str]:

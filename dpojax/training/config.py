@@ -26,7 +26,7 @@ LOSSES = {
 COMBINED = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
 """Keys of `loss_options` that change what a loss is given. The others are keywords of losses."""
 
-_KNOBS = {name: knob for name, knob in knobs.KNOBS.items() if name != "beta"}
+_KNOBS = {name: knob for name, knob in knobs.KNOBS.items() if name not in ("beta", *knobs.OF_DATA)}
 """Keywords of losses that `config.loss_options` takes, and the values that make sense."""
 
 _NARROWER = {
@@ -590,7 +590,7 @@ def _check_columns(config, names: list[str]) -> None:
   chosen = [preference.LOSSES[name] for name in names if config.objective == "dpo"]
   readers = {"reward": {"margin"}}.get(config.objective, set())
   for loss in chosen:
-    readers |= set(loss.knobs()) | ({"beta"} if loss.takes_beta() else set())
+    readers |= {*loss.knobs(), *loss.of_data} | ({"beta"} if loss.takes_beta() else set())
   for knob, column in columns.items():
     where = f"config.data.columns.{knob} is {column!r}"
     if knob not in readers:
@@ -603,6 +603,16 @@ def _check_columns(config, names: list[str]) -> None:
       raise ConfigError(f"{where} and loss_options.{knob} {knobs_of(config)[knob]}; set one of them")
     if not config.data.path:
       raise ConfigError(f"{where} but data.path is empty; columns are read of local files")
+    if knob in knobs.OF_DATA and config.data.shuffle_labels:
+      raise ConfigError(f"{where}, which shuffled labels would make untrue; set data.shuffle_labels=False")
+  for name, loss in zip(names, chosen):
+    for knob in loss.of_data:
+      if knob not in columns:
+        raise ConfigError(
+          f"config.loss is {config.loss!r}, and {name} has to be told of each pair whether the rejected "
+          "response is the reference's sample: name the key of the records that says it, 0 or 1, in "
+          f"data.columns.{knob}"
+        )
 
 
 def check_brought(config: ml_collections.ConfigDict, brought: dict, example: Any) -> None:

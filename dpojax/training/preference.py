@@ -129,6 +129,15 @@ def with_mixed(function: Callable, responses: Responses, reading: Reading, knobs
   return pairwise(function, responses, reading, knobs, *map(pair_of, responses.mixed))
 
 
+def with_sampled(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`pairwise` with the log-prob of the response that the reference sampled, which the data tell."""
+  policy, reference = map(pair_of, reading(responses))
+  rejected = knobs["sampled_rejected"] > 0.5
+  sampled = jnp.where(rejected, policy.rejected, policy.chosen)
+  rest = {name: value for name, value in knobs.items() if name != "sampled_rejected"}
+  return jnp.where(responses.pairs, function(policy, reference, sampled, **rest) * responses.weights, 0)
+
+
 def reference_free(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """(policy, **knobs) -> loss of each pair, elementwise."""
   policy = pair_of(reading(responses)[0])
@@ -229,6 +238,7 @@ class Loss(NamedTuple):
     whole_step: whether responses of different comparisons meet in it, so that a step cannot be
       computed in parts.
     of_all: keywords that are one number for all comparisons.
+    of_data: what its form has to be told of each comparison, by names in `dpojax.data.knobs.OF_DATA`.
   """
 
   function: Callable
@@ -238,6 +248,7 @@ class Loss(NamedTuple):
   options: tuple[str, ...] = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
   whole_step: bool = False
   of_all: tuple[str, ...] = ()
+  of_data: tuple[str, ...] = ()
 
   def knobs(self) -> dict[str, inspect.Parameter]:
     """Returns the keywords it takes besides beta, with their defaults."""
@@ -289,6 +300,7 @@ LOSSES = {name: Loss(function) for name, function in losses.PAIRWISE_LOSSES.item
   "tdpo1": Loss(losses.tdpo1_loss, with_token_kl, options=("wpo", "dr_dpo")),
   "tdpo2": Loss(losses.tdpo2_loss, with_token_kl, options=("wpo", "dr_dpo")),
   "epsilon_dpo": Loss(losses.epsilon_dpo_loss, with_mixed, options=("wpo", "dr_dpo"), of_all=("epsilon",)),
+  "xpo": Loss(losses.xpo_loss, with_sampled, options=("wpo", "dr_dpo"), of_data=("sampled_rejected",)),
   "simpo": Loss(
     losses.simpo_loss, reference_free, reads_reference=False, mean=True, options=("wpo", "dr_dpo")
   ),
@@ -323,7 +335,11 @@ def make_terms(
       name,
       LOSSES[name],
       weight,
-      {knob: value for knob, value in (knobs or {}).items() if knob in LOSSES[name].knobs()},
+      {
+        knob: value
+        for knob, value in (knobs or {}).items()
+        if knob in (*LOSSES[name].knobs(), *LOSSES[name].of_data)
+      },
     )
     for name, weight in zip(names, weights, strict=True)
   ]
@@ -450,7 +466,8 @@ def preference_objective(
     moved = factor * of_rows.get("beta", beta)
     loss, parts = Mean(0.0, count), {}
     for term in terms:
-      knobs = term.knobs | {name: of_rows[name] for name in term.loss.knobs() if name in of_rows}
+      taken = (*term.loss.knobs(), *term.loss.of_data)
+      knobs = term.knobs | {name: of_rows[name] for name in taken if name in of_rows}
       knobs |= {"beta": moved} if term.loss.takes_beta() else {}
       values = term.loss.form(term.loss.function, responses, reading_of(term.loss), knobs)
       if dr_dpo is not None and "dr_dpo" in term.loss.options:

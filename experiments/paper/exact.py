@@ -64,12 +64,6 @@ class View(NamedTuple):
     logits = (1 - share) * self.next_ids + share * self.reference_next_ids
     return self.of(jax.nn.log_softmax(logits, axis=-1))
 
-  def token_kl(self) -> Pair:
-    """Returns KL(reference || policy) of the next id, summed over the places of each response."""
-    theirs = self.reference_next_ids
-    kl = jnp.sum(jnp.exp(theirs) * (theirs - self.next_ids), axis=-1, keepdims=True)
-    return self.of(jnp.broadcast_to(kl, theirs.shape))
-
 
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """(view, memory, *, beta, **knobs) -> losses [B], and numbers of the step that may be remembered."""

@@ -12,6 +12,7 @@ errors.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import pathlib
@@ -91,7 +92,7 @@ def scheduled(steps: int) -> exact.Loss:
   return loss
 
 
-def by_batch(view, memory, *, beta, alpha, share=1.0):
+def by_batch(view, memory, *, beta, alpha, share):
   """Beta-DPO, its beta by the batch; `share` is of the pairs that its filter keeps."""
   margins = margins_of(view)
   running = losses.running_margins(losses.RunningMargins(**memory), margins)
@@ -114,11 +115,6 @@ def epsilon_dpo(view, memory, *, beta, epsilon):
   return loss, {}
 
 
-def tdpo2(view, memory, *, beta, alpha):
-  """TDPO2."""
-  return losses.tdpo2_loss(view.policy, view.reference, view.token_kl(), beta=beta, alpha=alpha), {}
-
-
 def contenders(sizes: Sizes) -> dict[str, Contender]:
   """Returns what is compared: six candidates each."""
   nothing_yet = {"center": 0.0, "spread": 0.0}
@@ -129,10 +125,8 @@ def contenders(sizes: Sizes) -> dict[str, Contender]:
     DPO: Contender(plain, rates=rates),
     "beta rising": Contender(exact.Method(scheduled(sizes.steps)), ("start", (1 / 3, 0.1))),
     "beta falling": Contender(exact.Method(scheduled(sizes.steps)), ("start", (3.0, 10.0))),
-    "beta-DPO, by batch": Contender(exact.Method(by_batch, nothing_yet), ("alpha", (0.1, 0.6))),
-    "beta-DPO, with its filter": Contender(
-      exact.Method(lambda *given, **knobs: by_batch(*given, alpha=0.6, **knobs), nothing_yet),
-      ("share", (0.8, 0.95)),
+    "beta-DPO, by batch": Contender(
+      exact.Method(functools.partial(by_batch, alpha=0.6), nothing_yet), ("share", (0.8, 1.0))
     ),
     "beta-DPO, by pair": Contender(exact.Method(by_pair, nothing_yet), ("alpha", (0.1, 0.6))),
     "epsilon-DPO": Contender(exact.Method(epsilon_dpo), ("epsilon", (0.01, 0.1))),
@@ -143,7 +137,6 @@ def contenders(sizes: Sizes) -> dict[str, Contender]:
     ),
     "BDPO": Contender(exact.Method(of_pairs(losses.bdpo_loss)), ("mix", (0.5, 0.9))),
     "MaPPO": Contender(exact.Method(of_pairs(losses.mappo_loss)), ("gap", (0.5, 0.9))),
-    "TDPO2": Contender(exact.Method(tdpo2), ("alpha", (0.2, 0.5))),
   }
 
 
