@@ -211,6 +211,7 @@ class _Sweep:
     self._eval = self.devices.lift(
       jax.vmap(self._evaluate, in_axes=(0, theirs, 0, 0, None)), donate_state=False
     )
+    self._average = self.devices.lift(jax.vmap(step_lib.average_of), donate_state=False)
     self._move_reference = self.devices.lift(
       jax.vmap(step_lib.make_reference_step(alpha=config.reference.sync_alpha)), donate_state=True
     )
@@ -275,8 +276,9 @@ class _Sweep:
       if config.eval_every and due(step, config.eval_every):
         write(step, "eval", self._evaluation(state, reference, value))
       if measure is not None and due(step, measure_every):
+        evaluated = self._evaluated(state)
         for place, member in enumerate(group):
-          params = jax.tree.map(lambda x: np.asarray(x[place]), state.params)
+          params = jax.tree.map(lambda x: np.asarray(x[place]), evaluated)
           table.write(member, step, "measured", measure(member, step, params))
 
     due = lambda step, often: (often and step % often == 0) or step == config.steps
@@ -321,11 +323,15 @@ class _Sweep:
       return None if self.frozen is None else self.devices.share(self.frozen)
     return self.devices.place(jax.tree.map(lambda x: np.stack([np.asarray(x)] * size), self.frozen))
 
+  def _evaluated(self, state: step_lib.TrainState) -> Any:
+    """Returns the params to evaluate: those that the optimizer averages, where it does."""
+    return self._average(state.params, state.opt_state) if config_lib.averages(self.config) else state.params
+
   def _evaluation(self, state: step_lib.TrainState, reference, value: jax.Array) -> dict[str, np.ndarray]:
     """Returns metrics [M] over the held-out comparisons."""
-    sums = {}
+    sums, params = {}, self._evaluated(state)
     for batch in self.held_out.evaluation():
-      part = jax.device_get(self._eval(state.params, reference, value, state.step, batch.rows))
+      part = jax.device_get(self._eval(params, reference, value, state.step, batch.rows))
       for name, mean in part.items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
     return {

@@ -140,13 +140,19 @@ def contenders(sizes: Sizes) -> dict[str, Contender]:
   }
 
 
-def run_exact(folder: pathlib.Path, sizes: Sizes, names: Sequence[str] = ()) -> tuple[list[Line], Any]:
+def run_exact(
+  folder: pathlib.Path,
+  sizes: Sizes,
+  names: Sequence[str] = (),
+  *,
+  world_sizes: enumerable.Sizes = enumerable.Sizes(),
+) -> tuple[list[Line], enumerable.Table]:
   """Tunes and trains every method in the enumerable world; returns where each run ended, and the world.
 
   Lines have the method, the knobs that were chosen, the seed, beta, and exact reward, KL and share of the
   best reward at that KL; those of the tuning are kept in the folders of the stages.
   """
-  world, table = enumerable.make(folder / "world", enumerable.Sizes())
+  world, table = enumerable.make(folder / "world", world_sizes)
   chances = exact.Chances(world.model.config, world.prompts)
   lines = []
   for name, contender in contenders(sizes).items():
