@@ -28,7 +28,7 @@ def test_the_chances_behind_every_beginning_tell_those_of_every_response(world):
   """Against the score of whole responses as packed rows."""
   made, table, chances = world
   assert len(exact.BEGINNINGS) == 1 + 5 + 25
-  next_ids = chances.next_ids(made.model.params)
+  next_ids = jax.jit(chances.next_ids)(made.model.params)
   np.testing.assert_allclose(np.exp(next_ids).sum(-1), 1, rtol=1e-5)
   np.testing.assert_allclose(chances.responses(next_ids), table.log_probs, atol=1e-5)
 
@@ -46,17 +46,17 @@ def test_a_run_is_plain_steps_of_the_same_loss(world):
   reference = jnp.asarray(table.log_probs, jnp.float32)
 
   @jax.jit
-  def grads_of(params, rows):
+  def step(params, state, rows):
     def loss(params):
       every = chances.responses(chances.next_ids(params))
       pair = lambda of: losses.Pair(of[rows[:, 0], rows[:, 1]], of[rows[:, 0], rows[:, 2]])
       return losses.dpo_loss(pair(every), pair(reference), beta=0.5).mean()
 
-    return jax.grad(loss)(params)
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return jax.tree.map(jnp.add, params, updates), state
 
   for rows in data[0]:
-    updates, state = tx.update(grads_of(params, rows.astype(int)), state, params)
-    params = jax.tree.map(jnp.add, params, updates)
+    params, state = step(params, state, rows.astype(int))
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g[0], w, atol=2e-5), got, params)
 
 
@@ -81,10 +81,12 @@ def test_a_reference_that_moves_is_the_policy_of_the_period_before(world):
 def test_methods_are_tuned_alike_and_none_is_above_the_optimum(tmp_path, capsys):
   every = kl_matched.contenders(SIZES)
   assert {len(contender.candidates()) for contender in every.values()} == {6}
-  names = (kl_matched.DPO, "beta-DPO, by batch")
-  run = lambda: kl_matched.run_exact(tmp_path, SIZES, names, world_sizes=enumerable.Sizes(layers=1))
+  assert not {contender.knob[0] for contender in every.values()} & set(kl_matched.OF_RUN)
+  run = lambda: kl_matched.run_exact(
+    tmp_path, SIZES, (kl_matched.DPO,), world_sizes=enumerable.Sizes(layers=1)
+  )
   lines, table = run()
-  assert len(lines) == 2 * 2 * 4 and all(0 < line["share"] < 1 for line in lines)
+  assert len(lines) == 2 * 4 and all(0 < line["share"] < 1 for line in lines)
   tuned = sweep.read_table(tmp_path / "tuning" / "dpo")
   assert {line["seed"] for line in tuned} == {kl_matched.TUNING_SEED} and len(tuned) == 6 * 2
   assert lines[0]["rate"] == kl_matched.best_candidate(tuned)["rate"]

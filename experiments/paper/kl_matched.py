@@ -92,11 +92,11 @@ def scheduled(steps: int) -> exact.Loss:
   return loss
 
 
-def by_batch(view, memory, *, beta, alpha, share):
-  """Beta-DPO, its beta by the batch; `share` is of the pairs that its filter keeps."""
+def by_batch(view, memory, *, beta, alpha, kept):
+  """Beta-DPO, its beta by the batch; `kept` is the share of the pairs that its filter keeps."""
   margins = margins_of(view)
   running = losses.running_margins(losses.RunningMargins(**memory), margins)
-  moved, weights = losses.beta_dpo_batch(margins, view.noise, running, beta=beta, alpha=alpha, share=share)
+  moved, weights = losses.beta_dpo_batch(margins, view.noise, running, beta=beta, alpha=alpha, share=kept)
   return losses.dpo_loss(view.policy, view.reference, beta=moved) * weights, running._asdict()
 
 
@@ -126,7 +126,7 @@ def contenders(sizes: Sizes) -> dict[str, Contender]:
     "beta rising": Contender(exact.Method(scheduled(sizes.steps)), ("start", (1 / 3, 0.1))),
     "beta falling": Contender(exact.Method(scheduled(sizes.steps)), ("start", (3.0, 10.0))),
     "beta-DPO, by batch": Contender(
-      exact.Method(functools.partial(by_batch, alpha=0.6), nothing_yet), ("share", (0.8, 1.0))
+      exact.Method(functools.partial(by_batch, alpha=0.6), nothing_yet), ("kept", (0.8, 1.0))
     ),
     "beta-DPO, by pair": Contender(exact.Method(by_pair, nothing_yet), ("alpha", (0.1, 0.6))),
     "epsilon-DPO": Contender(exact.Method(epsilon_dpo), ("epsilon", (0.01, 0.1))),
@@ -217,13 +217,15 @@ class _Trained:
     return lines
 
 
+OF_RUN = ("world", "method", "seed", "beta", "reward", "kl", "share")
+"""Keys of a line that are no knob of its candidate."""
+
+
 def best_candidate(lines: Sequence[Line]) -> dict[str, float]:
   """Returns the candidate whose runs have the largest mean share of the best reward at their KLs."""
   of = {}
   for line in lines:
-    candidate = tuple(
-      (name, value) for name, value in line.items() if name not in ("seed", "beta", "reward", "kl", "share")
-    )
+    candidate = tuple((name, value) for name, value in line.items() if name not in OF_RUN)
     of.setdefault(candidate, []).append(line["share"])
   return dict(max(of, key=lambda candidate: np.mean(of[candidate])))
 
@@ -409,8 +411,7 @@ def _chosen(lines: Sequence[Line], method: str) -> str:
   line = next(line for line in lines if line["method"] == method)
   if line["world"] == "text":
     return f"rate {line['rate']:g}"
-  of_run = ("world", "method", "seed", "beta", "reward", "kl", "share")
-  return ", ".join(f"{name} {value:.3g}" for name, value in line.items() if name not in of_run)
+  return ", ".join(f"{name} {value:.3g}" for name, value in line.items() if name not in OF_RUN)
 
 
 def _text(cell: Cell, method: str) -> str:
