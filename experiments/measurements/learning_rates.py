@@ -24,10 +24,10 @@ SIZES = beta_ablation.Sizes(
   vocabulary=2000,
   width=64,
   layers=1,
-  sft_steps=120,
-  dpo_steps=40,
+  sft_steps=100,
+  dpo_steps=30,
   batch_size=16,
-  held_out=256,
+  held_out=192,
   prompt_tokens=48,
   max_length=96,
 )

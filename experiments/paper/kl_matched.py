@@ -41,9 +41,10 @@ RATE = "optimizer.learning_rate"
 
 
 class Sizes(NamedTuple):
-  """How long and on how much every run is trained, and at which seeds."""
+  """How deep the policy is, how long and on how much every run is trained, and at which seeds."""
 
-  steps: int = 400
+  layers: int = 1
+  steps: int = 300
   batch_size: int = 512
   comparisons: int = 32_768
   seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
@@ -141,18 +142,14 @@ def contenders(sizes: Sizes) -> dict[str, Contender]:
 
 
 def run_exact(
-  folder: pathlib.Path,
-  sizes: Sizes,
-  names: Sequence[str] = (),
-  *,
-  world_sizes: enumerable.Sizes = enumerable.Sizes(),
+  folder: pathlib.Path, sizes: Sizes, names: Sequence[str] = ()
 ) -> tuple[list[Line], enumerable.Table]:
   """Tunes and trains every method in the enumerable world; returns where each run ended, and the world.
 
   Lines have the method, the knobs that were chosen, the seed, beta, and exact reward, KL and share of the
   best reward at that KL; those of the tuning are kept in the folders of the stages.
   """
-  world, table = enumerable.make(folder / "world", world_sizes)
+  world, table = enumerable.make(folder / "world", enumerable.Sizes(layers=sizes.layers))
   chances = exact.Chances(world.model.config, world.prompts)
   lines = []
   for name, contender in contenders(sizes).items():
@@ -240,22 +237,23 @@ class Text(NamedTuple):
   """
 
   sizes: sentiment.Sizes = sentiment.Sizes(
-    vocabulary=800,
+    vocabulary=600,
     width=48,
-    sft_steps=400,
-    prefixes=2400,
+    layers=1,
+    sft_steps=250,
+    prefixes=1200,
     held_out_pairs=64,
-    held_out=256,
+    held_out=192,
     samples=4,
-    max_new_tokens=16,
-    dpo_steps=60,
+    max_new_tokens=12,
+    dpo_steps=48,
     batch_size=32,
   )
   betas: tuple[float, ...] = (0.1, 0.5)
   seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-  rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4, 1.6e-3, 3e-3)
+  rates: tuple[float, ...] = (4e-4, 8e-4, 1.6e-3, 3e-3)
   kl: float = 1.0
-  measure_every: int = 20
+  measure_every: int = 16
 
 
 def text_methods(steps: int) -> dict[str, dict[str, Any]]:
@@ -273,7 +271,6 @@ def text_methods(steps: int) -> dict[str, dict[str, Any]]:
     "beta-DPO": {"loss": "beta_dpo"},
     "TR-DPO": inline | {"reference.sync_every": steps // 4},
     "DPOP": {"loss": "dpop", "loss_options.weight": 1.0},
-    "Cal-DPO": {"loss": "cal_dpo"},
   }
 
 
