@@ -98,12 +98,13 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
     stop_at_first = isinstance(config, LocalFiles) and config.on_error == "raise"
-    report, problems = Report(ignoring=self._columns().values()), {}
+    columns = self._columns()
+    report, problems = Report(ignoring=columns.values()), {}
     for where, record in self.records(split, paths):
       for result in self._results(record):
         if not isinstance(result, RecordError):
           example = report.add(result)
-          if columns := self._columns():
+          if columns:
             example = example._replace(knobs=_knobs(where, record, columns))
           yield report.counts["used"], encode(example)
           report.counts["used"] += 1
