@@ -45,7 +45,8 @@ def write(path, records):
       writer.writerows(records)
   else:
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (gzip.open if path.suffix == ".gz" else open)(path, "wt").write(text)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+      file.write(text)
   return path
 
 

@@ -235,11 +235,11 @@ def knobs_of(function):
 
 
 def call(name, x, **knobs):
-  """The function of that name on arrays x[:4]; a Pair it returns is summed."""
+  """The function of that name on arrays x[:4]; where it returns several arrays, their sum."""
   if name == "f_dpo_loss":
     knobs["divergence"] = losses.alpha_divergence
   result = getattr(losses, name)(*DATA[name](x), **knobs)
-  return sum(result) if isinstance(result, Pair) else result
+  return sum(result) if isinstance(result, tuple) else result
 
 
 def swept(name):
@@ -270,11 +270,29 @@ EVERY_LOSS = {
 }
 """(chosen, rejected, reference chosen, reference rejected, beta) -> loss, of arrays of one shape."""
 
-OF_A_BATCH = {"aot_loss", "aot_unpaired_loss", "beta_dpo_loss", "beta_dpo_filter", "dr_dpo_weights"}
+OF_A_BATCH = {
+  "aot_loss",
+  "aot_unpaired_loss",
+  "beta_dpo_loss",
+  "beta_dpo_beta",
+  "beta_dpo_filter",
+  "beta_dpo_batch",
+  "running_margins",
+  "dr_dpo_weights",
+}
 """They compare the pairs of the last axis; all others are elementwise."""
 
-WITHOUT_GRADIENT = {"wpo_weights", "dr_dpo_weights", "beta_dpo_filter", "beta_dpo_loss"}
-"""All of them, or a part: beta-DPO's beta is given the mean margin as a number."""
+WITHOUT_GRADIENT = {
+  "wpo_weights",
+  "dr_dpo_weights",
+  "beta_dpo_filter",
+  "beta_dpo_loss",
+  "beta_dpo_beta",
+  "beta_dpo_batch",
+  "running_margins",
+  "nash_md_loss",
+}
+"""All of them, or a part: beta-DPO's beta is given the mean margin as a number, Nash-MD a response's worth."""
 
 
 SIZES = [-1e4, -60.0, -1.0, 0.0, 1.0, 60.0, 1e4]
@@ -405,6 +423,7 @@ def test_gradient_weighs_a_pair_by_how_wrong_its_reward_is(pairs):
 
 OF_THE_MARGIN = {
   "dpo",
+  "odpo",
   "ipo",
   "hinge",
   "robust_dpo",
