@@ -292,7 +292,7 @@ WITHOUT_GRADIENT = {
   "running_margins",
   "nash_md_loss",
 }
-"""All of them, or a part: beta-DPO's beta is given the mean margin as a number, Nash-MD a response's worth."""
+"""All of them, or a part: beta-DPO's beta is given the mean margin as a number, Nash-MD what is won."""
 
 
 SIZES = [-1e4, -60.0, -1.0, 0.0, 1.0, 60.0, 1e4]
