@@ -230,11 +230,7 @@ def write(tokenized: Tokenized, path: pathlib.Path, folder: pathlib.Path) -> Non
       file.unlink(missing_ok=True)
     elif not file.exists():
       np.save(file, array)
-  about = {
-    "report": tokenized.report,
-    "fingerprint": tokenized.fingerprint,
-    "knobs": sorted(tokenized.knobs),
-  }
+  about = {"report": tokenized.report, "fingerprint": tokenized.fingerprint, "knobs": sorted(tokenized.knobs)}
   (path / "report.json").write_text(json.dumps(about))
   digests.write(path)
   os.rename(path, folder)
