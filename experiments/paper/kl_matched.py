@@ -344,7 +344,7 @@ def worlds(table: enumerable.Table) -> dict[str, World]:
   best = lambda kl: enumerable.best_reward(table, kl)
   return {
     "enumerable": World(
-      (0.2, 0.5, 1.0), lambda lines, kl: share_at(lines, kl, best), "share of the best reward"
+      (0.2, 0.4, 1.0), lambda lines, kl: share_at(lines, kl, best), "share of the best reward"
     ),
     "text": World((0.5, 1.0, 2.0), reward_of_seed, "true reward"),
   }
