@@ -85,15 +85,15 @@ def test_methods_are_tuned_alike_and_none_is_above_the_optimum(tmp_path, capsys)
   run = lambda: kl_matched.run_exact(
     tmp_path, SIZES, (kl_matched.DPO,), world_sizes=enumerable.Sizes(layers=1)
   )
-  lines, table = run()
+  lines = run()
   assert len(lines) == 2 * 4 and all(0 < line["share"] < 1 for line in lines)
   tuned = sweep.read_table(tmp_path / "tuning" / "dpo")
   assert {line["seed"] for line in tuned} == {kl_matched.TUNING_SEED} and len(tuned) == 6 * 2
   assert lines[0]["rate"] == kl_matched.best_candidate(tuned)["rate"]
-  assert run()[0] == lines  # from its folders
-  kl_matched.show(lines, table)
+  assert run() == lines  # from its folders
+  kl_matched.show(lines)
   assert "| DPO | rate " in capsys.readouterr().out
-  kl_matched.plot(lines, table, tmp_path / "kl.png")
+  kl_matched.plot(lines, tmp_path / "kl.png")
   assert (tmp_path / "kl.png").stat().st_size > 10_000
 
 
@@ -107,6 +107,12 @@ def test_a_difference_counts_from_two_standard_errors_on_and_seed_by_seed():
   assert cells["better"][0].verdict == "above" and cells["same"][0].verdict == ""
   assert cells["better"][0].difference == pytest.approx(0.04 / 3)
   assert cells["better"][0].difference_error == pytest.approx(np.std([0.01, 0.02, 0.01], ddof=1) / 3**0.5)
+
+
+def test_a_share_is_read_between_a_seeds_own_points():
+  lines = [{"kl": 1.0, "share": 0.9}, {"kl": 0.2, "share": 0.8}]
+  assert kl_matched.share_of_seed(lines, 0.6) == pytest.approx(0.85)
+  assert np.isnan(kl_matched.share_of_seed(lines, 0.1)) and np.isnan(kl_matched.share_of_seed(lines, 1.1))
 
 
 def test_text_is_read_at_a_kl_of_runs_that_go_so_far():

@@ -28,7 +28,6 @@ from experiments import figures, sweep
 from experiments.command import command
 from experiments.measurements import measure
 from experiments.paper import enumerable, exact, methods, sentiment
-from experiments.paper.loss_ablation import share_at
 from experiments.paper.methods import Line
 from experiments.paper.tuning import reward_at
 
@@ -141,10 +140,8 @@ def contenders(sizes: Sizes) -> dict[str, Contender]:
   }
 
 
-def run_exact(
-  folder: pathlib.Path, sizes: Sizes, names: Sequence[str] = ()
-) -> tuple[list[Line], enumerable.Table]:
-  """Tunes and trains every method in the enumerable world; returns where each run ended, and the world.
+def run_exact(folder: pathlib.Path, sizes: Sizes, names: Sequence[str] = ()) -> list[Line]:
+  """Tunes and trains every method in the enumerable world; returns where each run ended.
 
   Lines have the method, the knobs that were chosen, the seed, beta, and exact reward, KL and share of the
   best reward at that KL; those of the tuning are kept in the folders of the stages.
@@ -173,7 +170,7 @@ def run_exact(
         lambda: trained([(seed, beta, chosen) for seed in sizes.seeds for beta in contender.betas]),
       )
     ]
-  return lines, table
+  return lines
 
 
 class _Trained:
@@ -331,6 +328,15 @@ def reward_of_seed(lines: Sequence[Line], kl: float) -> float:
   return max((reward_at(points, kl) for points in reached), default=math.nan)
 
 
+def share_of_seed(lines: Sequence[Line], kl: float) -> float:
+  """Returns the share of the best reward at a KL, between a seed's runs; nan where they are not on both sides.
+
+  It is their shares that are drawn straight, as `loss_ablation.share_at` says why.
+  """
+  kls, shares = np.transpose(sorted((line["kl"], line["share"]) for line in lines))
+  return float(np.interp(kl, kls, shares)) if kls[0] <= kl <= kls[-1] else math.nan
+
+
 class World(NamedTuple):
   """How a world's lines are read: at which KLs, (lines of a seed, KL) -> number, and what it is called."""
 
@@ -339,15 +345,11 @@ class World(NamedTuple):
   number: str
 
 
-def worlds(table: enumerable.Table) -> dict[str, World]:
-  """Returns how each world is read."""
-  best = lambda kl: enumerable.best_reward(table, kl)
-  return {
-    "enumerable": World(
-      (0.2, 0.4, 1.0), lambda lines, kl: share_at(lines, kl, best), "share of the best reward"
-    ),
-    "text": World((0.5, 1.0, 2.0), reward_of_seed, "true reward"),
-  }
+WORLDS = {
+  "enumerable": World((0.2, 0.4, 1.0), share_of_seed, "share of the best reward"),
+  "text": World((0.5, 1.0, 2.0), reward_of_seed, "true reward"),
+}
+"""How each world is read."""
 
 
 class Cell(NamedTuple):
@@ -384,9 +386,9 @@ def compare(lines: Sequence[Line], world: World) -> dict[str, list[Cell]]:
   return cells
 
 
-def show(lines: Sequence[Line], table: enumerable.Table) -> None:
+def show(lines: Sequence[Line]) -> None:
   """Prints a table a world."""
-  for name, world in worlds(table).items():
+  for name, world in WORLDS.items():
     ours = [line for line in lines if line["world"] == name]
     if not ours:
       continue
@@ -420,11 +422,11 @@ def _text(cell: Cell, method: str) -> str:
   return f"**{text}** {cell.verdict}" if method != DPO and cell.verdict else text
 
 
-def plot(lines: Sequence[Line], table: enumerable.Table, path: pathlib.Path) -> None:
+def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
   """Draws, a panel a world and KL, every method's difference to plain DPO with two standard errors."""
   shown = [
     (name, world, k)
-    for name, world in worlds(table).items()
+    for name, world in WORLDS.items()
     if any(line["world"] == name for line in lines)
     for k in range(len(world.kls))
   ]
@@ -461,12 +463,12 @@ def main():
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
   with command(folder):
-    lines, table = run_exact(folder / "enumerable", Sizes())
+    lines = run_exact(folder / "enumerable", Sizes())
     if arguments.sentences:
       lines += run_text(folder / "text", arguments.sentences, Text())
     sweep.write_lines(folder / "kl_matched.jsonl", lines)
-    plot(lines, table, folder / "kl_matched.png")
-  show(lines, table)
+    plot(lines, folder / "kl_matched.png")
+  show(lines)
   print(f"\nwritten: {folder}/kl_matched.jsonl and kl_matched.png")
 
 
