@@ -329,7 +329,7 @@ def reward_of_seed(lines: Sequence[Line], kl: float) -> float:
 
 
 def share_of_seed(lines: Sequence[Line], kl: float) -> float:
-  """Returns the share of the best reward at a KL, between a seed's runs; nan where they are not on both sides.
+  """Returns the share of the best reward at a KL between a seed's runs; nan where they do not embrace it.
 
   It is their shares that are drawn straight, as `loss_ablation.share_at` says why.
   """
