@@ -159,7 +159,7 @@ def given(words, tmp_path_factory):
   """(betas, changes) -> the config of a DPO run whose pairs bring these betas."""
   folder = tmp_path_factory.mktemp("columns")
   pairs = worlds.write_jsonl(folder / "pairs.jsonl", worlds.pairs(np.random.default_rng(0), 40))
-  small = {"eval_every": 0, "steps": 2, "checkpoint_every": 2, "batch_size": 16}
+  small = {"eval_every": 0, "steps": 2, "checkpoint_every": 2, "batch_size": 16, "check_memory": False}
   train.run(worlds.run_config("sft", words, pairs, folder / "cache", **small), folder / "sft")
 
   def config(betas=None, **changes):
@@ -178,43 +178,45 @@ def losses_of(config, workdir):
   return [line["loss"] for line in read_metrics(workdir) if line["split"] == "train"]
 
 
-def test_pairs_of_one_beta_are_a_run_at_that_beta_and_of_several_are_not(given, tmp_path):
-  one, mixed = [0.4] * 40, [0.1, 0.7] * 20
+MIXED = [0.1, 0.7] * 20
+
+
+@pytest.fixture(scope="module")
+def mixed(given, tmp_path_factory):
+  """The workdir of a run of pairs of two betas, and its losses."""
+  folder = tmp_path_factory.mktemp("mixed")
+  return folder, losses_of(given(MIXED), folder)
+
+
+def test_pairs_of_one_beta_are_a_run_at_that_beta_and_of_several_are_not(given, mixed, tmp_path):
+  one = [0.4] * 40
   at = losses_of(given(one, **{"data.columns.beta": "", "beta": 0.4}), tmp_path / "config")
   got = losses_of(given(one, beta=5.0), tmp_path / "column")
   np.testing.assert_allclose(got, at, rtol=1e-6)
-  several = losses_of(given(mixed), tmp_path / "mixed")
+  folder, several = mixed
   assert abs(several[-1] - at[-1]) > 1e-4
-  lines = [line for line in read_metrics(tmp_path / "mixed") if line["split"] == "train"]
+  lines = [line for line in read_metrics(folder) if line["split"] == "train"]
   assert all(0.1 < line["beta"] < 0.7 for line in lines)
-  report = json.loads((tmp_path / "mixed" / "data_report.json").read_text())
+  report = json.loads((folder / "data_report.json").read_text())
   assert report["training"]["columns"] == {"beta of 'b'": {"least": 0.1, "median": 0.4, "largest": 0.7}}
 
 
-def test_a_stored_reference_and_a_mesh_give_the_same_run(given, tmp_path):
-  mixed = [0.1, 0.7] * 20
-  plain = losses_of(given(mixed), tmp_path / "plain")
-  for name, changes in {
-    "stored": {"reference.mode": "stored"},
-    "mesh": {"parallel.strategy": "mesh", "parallel.fsdp": 2},
-  }.items():
-    got = losses_of(given(mixed, **changes), tmp_path / name)
-    np.testing.assert_allclose(got, plain, rtol=1e-4, err_msg=name)
+def test_a_stored_reference_and_a_mesh_give_the_same_run(given, mixed, tmp_path):
+  both = {"reference.mode": "stored", "parallel.strategy": "mesh", "parallel.fsdp": 2}
+  np.testing.assert_allclose(losses_of(given(MIXED, **both), tmp_path), mixed[1], rtol=1e-4)
 
 
-def test_a_sweep_over_another_axis_reads_the_column_and_one_over_beta_is_refused(given, tmp_path):
-  mixed = [0.1, 0.7] * 20
-  plain = losses_of(given(mixed), tmp_path / "plain")
+def test_a_sweep_over_another_axis_reads_the_column_and_one_over_beta_is_refused(given, mixed, tmp_path):
   rates = (3e-3, 1e-4)
-  table = sweep.run(given(mixed), tmp_path / "sweep", axis="optimizer.learning_rate", values=rates)
+  table = sweep.run(given(MIXED), tmp_path / "sweep", axis="optimizer.learning_rate", values=rates)
   swept = [
     line["loss"]
     for line in table
     if line["split"] == "train" and line["optimizer.learning_rate"] == pytest.approx(3e-3)
   ]
-  np.testing.assert_allclose(swept, plain, rtol=1e-4)
+  np.testing.assert_allclose(swept, mixed[1], rtol=1e-4)
   with pytest.raises(ConfigError, match="a sweep over beta.*data.columns.beta is 'b'"):
-    sweep.run(given(mixed), tmp_path / "beta", values=(0.1, 0.2))
+    sweep.run(given(MIXED), tmp_path / "beta", values=(0.1, 0.2))
 
 
 @pytest.mark.parametrize(
