@@ -111,7 +111,7 @@ def test_a_difference_counts_from_two_standard_errors_on_and_seed_by_seed():
 
 def test_a_share_is_read_between_a_seeds_own_points():
   lines = [{"kl": 1.0, "share": 0.9}, {"kl": 0.2, "share": 0.8}]
-  assert kl_matched.share_of_seed(lines, 0.6) == pytest.approx(0.85)
+  assert kl_matched.share_of_seed(lines, 0.2**0.5) == pytest.approx(0.85)
   assert np.isnan(kl_matched.share_of_seed(lines, 0.1)) and np.isnan(kl_matched.share_of_seed(lines, 1.1))
 
 

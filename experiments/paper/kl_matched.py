@@ -331,10 +331,11 @@ def reward_of_seed(lines: Sequence[Line], kl: float) -> float:
 def share_of_seed(lines: Sequence[Line], kl: float) -> float:
   """Returns the share of the best reward at a KL between a seed's runs; nan where they do not embrace it.
 
-  It is their shares that are drawn straight, as `loss_ablation.share_at` says why.
+  It is their shares that are drawn straight, as `loss_ablation.share_at` says why, and over the logarithm of
+  the KL: betas, too, are apart by factors.
   """
   kls, shares = np.transpose(sorted((line["kl"], line["share"]) for line in lines))
-  return float(np.interp(kl, kls, shares)) if kls[0] <= kl <= kls[-1] else math.nan
+  return float(np.interp(math.log(kl), np.log(kls), shares)) if kls[0] <= kl <= kls[-1] else math.nan
 
 
 class World(NamedTuple):
