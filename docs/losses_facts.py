@@ -42,6 +42,9 @@ PAPERS = {
   "Gupta et al. 2025": "https://arxiv.org/abs/2501.03884",
   "Xie et al. 2024": "https://arxiv.org/abs/2405.21046",
   "Lu et al. 2024b": "https://arxiv.org/abs/2406.10957",
+  "Touvron et al. 2023": "https://arxiv.org/abs/2307.09288",
+  "Amini et al. 2024": "https://arxiv.org/abs/2402.10571",
+  "Munos et al. 2023": "https://arxiv.org/abs/2312.00886",
   "Schulman 2020": "http://joschu.net/blog/kl-approx.html",
 }
 """Where to read what the docstrings cite."""
@@ -89,7 +92,10 @@ NAMES = {
   "`dpop_loss`, `cal_dpo_loss`, `bdpo_loss`, `mappo_loss`": Names(),
   "`gpo_exponential_loss`, `gpo_truncated_quadratic_loss`, `gpo_savage_loss`": Names(),
   "`r_dpo_loss`, `h_dpo_loss`, `tdpo1_loss`, `tdpo2_loss`": Names(),
-  "`beta_dpo_loss`, `epsilon_dpo_loss`, `dr_dpo_weights`, `sampo_log_probs`": Names(),
+  "`beta_dpo_loss`, `epsilon_dpo_loss`, `dr_dpo_weights`, `sampo_log_probs`, `odpo_loss`": Names(),
+  "`bradley_terry_loss` with a `margin`": Names("`RewardTrainer`, a column `margin`"),
+  "`xpo_loss`": Names("`XPOTrainer`, `alpha`"),
+  "`nash_md_loss`": Names("`NashMDTrainer`"),
   "`cpo_loss`": Names("CPO `sigmoid`, `cpo_alpha=0`", "`loss.reference_free`", "`ref_model=None`"),
   "`cpo_loss` + `nll_loss`": Names("CPO `sigmoid`, `cpo_alpha`"),
   "`hinge_loss`, reference of zeros": Names("CPO `hinge`"),
@@ -181,13 +187,32 @@ READ = {
     "authors' `trainers.py` and README (junkangwu/Dr_DPO)",
     "theirs is the batch's loss, these the weights that give its gradient",
   ),
+  "beta_dpo_beta": ("authors' `trainers.py` (junkangwu/beta-DPO)", "as above"),
+  "running_margins": (
+    "authors' `trainers.py` (junkangwu/beta-DPO)",
+    "theirs move in evaluations too, here in training alone",
+  ),
+  "beta_dpo_batch": (
+    "authors' `trainers.py` (junkangwu/beta-DPO)",
+    "theirs divide a device's sum by the pairs it kept, here the step's by those of the step",
+  ),
   "xpo_loss": ("TRL's `XPOTrainer` (0.22)", "none"),
+  "nash_md_loss": (
+    "TRL's `NashMDTrainer` (`_compute_losses`), and EGPO's `nash_md_pg_sample`",
+    "TRL weighs each token's log-prob by that token's log-ratio; EGPO, as here, the sequence's by the "
+    "sequence's. EGPO leaves out the 1/2, which is a baseline",
+  ),
+  "odpo_loss": (
+    "authors' `trainers.py` (rycolab/odpo)",
+    "theirs is given both scores, margin = alpha log(s_w - s_l), or of their ratio; alpha is 1 there",
+  ),
 }
 """Where the formulas that no golden vector of TRL holds were read, and where readings differ."""
 
 BETA_IN_WORDS = {
   "dpo": "reaches any given loss at a smaller margin, so it moves less",
   "dpo, label_smoothing 0.1": "rests at a smaller margin",
+  "odpo, margin 1": "is content with a larger log-ratio for the same margin, like DPO",
   "ipo": "rests at a smaller margin, and starts with a smaller push",
   "hinge": "is content at a smaller margin; the push until there is beta itself",
   "robust_dpo, label_smoothing 0.1": "like DPO; it has no lower bound, its push levels off",

@@ -288,6 +288,7 @@ def other_knobs() -> str:
     ("`dpop_loss`, beta 0.1", ratios, "weight", (0.0, 5.0, 50.0), knob(losses.dpop_loss, "weight")),
     ("`cal_dpo_loss`, beta 0.1", ratios, "weight", (0.0, 0.5, 1.0), knob(losses.cal_dpo_loss, "weight")),
     ("`bdpo_loss`, beta 0.1", ratios, "mix", (0.1, 0.5, 0.9), knob(losses.bdpo_loss, "mix")),
+    ("`odpo_loss`, beta 0.1", ratios, "margin", (0.0, 0.5, 1.0), knob(losses.odpo_loss, "margin")),
     ("`mappo_loss`, beta 0.1", ratios, "gap", (0.0, 0.5, 1.0), knob(losses.mappo_loss, "gap")),
     (
       "`r_dpo_loss`, beta 0.1, 20 and 10 tokens",

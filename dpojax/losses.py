@@ -40,9 +40,15 @@ def implicit_reward(policy: jax.Array, reference: jax.Array, *, beta: Knob) -> j
   return beta * (_wide(policy) - _wide(reference))
 
 
-def bradley_terry_loss(chosen_rewards: jax.Array, rejected_rewards: jax.Array) -> jax.Array:
-  """Returns -log sigmoid(r_w - r_l) (Rafailov et al. 2023, Eq. 2), [...]."""
-  return -jax.nn.log_sigmoid(_wide(chosen_rewards) - _wide(rejected_rewards))
+def bradley_terry_loss(
+  chosen_rewards: jax.Array, rejected_rewards: jax.Array, *, margin: Knob = 0.0
+) -> jax.Array:
+  """Returns -log sigmoid(r_w - r_l - margin) (Rafailov et al. 2023, Eq. 2), [...].
+
+  The margin, 0 there, is that of a rating: the clearer the preference, the larger (Touvron et al. 2023,
+  Eq. 2).
+  """
+  return -jax.nn.log_sigmoid(_wide(chosen_rewards) - _wide(rejected_rewards) - margin)
 
 
 def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -90,6 +96,19 @@ def dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob
   rejected = implicit_reward(policy.rejected, reference.rejected, beta=beta)
   as_labelled, flipped = bradley_terry_loss(chosen, rejected), bradley_terry_loss(rejected, chosen)
   return (1 - label_smoothing) * as_labelled + label_smoothing * flipped
+
+
+def odpo_loss(policy: Pair, reference: Pair, *, beta: Knob, margin: Knob) -> jax.Array:
+  """Returns -log sigmoid(beta h - margin) (Amini et al. 2024), [...].
+
+  DPO with an offset: the chosen response is to be ahead by how much better it is. margin is the paper's
+  Delta, alpha log of the difference of two scores; a number, or one of each pair, [...]. 0 gives DPO.
+  """
+  return bradley_terry_loss(
+    implicit_reward(policy.chosen, reference.chosen, beta=beta),
+    implicit_reward(policy.rejected, reference.rejected, beta=beta),
+    margin=margin,
+  )
 
 
 # Other losses of a pair against a reference.
@@ -376,12 +395,23 @@ def beta_dpo_loss(
       batch's mean, that of the batch at hand included, from 0.
     where: pairs that the mean is over, such as those of `beta_dpo_filter`; all have a loss.
   """
-  margins = _margin(policy, reference)
+  moved = beta_dpo_beta(_margin(policy, reference), beta=beta, alpha=alpha, center=center, where=where)
+  return dpo_loss(policy, reference, beta=moved)
+
+
+def beta_dpo_beta(
+  margins: jax.Array, *, beta: Knob, alpha: Knob, center: Knob, where: jax.Array | None = None
+) -> jax.Array:
+  """Returns max(0.001, beta [1 + alpha (mean margin - center)]) for each pair, [..., B].
+
+  Of `beta_dpo_loss`, which has the arguments; margins are h. Margins of [..., B, 1] give each pair a beta
+  by its own margin, which the paper holds to be less steady.
+  """
+  margins = jax.lax.stop_gradient(_wide(margins))
   there = jnp.ones(margins.shape, bool) if where is None else where
   count = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
-  mean = jax.lax.stop_gradient(jnp.sum(margins, axis=-1, keepdims=True, where=there) / count)
-  moved = jnp.maximum(beta * (1 + alpha * (mean - center)), 1e-3)
-  return dpo_loss(policy, reference, beta=jnp.broadcast_to(moved, margins.shape))
+  mean = jnp.sum(margins, axis=-1, keepdims=True, where=there) / count
+  return jnp.maximum(beta * (1 + alpha * (jnp.broadcast_to(mean, margins.shape) - center)), 1e-3)
 
 
 def beta_dpo_filter(
@@ -414,6 +444,68 @@ def beta_dpo_filter(
   place = jnp.argsort(jnp.argsort(order, axis=-1, descending=True), axis=-1)
   kept = jnp.floor(share * jnp.sum(there, axis=-1, keepdims=True))
   return jax.lax.stop_gradient((place < jnp.broadcast_to(kept, place.shape)) * jnp.ones_like(margins))
+
+
+class RunningMargins(NamedTuple):
+  """The running mean and standard deviation of h over batches, both 0 before the first."""
+
+  center: jax.Array
+  spread: jax.Array
+
+
+def running_margins(
+  before: RunningMargins, margins: jax.Array, *, momentum: Knob = 0.9, where: jax.Array | None = None
+) -> RunningMargins:
+  """Returns momentum times what was, and 1 - momentum times a batch's mean and deviation.
+
+  The M_0 of beta-DPO (Wu et al. 2024b) and the spread of its filter, as in the authors' code: from 0, with
+  the deviation's divisor B - 1, and moved before the batch is weighed by them. Without gradient.
+
+  Args:
+    before: as it was.
+    margins: [B], h of each pair of the batch.
+    momentum: 0.9 in the authors' code.
+    where: pairs that are there; of a batch without any nothing is learned.
+  """
+  margins = jax.lax.stop_gradient(_wide(margins))
+  there = jnp.ones(margins.shape, bool) if where is None else where
+  count = jnp.sum(there)
+  mean = jnp.sum(margins, where=there) / jnp.maximum(count, 1)
+  squares = jnp.sum(jnp.square(margins - mean), where=there) / jnp.maximum(count - 1, 1)
+  move = lambda old, new: jnp.where(count > 0, momentum * old + (1 - momentum) * new, old)
+  return RunningMargins(move(before.center, mean), move(before.spread, jnp.sqrt(squares)))
+
+
+def beta_dpo_batch(
+  margins: jax.Array,
+  noise: jax.Array,
+  running: RunningMargins,
+  *,
+  beta: Knob,
+  alpha: Knob = 0.6,
+  share: Knob = 0.8,
+  where: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the beta of each pair of a batch and its weight, both [B], without gradient.
+
+  Beta-DPO whole (Wu et al. 2024b): `beta_dpo_filter` draws the pairs, `beta_dpo_beta` sets their beta by
+  the mean of what is drawn. Weights are 0 for what is left out, and else such that the mean of values times
+  weights is that of the pairs drawn. alpha = 0 and share = 1 give DPO.
+
+  Args:
+    margins: h of each pair.
+    noise: uniform draws from (0, 1), see `beta_dpo_filter`.
+    running: as `running_margins` gives it, this batch included.
+    beta, alpha: of `beta_dpo_loss`.
+    share: of pairs that are kept, 1 for all.
+    where: pairs that are there.
+  """
+  there = jnp.ones(jnp.shape(margins), bool) if where is None else where
+  spread = jnp.maximum(running.spread, jnp.finfo(running.spread.dtype).tiny ** 0.5)  # 0 before the first step
+  kept = beta_dpo_filter(margins, noise, center=running.center, spread=spread, share=share, where=there)
+  moved = beta_dpo_beta(margins, beta=beta, alpha=alpha, center=running.center, where=kept > 0)
+  count = jnp.maximum(jnp.sum(kept), 1)
+  return jax.lax.stop_gradient(moved), kept * jnp.sum(there) / count
 
 
 def epsilon_dpo_beta(policy: Pair, nearer: Pair, farther: Pair, *, beta: Knob, epsilon: Knob) -> jax.Array:
@@ -592,6 +684,26 @@ def xpo_loss(policy: Pair, reference: Pair, sampled: jax.Array, *, beta: Knob, a
   return dpo_loss(policy, reference, beta=beta) + alpha * _wide(sampled)
 
 
+def nash_md_loss(
+  log_probs: jax.Array, reference: jax.Array, preference: jax.Array, *, beta: Knob
+) -> jax.Array:
+  """Returns -(P - 1/2 - beta log(pi / pi_ref)) log pi(y), the bracket without gradient, [...].
+
+  Nash-MD-PG (Munos et al. 2023, Sec. 7): the policy gradient of winning against a rival, beta being the
+  paper's tau. The gradient is the loss's; its value says nothing. P = 1/2 at pi = pi_ref has none.
+
+  Args:
+    log_probs: log pi(y) of a response that the policy sampled, summed.
+    reference: log pi_ref(y).
+    preference: P, the chance that y is preferred to a response of the rival: the geometric mixture of
+      policy and reference, see `dpojax.kernels.distributions.token_mixed_log_probs`.
+    beta: strength of the pull to the reference.
+  """
+  ours = _wide(log_probs)
+  worth = _wide(preference) - 0.5 - beta * (ours - _wide(reference))
+  return -jax.lax.stop_gradient(worth) * ours
+
+
 # What a loss is given: lengths, weights, a reference that moves.
 
 
@@ -732,6 +844,7 @@ def token_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
 
 PAIRWISE_LOSSES = {
   "dpo": dpo_loss,
+  "odpo": odpo_loss,
   "ipo": ipo_loss,
   "hinge": hinge_loss,
   "robust_dpo": robust_dpo_loss,

@@ -28,9 +28,13 @@ from dpojax.training.throughput import CHIPS
 
 
 class Lengths(NamedTuple):
-  """Comparisons of which only the lengths are known, [N, 1 + K]: all that a loader's plan needs."""
+  """Comparisons of which only the lengths are known, [N, 1 + K], and the names of knobs that they bring.
+
+  It is all that a loader's plan needs.
+  """
 
   lengths: np.ndarray
+  knobs: dict[str, np.ndarray] = {}
 
   def __len__(self) -> int:
     return len(self.lengths)
@@ -74,7 +78,10 @@ def plan(config: ml_collections.ConfigDict, lengths: np.ndarray | None = None) -
   """
   config_lib.validate(config)
   devices = resolve.make_devices(config)
-  subset = resolve.load_data(config).train if lengths is None else Lengths(lengths)
+  if lengths is None:
+    subset = resolve.load_data(config).train
+  else:
+    subset = Lengths(lengths, {name: np.ones(len(lengths)) for name in config_lib.columns_of(config)})
   batches = resolve.make_loader(config, subset, devices)
   setup = resolve.make_setup_of_shapes(config, axis_name=devices.axis_name)
   tx, train_step = resolve.make_train_step(config, setup.objective, devices)

@@ -4,10 +4,10 @@ python -m experiments.sweep --config=configs/dpo.py --workdir=runs/sweep --betas
     [--at_once=4] [--axis=loss_options.alpha --betas=...] [--config.key=value ...]
 
 The data are prepared once, the reference's log-probs computed once, and the step compiled once for all
-members, whose value on the axis is an argument of it. `at_once` members are trained under one `vmap`,
-spread over the devices there are; 0 is all of them. A killed sweep continues where it was. Writes
-table.jsonl, one object a line (`member`, `seed`, the axis, `step`, `split`, then metrics as in a run's
-metrics.jsonl), and sweep.png.
+members, whose value on the axis is an argument of it. A reference that moves is each member's own.
+`at_once` members are trained under one `vmap`, spread over the devices there are; 0 is all of them. A
+killed sweep continues where it was. Writes table.jsonl, one object a line (`member`, `seed`, the axis,
+`step`, `split`, then metrics as in a run's metrics.jsonl), and sweep.png.
 """
 
 import json
@@ -138,6 +138,12 @@ def members_of(
       f"a sweep cannot be over {axis!r}; it may be over beta, optimizer.learning_rate "
       "or a number in loss_options"
     )
+  knob = axis.removeprefix("loss_options.")
+  if knob in config_lib.columns_of(config):
+    raise ConfigError(
+      f"a sweep over {axis} would change nothing: data.columns.{knob} is {config.data.columns[knob]!r}, so "
+      "each pair brings its own; leave one of them"
+    )
   values = list(values) or [flat[axis]]
   members = [
     Member(i, seed, axis, value)
@@ -199,17 +205,23 @@ class _Sweep:
         plain,
       )
     unread = setup.reference is None or (stored and not config.lora.rank)
-    self.reference = None if unread else self.devices.share(setup.reference)
-    self._train = self.devices.lift(jax.vmap(self._step, in_axes=(0, None, 0, 0)), donate_state=True)
+    self.frozen = None if unread else setup.reference
+    theirs = 0 if config.reference.sync_every else None  # a reference that moves is each member's own
+    self._train = self.devices.lift(jax.vmap(self._step, in_axes=(0, theirs, 0, 0)), donate_state=True)
     self._eval = self.devices.lift(
-      jax.vmap(self._evaluate, in_axes=(0, None, 0, 0, None)), donate_state=False
+      jax.vmap(self._evaluate, in_axes=(0, theirs, 0, 0, None)), donate_state=False
+    )
+    self._average = self.devices.lift(jax.vmap(step_lib.average_of), donate_state=False)
+    self._move_reference = self.devices.lift(
+      jax.vmap(step_lib.make_reference_step(alpha=config.reference.sync_alpha)), donate_state=True
     )
 
   def _at(self, value) -> tuple[objectives.Objective, Callable, optax.GradientTransformation]:
     """Returns objective, schedule and optimizer at a value on the axis, which may be traced."""
     config = config_of(self.config, Member(0, self.config.seed, self.axis, value))
     schedule, tx = resolve.make_optimizer(config)
-    return resolve.setup_of(self.setup.model, self.setup.params, config).objective, schedule, tx
+    objective = resolve.setup_of(self.setup.model, self.setup.params, config).objective
+    return objective, schedule, step_lib.with_memory(tx, objective)
 
   def _step(self, state, reference, value, rows):
     objective, schedule, tx = self._at(value)
@@ -237,13 +249,15 @@ class _Sweep:
     size = -(-size // devices.row_multiple) * devices.row_multiple
     every = (list(group) * size)[:size]  # a group is filled up, so that all compile to one program
     value = devices.place_rows(np.array([each.value for each in every], np.float32), size)
-    state = self._first_state(every)
+    state, reference, moves = self._first_state(every), self._first_reference(size), self._moves
     checkpoints = Checkpoints(folder, keep=1, owner=True)
     first = checkpoints.last_sound() or 0
     if first:
       state, was = checkpoints.restore(first, devices.restore_target(state))
       workdir_lib.check_same(was, self.about, folder)
       state = devices.place(state)
+      if moves:
+        reference = devices.place(checkpoints.restore_reference(first, devices.restore_target(reference)))
     table = _Table(folder, first or -1)
     bar.update(len(group) * first)
 
@@ -260,17 +274,20 @@ class _Sweep:
     def look(step):
       """Evaluates and measures, as far as either is due."""
       if config.eval_every and due(step, config.eval_every):
-        write(step, "eval", self._evaluation(state, value))
+        write(step, "eval", self._evaluation(state, reference, value))
       if measure is not None and due(step, measure_every):
+        evaluated = self._evaluated(state)
         for place, member in enumerate(group):
-          params = jax.tree.map(lambda x: np.asarray(x[place]), state.params)
+          params = jax.tree.map(lambda x: np.asarray(x[place]), evaluated)
           table.write(member, step, "measured", measure(member, step, params))
 
     due = lambda step, often: (often and step % often == 0) or step == config.steps
     if first == 0:
       look(0)
     for step, rows in self._rows(every, first):
-      state, metrics = self._train(state, self.reference, value, devices.place_rows(rows, size))
+      state, metrics = self._train(state, reference, value, devices.place_rows(rows, size))
+      if moves and step % moves == 0:
+        reference, _ = self._move_reference(reference, state)
       bar.update(len(group))
       checkpoints.check()
       if step == 1 or due(step, config.log_every):
@@ -280,7 +297,7 @@ class _Sweep:
       look(step)
       if config.checkpoint_every and due(step, config.checkpoint_every):
         table.flush()
-        checkpoints.save(step, state, self.about)
+        checkpoints.save(step, state, self.about, reference=reference if moves else None)
     checkpoints.close()
     table.close()
     for member, fine in zip(group, np.asarray(state.finite)):
@@ -295,11 +312,26 @@ class _Sweep:
       jax.tree.map(lambda *each: np.stack(each), *(states[member.seed] for member in members))
     )
 
-  def _evaluation(self, state: step_lib.TrainState, value: jax.Array) -> dict[str, np.ndarray]:
+  @property
+  def _moves(self) -> int:
+    """Steps between updates of the references; 0 where there is one that stands still."""
+    return self.config.reference.sync_every
+
+  def _first_reference(self, size: int) -> Any:
+    """Returns the reference of all, or where it moves one for each of the members."""
+    if not self._moves:
+      return None if self.frozen is None else self.devices.share(self.frozen)
+    return self.devices.place(jax.tree.map(lambda x: np.stack([np.asarray(x)] * size), self.frozen))
+
+  def _evaluated(self, state: step_lib.TrainState) -> Any:
+    """Returns the params to evaluate: those that the optimizer averages, where it does."""
+    return self._average(state.params, state.opt_state) if config_lib.averages(self.config) else state.params
+
+  def _evaluation(self, state: step_lib.TrainState, reference, value: jax.Array) -> dict[str, np.ndarray]:
     """Returns metrics [M] over the held-out comparisons."""
-    sums = {}
+    sums, params = {}, self._evaluated(state)
     for batch in self.held_out.evaluation():
-      part = jax.device_get(self._eval(state.params, self.reference, value, state.step, batch.rows))
+      part = jax.device_get(self._eval(params, reference, value, state.step, batch.rows))
       for name, mean in part.items():
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
     return {
@@ -335,7 +367,11 @@ def _filled_up(rows: packing.Rows, count: int, num_responses: int) -> packing.Ro
     return rows
   shape = packing.RowShape(rows.tokens.shape[1], rows.source.shape[1], rows.example.shape[1])
   empty = packing.empty(
-    missing, shape, num_responses=num_responses, with_reference=rows.reference is not None
+    missing,
+    shape,
+    num_responses=num_responses,
+    with_reference=rows.reference is not None,
+    knobs=list(rows.knobs or ()),
   )
   return jax.tree.map(lambda *each: np.concatenate(each), rows, empty)
 
@@ -400,7 +436,6 @@ def _check_same_sweep(workdir: pathlib.Path, members: Sequence[Member], at_once:
 def _check_can_sweep(config: ml_collections.ConfigDict) -> None:
   """Refuses what only a single run can do."""
   for key, value, why in (
-    ("reference.sync_every", 0, "the members share one reference"),
     ("checkpoint_best", "", "the members share their checkpoints"),
     ("parallel.coordinator", "", "a sweep is one process"),
     ("parallel.fsdp", 1, "each member is whole on one device"),

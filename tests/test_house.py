@@ -58,6 +58,7 @@ ORDER = {
     "files",
     "fields",
     "messages",
+    "knobs",
     "formats",
     "records",
     "sandbox",

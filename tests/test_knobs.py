@@ -19,6 +19,7 @@ CASES = {
   "ipo": {"sampo": True},
   "mappo": {"knobs": ("gap", "beta")},
   "kto": {"knobs": ("beta",)},
+  "beta_dpo": {"knobs": ("beta",)},
 }
 
 
@@ -60,7 +61,7 @@ def test_a_lift_gives_the_step_of_one_device(name, lift):
   strategy, data, fsdp, tensor = lift
   objective, rows = pieces(name)
   _, params, reference = sgd_step.pieces()
-  tx = optax.sgd(1.0)
+  tx = step.with_memory(optax.sgd(1.0), objective())
   want, want_metrics = jax.device_get(
     jax.jit(step.make_train_step(objective(), tx))(step.init_state(params, tx), reference, rows())
   )

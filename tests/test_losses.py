@@ -19,6 +19,7 @@ OPTIONS = {
   "robust_dpo": {"label_smoothing": 0.1},
   "exo_pair": {"label_smoothing": 0.1},
   "mappo": {"gap": 0.4},
+  "odpo": {"margin": 0.7},
 }
 NAMES = sorted(losses.PAIRWISE_LOSSES)
 
@@ -38,6 +39,7 @@ def sigmoid(x):
 # Each formula as its paper states it, of h_w, h_l and beta.
 FORMULAS = {
   "dpo": lambda w, l, b: -log_sigmoid(b * (w - l)),
+  "odpo": lambda w, l, b: -log_sigmoid(b * (w - l) - 0.7),
   "ipo": lambda w, l, b: (w - l - 1 / (2 * b)) ** 2,
   "hinge": lambda w, l, b: np.maximum(0, 1 - b * (w - l)),
   "robust_dpo": lambda w, l, b: (-0.9 * log_sigmoid(b * (w - l)) + 0.1 * log_sigmoid(b * (l - w))) / 0.8,
@@ -97,6 +99,8 @@ def test_a_loss_is_its_papers_formula(name, beta, pairs):
   np.testing.assert_allclose(loss_named(name)(*single, beta=beta), want, rtol=1e-3, atol=2e-5)
 
 
+RUNNING = losses.RunningMargins(jnp.float32(0.3), jnp.float32(1.5))
+
 # Every public function, as a function of four arrays and a beta. A new one without data here fails.
 
 
@@ -130,6 +134,7 @@ DATA = {
     name: two_pairs
     for name in (
       "dpo_loss",
+      "odpo_loss",
       "ipo_loss",
       "hinge_loss",
       "robust_dpo_loss",
@@ -159,6 +164,10 @@ DATA = {
   "epsilon_dpo_beta": lambda x: (Pair(*x[:2]), Pair(*x[1:3]), Pair(*x[2:4])),
   "epsilon_dpo_loss": lambda x: (*two_pairs(x), Pair(*x[1:3]), Pair(*x[2:4])),
   "beta_dpo_filter": lambda x: (x[0], jax.nn.sigmoid(x[1])),
+  "beta_dpo_beta": lambda x: x[:1],
+  "running_margins": lambda x: (RUNNING, x[0]),
+  "beta_dpo_batch": lambda x: (x[0], jax.nn.sigmoid(x[1]), RUNNING),
+  "nash_md_loss": lambda x: (x[0], x[1], jax.nn.sigmoid(x[2])),
   "dr_dpo_weights": lambda x: x[:1],
   "xpo_loss": lambda x: (*two_pairs(x), x[1]),
   **{
@@ -206,6 +215,8 @@ KNOBS = {
   "undesirable_weight": 0.7,
   "mix": 0.4,
   "gap": 0.4,
+  "margin": 0.7,
+  "momentum": 0.8,
   "epsilon": 0.2,
   "center": 0.3,
   "spread": 1.5,
@@ -224,11 +235,11 @@ def knobs_of(function):
 
 
 def call(name, x, **knobs):
-  """The function of that name on arrays x[:4]; a Pair it returns is summed."""
+  """The function of that name on arrays x[:4]; where it returns several arrays, their sum."""
   if name == "f_dpo_loss":
     knobs["divergence"] = losses.alpha_divergence
   result = getattr(losses, name)(*DATA[name](x), **knobs)
-  return sum(result) if isinstance(result, Pair) else result
+  return sum(result) if isinstance(result, tuple) else result
 
 
 def swept(name):
@@ -259,11 +270,29 @@ EVERY_LOSS = {
 }
 """(chosen, rejected, reference chosen, reference rejected, beta) -> loss, of arrays of one shape."""
 
-OF_A_BATCH = {"aot_loss", "aot_unpaired_loss", "beta_dpo_loss", "beta_dpo_filter", "dr_dpo_weights"}
+OF_A_BATCH = {
+  "aot_loss",
+  "aot_unpaired_loss",
+  "beta_dpo_loss",
+  "beta_dpo_beta",
+  "beta_dpo_filter",
+  "beta_dpo_batch",
+  "running_margins",
+  "dr_dpo_weights",
+}
 """They compare the pairs of the last axis; all others are elementwise."""
 
-WITHOUT_GRADIENT = {"wpo_weights", "dr_dpo_weights", "beta_dpo_filter", "beta_dpo_loss"}
-"""All of them, or a part: beta-DPO's beta is given the mean margin as a number."""
+WITHOUT_GRADIENT = {
+  "wpo_weights",
+  "dr_dpo_weights",
+  "beta_dpo_filter",
+  "beta_dpo_loss",
+  "beta_dpo_beta",
+  "beta_dpo_batch",
+  "running_margins",
+  "nash_md_loss",
+}
+"""All of them, or a part: beta-DPO's beta is given the mean margin as a number, Nash-MD what is won."""
 
 
 SIZES = [-1e4, -60.0, -1.0, 0.0, 1.0, 60.0, 1e4]
@@ -394,6 +423,7 @@ def test_gradient_weighs_a_pair_by_how_wrong_its_reward_is(pairs):
 
 OF_THE_MARGIN = {
   "dpo",
+  "odpo",
   "ipo",
   "hinge",
   "robust_dpo",

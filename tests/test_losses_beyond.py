@@ -67,6 +67,10 @@ AUTHORS = {
     lambda p, r, n, b: -log_sigmoid(b * (p[0] - r[0]) - 0.3 * b * (p[1] - r[1])),
     lambda x, b: losses.mappo_loss(x.policy, x.reference, beta=b, gap=0.3),
   ),
+  "odpo": (
+    lambda p, r, n, b: -log_sigmoid(b * (p[0] - r[0] - p[1] + r[1]) - 1.0 * np.log(0.9 - 0.2)),
+    lambda x, b: losses.odpo_loss(x.policy, x.reference, beta=b, margin=np.log(0.7)),
+  ),
   "gpo_exponential": (
     lambda p, r, n, b: np.exp(-b * (p[0] - r[0] - p[1] + r[1])),
     lambda x, b: losses.gpo_exponential_loss(x.policy, x.reference, beta=b),
@@ -138,6 +142,7 @@ NEUTRAL = {
   "tdpo1": lambda p, r: losses.tdpo1_loss(p, r, Pair(jnp.ones(4), jnp.ones(4)), beta=0.3),
   "tdpo2": lambda p, r: losses.tdpo2_loss(p, r, Pair(jnp.ones(4), jnp.zeros(4)), beta=0.3, alpha=0.0),
   "beta_dpo": lambda p, r: losses.beta_dpo_loss(p, r, beta=0.3, alpha=0.0, center=5.0),
+  "odpo": lambda p, r: losses.odpo_loss(p, r, beta=0.3, margin=0.0),
   "epsilon_dpo": lambda p, r: losses.epsilon_dpo_loss(p, r, r, p, beta=0.3, epsilon=0.0),
   "xpo": lambda p, r: losses.xpo_loss(p, r, p.chosen, beta=0.3, alpha=0.0),
 }
@@ -460,3 +465,54 @@ def test_the_weights_of_dr_dpo_go_to_1_as_tau_grows_and_nothing_is_weighed_where
   where = jnp.asarray([True, True, False])
   np.testing.assert_allclose(losses.dr_dpo_weights(values, tau=1e4, where=where), [1, 1, 0], atol=1e-3)
   assert not losses.dr_dpo_weights(values, tau=1.0, where=jnp.zeros(3, bool)).any()
+
+
+# What beta-DPO remembers, and what it makes of a batch.
+
+
+def test_running_margins_are_the_authors_over_batches(rng):
+  """`update_and_sync_tensor_mean` of their trainers.py, with its standard deviation of divisor B - 1."""
+  mean = std = 0.0
+  running = losses.RunningMargins(jnp.float32(0), jnp.float32(0))
+  for count in (8, 5, 8):
+    gaps = rng.normal(1.0, 2.0, size=8).astype(np.float32)
+    mean, std = 0.9 * mean + 0.1 * gaps[:count].mean(), 0.9 * std + 0.1 * gaps[:count].std(ddof=1)
+    running = losses.running_margins(running, jnp.asarray(gaps), where=jnp.arange(8) < count)
+    np.testing.assert_allclose(running, (mean, std), rtol=1e-5)
+  nothing = losses.running_margins(running, jnp.ones(8), where=jnp.zeros(8, bool))
+  assert nothing == running
+
+
+def test_a_batch_of_beta_dpo_has_the_beta_of_what_it_keeps_and_weighs_that_as_the_whole(rng):
+  margins, noise = (jnp.asarray(rng.normal(size=10), jnp.float32) for _ in range(2))
+  noise, there = jax.nn.sigmoid(noise), jnp.arange(10) < 9
+  running = losses.RunningMargins(jnp.float32(0.2), jnp.float32(0.7))
+  beta, weights = losses.beta_dpo_batch(margins, noise, running, beta=0.5, alpha=0.6, share=0.8, where=there)
+  kept = np.asarray(weights) > 0
+  assert kept.sum() == int(0.8 * 9) and not kept[9]
+  np.testing.assert_allclose(weights[kept], 9 / 7, rtol=1e-6)
+  want = max(0.5 * (1 + 0.6 * (np.asarray(margins)[kept].mean() - 0.2)), 1e-3)
+  np.testing.assert_allclose(beta, want, rtol=1e-5)
+  first = losses.RunningMargins(jnp.float32(0), jnp.float32(0))  # policy and reference are one
+  beta, weights = losses.beta_dpo_batch(jnp.zeros(10), noise, first, beta=0.5)
+  np.testing.assert_allclose(beta, 0.5)
+  np.testing.assert_allclose(weights.sum(), 10, rtol=1e-6)
+
+
+def test_the_gradient_of_nash_md_is_that_of_winning_less_the_kl(rng):
+  """Summed over all responses of a small world, by their chances, against a fixed rival."""
+  with jax.enable_x64(True):
+    logits, reference, rival = (jnp.asarray(rng.normal(size=5)) for _ in range(3))
+    wins = jax.nn.sigmoid(jnp.asarray(rng.normal(size=(5, 5)))) @ jax.nn.softmax(rival)
+    log_reference = jax.nn.log_softmax(reference)
+
+    def sampled(logits):
+      ours = jax.nn.log_softmax(logits)
+      values = losses.nash_md_loss(ours, log_reference, wins, beta=0.3)
+      return jnp.sum(jax.lax.stop_gradient(jnp.exp(ours)) * values)
+
+    def exact(logits):
+      ours = jax.nn.log_softmax(logits)
+      return -jnp.sum(jnp.exp(ours) * (wins - 0.3 * (ours - log_reference)))
+
+    np.testing.assert_allclose(jax.grad(sampled)(logits), jax.grad(exact)(logits), rtol=1e-9)

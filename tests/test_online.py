@@ -373,6 +373,7 @@ def test_a_round_whose_files_are_not_as_written_is_named(whole, given, tmp_path)
     ({"reference.sync_every": 2}, "set online.reference='moving'"),
     ({"reference.mode": "stored"}, "samples are new in each round"),
     ({"lora.rank": 2, "online.reference": "last_round"}, "the base below it"),
+    ({"data.columns.beta": "b"}, "have no such key"),
     ({"objective": "sft"}, "dpojax.online runs objective='dpo'"),
     ({"online.judge": "nothing/there"}, "nothing/there"),
   ],

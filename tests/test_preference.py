@@ -37,6 +37,8 @@ KNOBS = {
   "tdpo2": {"alpha": 0.3},
   "epsilon_dpo": {"epsilon": 0.2},
   "alphapo": {"gamma": 0.5, "alpha": 0.25},
+  "odpo": {"margin": 0.7},
+  "xpo": {"alpha": 0.1, "sampled_rejected": 1.0},
 }
 NAMES = sorted(preference.LOSSES)
 
@@ -152,6 +154,11 @@ def by_formula(name, policy, reference):
     return entry.function(pair(policy.means if entry.mean else policy.sums), **knobs)
   if name == "r_dpo":
     return losses.r_dpo_loss(pair(policy.sums), pair(reference.sums), pair(policy.mask.sum(-1)), **knobs)
+  if name == "beta_dpo":  # an evaluation remembers nothing
+    return losses.dpo_loss(pair(policy.sums), pair(reference.sums), beta=BETA)
+  if name == "xpo":
+    sampled = pair(policy.sums).rejected
+    return losses.xpo_loss(pair(policy.sums), pair(reference.sums), sampled, beta=BETA, alpha=0.1)
   if name in ("tdpo1", "tdpo2"):
     kl = pair(token_kl(policy, reference))
     return entry.function(pair(policy.sums), pair(reference.sums), kl, **knobs)

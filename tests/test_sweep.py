@@ -123,9 +123,35 @@ def test_another_sweep_in_the_same_folder_is_refused(config, swept):
 
 def test_what_only_a_single_run_can_do_is_refused(config, tmp_path):
   other = config.copy_and_resolve_references()
-  other.reference.sync_every = 2
-  with pytest.raises(ConfigError, match="reference.sync_every"):
+  other.parallel.fsdp = 2
+  with pytest.raises(ConfigError, match="parallel.fsdp"):
     sweep.run(other, tmp_path)
+
+
+def test_a_reference_that_moves_is_each_members_own_and_is_there_again_after_a_kill(config, tmp_path):
+  with config.unlocked():
+    moving = config.copy_and_resolve_references()
+  moving.reference.sync_every, moving.reference.sync_alpha = 1, 0.5
+  moving.eval_every, moving.checkpoint_every = 0, 2
+  table = sweep.run(moving, tmp_path / "swept", values=(0.1, 1.0))
+  with moving.unlocked():
+    alone = moving.copy_and_resolve_references()
+  alone.beta = 1.0
+  train.run(alone, tmp_path / "alone")
+  ours = lines_of(table, "train")
+  for line in read_metrics(tmp_path / "alone"):
+    if line["split"] == "train":
+      assert ours[(1.0, 0, line["step"])]["loss"] == pytest.approx(line["loss"], rel=1e-4)
+
+  def killed(member, step, params):
+    if step == 3:
+      raise KeyboardInterrupt
+    return {}
+
+  with pytest.raises(KeyboardInterrupt):
+    sweep.run(moving, tmp_path / "killed", values=(0.1, 1.0), measure=killed, measure_every=3)
+  again = sweep.run(moving, tmp_path / "killed", values=(0.1, 1.0))
+  assert [line for line in again if line["split"] == "train"] == table
 
 
 def test_a_table_is_read_without_a_line_that_a_kill_cut_off(tmp_path):

@@ -21,12 +21,14 @@ class Example(NamedTuple):
       counterpart is "" or []: (response, "") is desirable, ("", response) is not.
     tools: what a chat template gets as `tools`.
     arguments: the record's own further arguments of the template, above all others.
+    knobs: knobs of losses that the record brings, by name; see `data.columns`.
   """
 
   prompt: str | list[dict]
   responses: tuple[str, ...] | tuple[list[dict], ...]
   tools: list[dict] | None = None
   arguments: dict | None = None
+  knobs: dict[str, float] | None = None
 
 
 class DataError(UserError, ValueError):

@@ -65,6 +65,11 @@ class Subset:
     """Returns the example's id in the data set."""
     return int(self.data.example[self.index[i]])
 
+  @property
+  def knobs(self) -> dict[str, np.ndarray]:
+    """By name, [N] values of losses' knobs that the comparisons bring."""
+    return {name: values[self.index] for name, values in self.data.knobs.items()}
+
   def in_order(self, values: np.ndarray) -> np.ndarray:
     """Returns values of the data set's responses, [data, K], as they stand here, [N, K]."""
     values = values[self.index]
@@ -112,6 +117,11 @@ class Mismatched:
   def example(self, i: int) -> int:
     """Returns the example's id in the data set."""
     return self.subset.example(i)
+
+  @property
+  def knobs(self) -> dict[str, np.ndarray]:
+    """By name, [N] values of losses' knobs that the comparisons bring."""
+    return self.subset.knobs
 
 
 def mismatched(subset: Subset, seed: int, max_length: int) -> Mismatched:
@@ -244,7 +254,7 @@ class Loader:
     """
     self.subset = subset
     self.reference = None  # [N, K] stored log-probs that the rows are to carry
-    self.knobs = {}  # by name, [N] values of losses' knobs that the rows are to carry
+    self.knobs = subset.knobs  # by name, [N] values of losses' knobs that the rows are to carry
     self.lengths = subset.lengths
     self._span, self._shards, self._rows_at_once = span, shards, rows_at_once
     self.part = shards * rows_at_once  # rows computed at once over all devices; 0: all

@@ -33,6 +33,10 @@ def table(report: dict) -> str:
     for key, value in records.items():
       if isinstance(value, dict) and value:
         lines.append(f"  {key}: {_flat(value)}")
+    lines += [
+      f"  {knob} of the data, in the place of the config's: {_flat(values)}"
+      for knob, values in part.get("columns", {}).items()
+    ]
     lines += [f"  the first of {reason}: {problem}" for reason, problem in part.get("problems", {}).items()]
     lengths = ", ".join(
       f"{key} {each['50']} (longest {each['100']})" for key, each in tokens["lengths"].items()

@@ -244,9 +244,9 @@ def _tokenize(
       scored.append(part.scored)
       scored_count += int(part.scored.sum())
       counts, dropped, first = counts + part.counts, dropped + part.dropped, part.first | first
-      kept.append((part.lengths, part.example, part.prompts))
+      kept.append((part.lengths, part.example, part.prompts, part.knobs))
     ids, scored = ids.finish(), scored.finish()
-  lengths, example, prompts = zip(*kept) if kept else ((), (), ())
+  lengths, example, prompts, brought = zip(*kept) if kept else ((), (), (), ())
   if not sum(map(len, lengths)):
     why = "; ".join(first.values())
     raise DataError(
@@ -255,6 +255,8 @@ def _tokenize(
     )
   width = 1 + settings.num_responses if settings.num_responses else max(x.shape[1] for x in lengths)
   lengths = np.concatenate([np.pad(x, [(0, 0), (0, width - x.shape[1])]) for x in lengths])
+  brought = [each for each in brought if each]
+  knobs = {name: np.concatenate([each[name] for each in brought]) for name in (brought[0] if brought else ())}
   responses = lengths[:, 1:]
   ended = {
     str(tokenizer.convert_ids_to_tokens(key[1])): count
@@ -284,6 +286,7 @@ def _tokenize(
     report,
     scored_count=scored_count,
     prompts=np.concatenate(prompts),
+    knobs=knobs,
   )
 
 

@@ -38,6 +38,7 @@ class Tokenized:
     fingerprint: SHA-256 of the arrays.
     mask: bool, of `ids` which are scored; None where all of every response are.
     kept_prompts: [N] uint64 of `prompts`, where they were kept with the ids.
+    knobs: by name [N] float32 knobs of losses that the records brought.
   """
 
   lengths: np.ndarray
@@ -48,6 +49,7 @@ class Tokenized:
   fingerprint: str
   mask: np.ndarray | None = None
   kept_prompts: np.ndarray | None = None
+  knobs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.lengths)
@@ -126,6 +128,7 @@ def arrays(
   *,
   scored_count: int | None = None,
   prompts: np.ndarray | None = None,
+  knobs: dict[str, np.ndarray] | None = None,
 ) -> Tokenized:
   """Returns a data set of its arrays.
 
@@ -134,13 +137,15 @@ def arrays(
     scored: bool, of `ids` which are scored.
     scored_count: how many are, if that is known.
     prompts: see `Tokenized.kept_prompts`.
+    knobs: see `Tokenized`.
   """
   offsets = np.concatenate([np.zeros(1, np.int64), lengths.sum(axis=1, dtype=np.int64).cumsum()])
   count = int(scored.sum()) if scored_count is None else scored_count
   mask = None if count == lengths[:, 1:].sum(dtype=np.int64) else scored
-  return Tokenized(
-    lengths, ids, offsets, example, report, _fingerprint(lengths, ids, example, mask), mask, prompts
-  )
+  knobs = knobs or {}
+  names = sorted(knobs)
+  fingerprint = _fingerprint(lengths, ids, example, mask, *(knobs[name] for name in names), names=names)
+  return Tokenized(lengths, ids, offsets, example, report, fingerprint, mask, prompts, knobs)
 
 
 def of_ids(
@@ -167,8 +172,8 @@ def of_ids(
   return arrays(lengths, np.concatenate(ids), np.concatenate(scored), example, report)
 
 
-def _fingerprint(*arrays: np.ndarray | None) -> str:
-  digest = hashlib.sha256()
+def _fingerprint(*arrays: np.ndarray | None, names: Sequence[str] = ()) -> str:
+  digest = hashlib.sha256(" ".join(names).encode())
   for array in arrays:
     if array is not None:
       digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -183,7 +188,12 @@ def load(folder: pathlib.Path) -> Tokenized:
   perhaps = lambda name: read(name) if (folder / f"{name}.npy").exists() else None
   about = json.loads((folder / "report.json").read_text())
   return Tokenized(
-    *map(read, _ARRAYS), about["report"], about["fingerprint"], perhaps("mask"), perhaps("prompts")
+    *map(read, _ARRAYS),
+    about["report"],
+    about["fingerprint"],
+    perhaps("mask"),
+    perhaps("prompts"),
+    {name: read(f"knob-{name}") for name in about.get("knobs", ())},
   )
 
 
@@ -213,13 +223,14 @@ def unfinished(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def write(tokenized: Tokenized, path: pathlib.Path, folder: pathlib.Path) -> None:
   """Writes what is not in an unfinished folder yet, and renames it: a folder in the cache is complete."""
   named = {name: getattr(tokenized, name) for name in _ARRAYS}
+  named |= {f"knob-{name}": values for name, values in tokenized.knobs.items()}
   for name, array in {**named, "mask": tokenized.mask, "prompts": tokenized.kept_prompts}.items():
     file = path / f"{name}.npy"
     if array is None:
       file.unlink(missing_ok=True)
     elif not file.exists():
       np.save(file, array)
-  about = {"report": tokenized.report, "fingerprint": tokenized.fingerprint}
+  about = {"report": tokenized.report, "fingerprint": tokenized.fingerprint, "knobs": sorted(tokenized.knobs)}
   (path / "report.json").write_text(json.dumps(about))
   digests.write(path)
   os.rename(path, folder)

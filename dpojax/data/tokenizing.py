@@ -51,6 +51,7 @@ class Part(NamedTuple):
     counts: of what was cut and seen.
     dropped: how many comparisons were left out, by reason.
     first: of each reason, the first such comparison in words.
+    knobs: by name those that the comparisons' records bring, float32; none where there are no comparisons.
   """
 
   lengths: np.ndarray
@@ -61,6 +62,7 @@ class Part(NamedTuple):
   counts: collections.Counter
   dropped: collections.Counter
   first: dict[str, str]
+  knobs: dict[str, np.ndarray]
 
 
 class Tokenizing:
@@ -83,7 +85,7 @@ class Tokenizing:
     counts.clear()
     examples = [each._replace(responses=each.responses[: self._settings.num_responses]) for each in examples]
     dropped, named = collections.Counter(), {}
-    lengths, ids, scored, index, prompts = [], [], [], [], []
+    lengths, ids, scored, index, prompts, knobs = [], [], [], [], [], []
     for i, (example, encoded) in enumerate(zip(examples, self._encode(first, examples, named)), first):
       try:
         kept = self._kept(i, example, encoded)
@@ -96,6 +98,7 @@ class Tokenizing:
         continue
       index.append(i)
       prompts.append(kept.prompt)
+      knobs.append(example.knobs or {})
       lengths.append([len(kept.prompt), *map(len, kept.responses)])
       ids.append(np.array([token for part in (kept.prompt, *kept.responses) for token in part], np.int32))
       scored.append(
@@ -114,6 +117,7 @@ class Tokenizing:
       collections.Counter(counts),
       dropped,
       named,
+      {name: np.array([each[name] for each in knobs], np.float32) for name in (knobs[0] if knobs else ())},
     )
 
   def _encode(self, first: int, examples: list[Example], named: dict[str, str]) -> list:

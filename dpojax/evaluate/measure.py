@@ -146,6 +146,7 @@ def load_held_out(settings: ml_collections.ConfigDict, pairs: str, devices: para
     on_error=source.on_error,
     split="test" if source.eval_path else "train",
     form=source.get("form", ""),
+    columns=config_lib.columns_of(settings),
   )
   return HeldOut(
     loader.Loader(
@@ -200,7 +201,8 @@ def measure_held_out(scores: Scores, held_out: HeldOut, beta: float) -> dict[str
   """Returns accuracy, margin, perplexities and similarity on held-out comparisons.
 
   With a reference, margins are of implicit rewards at the run's beta (Rafailov et al. 2023, Sec. 4),
-  before any beta_schedule; without one, of log-probs. A margin of 0 counts half in the accuracy.
+  before any beta_schedule and whatever betas the data bring; without one, of log-probs. A margin of 0
+  counts half in the accuracy.
   """
   batches = held_out.batches
   scored = batches.subset.scored_lengths.astype(np.float64)

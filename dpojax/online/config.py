@@ -154,6 +154,11 @@ def _check(config) -> None:
       f"config.parallel.coordinator is {config.parallel.coordinator!r}, but dpojax.online runs in one "
       "process; leave it empty"
     )
+  for knob, column in config_lib.columns_of(config).items():
+    raise ConfigError(
+      f"config.data.columns.{knob} is {column!r}, but pairs of the policy's own samples have no such key; "
+      "leave it empty"
+    )
   over = config.steps - settings.offline_steps
   if over < 0 or over % settings.steps_per_round:
     raise ConfigError(

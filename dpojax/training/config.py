@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dpojax.data import records, templates
+from dpojax.data import knobs, records, templates
 from dpojax.data.examples import DataError
 from dpojax.models import config as model_config
 from dpojax.models import lora
@@ -26,19 +26,7 @@ LOSSES = {
 COMBINED = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
 """Keys of `loss_options` that change what a loss is given. The others are keywords of losses."""
 
-_KNOBS = {
-  "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
-  "delta": (math.isfinite, "finite"),
-  "tau": (lambda x: 0 < x < math.inf, "positive"),
-  "alpha": (lambda x: 0 <= x < math.inf, "at least 0"),
-  "gamma": (lambda x: 0 <= x < math.inf, "at least 0"),
-  "weight": (lambda x: 0 < x < math.inf, "positive"),
-  "mix": (lambda x: 0 < x < 1, "in (0, 1)"),
-  "gap": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-  "epsilon": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "desirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
-  "undesirable_weight": (lambda x: 0 <= x < math.inf, "at least 0"),
-}
+_KNOBS = {name: knob for name, knob in knobs.KNOBS.items() if name not in ("beta", *knobs.OF_DATA)}
 """Keywords of losses that `config.loss_options` takes, and the values that make sense."""
 
 _NARROWER = {
@@ -132,6 +120,9 @@ def defaults() -> ml_collections.ConfigDict:
   config.data.source = "jsonl"
   config.data.path = ""  # local files, comma-separated, or hub:ORG/NAME[:SPLIT]; empty: the builder downloads
   config.data.form = ""  # of local records, a name of docs/data.md; empty: recognised by their keys
+  config.data.columns = ml_collections.ConfigDict()  # keys of local records with a knob of their pair's own
+  for name in knobs.KNOBS:
+    config.data.columns[name] = ""  # empty: the config's, for all pairs
   config.data.config = ""  # the builder's config, such as hh's harmless-base
   config.data.eval_path = ""  # held-out local files; empty: eval_size are held out of the data
   config.data.eval_size = 256
@@ -449,6 +440,13 @@ def knobs_of(config: ml_collections.ConfigDict) -> dict[str, float]:
   return {name: value for name, value in config.loss_options.items() if name in _KNOBS and value is not None}
 
 
+def columns_of(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns the knobs that the data bring, and the keys of their records that have them."""
+  return {
+    knob: column for knob, column in config.data.get("columns", {}).items() if column
+  }  # none in older runs
+
+
 def combined_with(config: ml_collections.ConfigDict) -> dict[str, bool | float]:
   """Returns what else changes the losses: the keys in `COMBINED` that are set."""
   return {
@@ -467,6 +465,7 @@ def _check_losses(config) -> None:
         f"config.loss is {config.loss!r}; it must be one of {', '.join(map(repr, allowed))}"
         + (f"; did you mean {near[0]}?" if near else "")
       )
+  _check_columns(config, names)
   if config.objective != "dpo":
     asked = [f"loss_options.{name}" for name in knobs_of(config) | combined_with(config)]
     asked += [
@@ -546,8 +545,8 @@ def _check_sum(config, names: list[str]) -> None:
 
 def _check_knobs(config, chosen: list[preference.Loss]) -> None:
   """Refuses options that no loss takes, values out of range, and needed ones that are missing."""
-  knobs, combined = knobs_of(config), combined_with(config)
-  for name, value in knobs.items():
+  given, combined = knobs_of(config), combined_with(config)
+  for name, value in given.items():
     takers = [loss for loss in chosen if name in loss.knobs()]
     if not takers:
       options = sorted({knob for loss in chosen for knob in (*loss.knobs(), *loss.options)})
@@ -575,14 +574,69 @@ def _check_knobs(config, chosen: list[preference.Loss]) -> None:
     raise ConfigError(f"config.loss_options.ld_alpha is {combined['ld_alpha']}; it must be in [0, 1]")
   for name, loss in zip(losses_of(config), chosen):
     for knob, parameter in loss.knobs().items():
-      if parameter.default is parameter.empty and knob not in knobs:
+      if parameter.default is parameter.empty and knob not in given and knob not in columns_of(config):
         raise ConfigError(
           f"config.loss is {config.loss!r}, which needs loss_options.{knob}; set it, such as "
           f"--config.loss_options.{knob}=0.1"
         )
     knob, most, text = _NARROWER.get(name, ("", 0, ""))
-    if knob and not 0 < knobs.get(knob, most / 2) < most:
-      raise ConfigError(f"config.loss_options.{knob} is {knobs[knob]}; {name} needs one {text}")
+    if knob and not 0 < given.get(knob, most / 2) < most:
+      raise ConfigError(f"config.loss_options.{knob} is {given[knob]}; {name} needs one {text}")
+
+
+def _check_columns(config, names: list[str]) -> None:
+  """Refuses columns of knobs that no loss reads of each pair, and two answers to one question."""
+  columns = columns_of(config)
+  chosen = [preference.LOSSES[name] for name in names if config.objective == "dpo"]
+  readers = {"reward": {"margin"}}.get(config.objective, set())
+  for loss in chosen:
+    readers |= {*loss.knobs(), *loss.of_data} | ({"beta"} if loss.takes_beta() else set())
+  for knob, column in columns.items():
+    where = f"config.data.columns.{knob} is {column!r}"
+    if knob not in readers:
+      what = config.loss if config.objective == "dpo" else f"objective={config.objective!r}"
+      raise ConfigError(f"{where} but {what} has no {knob}; leave it empty")
+    for name, loss in zip(names, chosen):
+      if knob in loss.of_all:
+        raise ConfigError(f"{where} but {name} takes one {knob} for all pairs; set loss_options or beta")
+    if knobs_of(config).get(knob) is not None:
+      raise ConfigError(f"{where} and loss_options.{knob} {knobs_of(config)[knob]}; set one of them")
+    if not config.data.path:
+      raise ConfigError(f"{where} but data.path is empty; columns are read of local files")
+    if knob in knobs.OF_DATA and config.data.shuffle_labels:
+      raise ConfigError(f"{where}, which shuffled labels would make untrue; set data.shuffle_labels=False")
+  for name, loss in zip(names, chosen):
+    for knob in loss.of_data:
+      if knob not in columns:
+        raise ConfigError(
+          f"config.loss is {config.loss!r}, and {name} has to be told of each pair whether the rejected "
+          "response is the reference's sample: name the key of the records that says it, 0 or 1, in "
+          f"data.columns.{knob}"
+        )
+
+
+def check_brought(config: ml_collections.ConfigDict, brought: dict, example: Any) -> None:
+  """Refuses knobs of the data that a loss takes less of than others.
+
+  Args:
+    config: all keys.
+    brought: by name [N] values.
+    example: [N] which records they are of.
+
+  Raises:
+    ConfigError: naming the record, the value and the fix.
+  """
+  for name in losses_of(config) if brought else ():
+    knob, most, text = _NARROWER.get(name, ("", 0, ""))
+    if knob in brought:
+      values = brought[knob]
+      wrong = ~((values > 0) & (values < most))
+      if wrong.any():
+        i = int(wrong.argmax())
+        raise ConfigError(
+          f"config.data.columns.{knob}: record {int(example[i])} of those used has {values[i]:g}; {name} "
+          f"needs one {text}: correct it"
+        )
 
 
 def _check_reference(config, names: list[str]) -> None:

@@ -41,16 +41,24 @@ class Objective(NamedTuple):
     needs_reference: whether the loss reads `reference`, a param tree.
     moves: whether the loss depends on the step besides; `evaluate` then takes it last, and is that of
       step 0 without it.
+    memory: what training remembers from step to step, arrays as they are before the first; None: nothing.
+      `evaluate` then takes `memory` too; without it, as in an evaluation, nothing is remembered.
+    remember: (memory, metrics of a step) -> memory after it; metrics are summed over the whole step.
   """
 
   evaluate: Callable[..., tuple[Mean, dict[str, Mean]]]
   num_responses: int
   needs_reference: bool
   moves: bool = False
+  memory: Any = None
+  remember: Callable[[Any, dict[str, Mean]], Any] | None = None
 
-  def at(self, step: jax.Array | int) -> Callable[[Any, Any, Rows], tuple[Mean, dict[str, Mean]]]:
-    """Returns `evaluate` at a step."""
-    return partial(self.evaluate, step=step) if self.moves else self.evaluate
+  def at(
+    self, step: jax.Array | int, memory: Any = None
+  ) -> Callable[[Any, Any, Rows], tuple[Mean, dict[str, Mean]]]:
+    """Returns `evaluate` at a step, with what is remembered there."""
+    known = ({"step": step} if self.moves else {}) | ({} if memory is None else {"memory": memory})
+    return partial(self.evaluate, **known) if known else self.evaluate
 
 
 def of_adapter(objective: Objective) -> Objective:
@@ -144,11 +152,16 @@ def _sft(apply: Apply, chunk_size: int | None, reduce: Callable) -> Objective:
 
 
 def reward_objective(apply: Apply) -> Objective:
-  """The Bradley-Terry reward model (Rafailov et al. 2023, Eq. 2): a scalar head on last tokens."""
+  """The Bradley-Terry reward model (Rafailov et al. 2023, Eq. 2): a scalar head on last tokens.
+
+  Rows may carry a `margin` by which each chosen response is to be ahead.
+  """
 
   def evaluate(params, reference, rows):
     rewards = pair_of(response_rewards(apply(params, rows), rows, num_responses=2))
-    loss = mean_of_comparisons(losses.bradley_terry_loss(rewards.chosen, rewards.rejected), rows)
+    margin = (rows.knobs or {}).get("margin", 0.0)
+    values = losses.bradley_terry_loss(rewards.chosen, rewards.rejected, margin=margin)
+    loss = mean_of_comparisons(values, rows)
     there = losses.Pair(rows.example >= 0, rows.example >= 0)
     return loss, {"loss": loss} | reward_metrics(rewards, there)
 

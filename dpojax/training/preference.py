@@ -7,7 +7,6 @@ step at once. A response that is not there, of length 0, counts nothing.
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +40,8 @@ class Responses(NamedTuple):
     kl: KTO's reference point, a scalar without gradient, or None.
     token_kl: [R, P, K] TDPO's KL(reference || policy) summed over a response's places, or None.
     mixed: epsilon-DPO's log-probs [R, P, K] of the policy moved to the reference and away, or None.
+    running: beta-DPO's running mean and deviation of margins, those of this step included, or None.
+    noise: [R, P] beta-DPO's uniform draws, or None.
     axis_name: the mapped axis that the step's rows are spread over, or None.
   """
 
@@ -52,6 +53,8 @@ class Responses(NamedTuple):
   kl: jax.Array | None
   token_kl: jax.Array | None
   mixed: tuple[jax.Array, jax.Array] | None
+  running: losses.RunningMargins | None
+  noise: jax.Array | None
   axis_name: str | None
 
   @property
@@ -63,6 +66,23 @@ class Responses(NamedTuple):
   def pairs(self) -> jax.Array:
     """[R, P] bool: chosen and rejected are both there."""
     return self.there[..., 0] & self.there[..., 1]
+
+  @property
+  def margins(self) -> jax.Array:
+    """[R, P] log-ratios of chosen less those of rejected."""
+    ratios = pair_of(self.policy - self.reference)
+    return ratios.chosen - ratios.rejected
+
+  def everything(self, values: jax.Array) -> jax.Array:
+    """[R, P] -> [R * P] of all devices that a mapped axis spreads rows over."""
+    return _whole_step(values, axis_name=self.axis_name)
+
+  def ours(self, values: jax.Array) -> jax.Array:
+    """[R * P] of all devices -> this device's [R, P]."""
+    if self.axis_name is not None:
+      first = jax.lax.axis_index(self.axis_name) * self.pairs.size
+      values = jax.lax.dynamic_slice_in_dim(values, first, self.pairs.size)
+    return values.reshape(self.pairs.shape)
 
 
 class Reading(NamedTuple):
@@ -109,6 +129,15 @@ def with_mixed(function: Callable, responses: Responses, reading: Reading, knobs
   return pairwise(function, responses, reading, knobs, *map(pair_of, responses.mixed))
 
 
+def with_sampled(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """`pairwise` with the log-prob of the response that the reference sampled, which the data tell."""
+  policy, reference = map(pair_of, reading(responses))
+  rejected = knobs["sampled_rejected"] > 0.5
+  sampled = jnp.where(rejected, policy.rejected, policy.chosen)
+  rest = {name: value for name, value in knobs.items() if name != "sampled_rejected"}
+  return jnp.where(responses.pairs, function(policy, reference, sampled, **rest) * responses.weights, 0)
+
+
 def reference_free(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """(policy, **knobs) -> loss of each pair, elementwise."""
   policy = pair_of(reading(responses)[0])
@@ -132,13 +161,34 @@ def sorted_pairs(function: Callable, responses: Responses, reading: Reading, kno
         f"{name} is given for each comparison, but a loss of ranks mixes comparisons; give one number"
       )
   policy, reference = map(pair_of, reading(responses))
-  everything = partial(_whole_step, axis_name=responses.axis_name)
+  everything = responses.everything
   values = function(
     *jax.tree.map(everything, (policy, reference)), where=everything(responses.pairs), **knobs
   )
   # Every device holds all pairs of the step: each answers for its share of their sum.
   devices = values.size // responses.pairs.size
   return jnp.sum(values.reshape(devices, *responses.pairs.shape), axis=0) / devices
+
+
+def by_step(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
+  """DPO with the betas and weights that (margins, noise, running, *, where, **knobs) gives a step's pairs.
+
+  Where nothing is remembered, as in an evaluation, it is DPO.
+  """
+  policy, reference = map(pair_of, reading(responses))
+  if responses.running is None:
+    values = losses.dpo_loss(policy, reference, beta=knobs["beta"])
+  else:
+    every = lambda x: responses.everything(jnp.broadcast_to(x, responses.pairs.shape))
+    moved, weights = function(
+      every(responses.margins),
+      every(responses.noise),
+      responses.running,
+      where=every(responses.pairs),
+      **knobs | {"beta": every(knobs["beta"])},
+    )
+    values = losses.dpo_loss(policy, reference, beta=responses.ours(moved)) * responses.ours(weights)
+  return jnp.where(responses.pairs, values, 0)
 
 
 def single(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
@@ -187,6 +237,8 @@ class Loss(NamedTuple):
       combined with.
     whole_step: whether responses of different comparisons meet in it, so that a step cannot be
       computed in parts.
+    of_all: keywords that are one number for all comparisons.
+    of_data: what its form has to be told of each comparison, by names in `dpojax.data.knobs.OF_DATA`.
   """
 
   function: Callable
@@ -195,6 +247,8 @@ class Loss(NamedTuple):
   mean: bool = False
   options: tuple[str, ...] = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
   whole_step: bool = False
+  of_all: tuple[str, ...] = ()
+  of_data: tuple[str, ...] = ()
 
   def knobs(self) -> dict[str, inspect.Parameter]:
     """Returns the keywords it takes besides beta, with their defaults."""
@@ -224,17 +278,29 @@ class Loss(NamedTuple):
 
 LOSSES = {name: Loss(function) for name, function in losses.PAIRWISE_LOSSES.items()} | {
   "dpo_plackett_luce": Loss(losses.dpo_plackett_luce_loss, ranking, options=("length_normalize",)),
-  "aot": Loss(losses.aot_loss, sorted_pairs, options=("length_normalize", "ld_alpha"), whole_step=True),
-  "aot_unpaired": Loss(
-    losses.aot_unpaired_loss, sorted_pairs, options=("length_normalize", "ld_alpha"), whole_step=True
+  "aot": Loss(
+    losses.aot_loss,
+    sorted_pairs,
+    options=("length_normalize", "ld_alpha"),
+    whole_step=True,
+    of_all=("beta", "label_smoothing"),
   ),
+  "aot_unpaired": Loss(
+    losses.aot_unpaired_loss,
+    sorted_pairs,
+    options=("length_normalize", "ld_alpha"),
+    whole_step=True,
+    of_all=("beta", "label_smoothing"),
+  ),
+  "beta_dpo": Loss(losses.beta_dpo_batch, by_step, options=(), whole_step=True, of_all=("alpha", "share")),
   "kto": Loss(losses.kto_loss, kto, options=(), whole_step=True),
   "bco": Loss(losses.bco_loss, bco, options=("length_normalize",), whole_step=True),
   "h_dpo": Loss(losses.h_dpo_loss),
   "r_dpo": Loss(losses.r_dpo_loss, with_lengths, options=("wpo", "dr_dpo")),
   "tdpo1": Loss(losses.tdpo1_loss, with_token_kl, options=("wpo", "dr_dpo")),
   "tdpo2": Loss(losses.tdpo2_loss, with_token_kl, options=("wpo", "dr_dpo")),
-  "epsilon_dpo": Loss(losses.epsilon_dpo_loss, with_mixed, options=("wpo", "dr_dpo")),
+  "epsilon_dpo": Loss(losses.epsilon_dpo_loss, with_mixed, options=("wpo", "dr_dpo"), of_all=("epsilon",)),
+  "xpo": Loss(losses.xpo_loss, with_sampled, options=("wpo", "dr_dpo"), of_data=("sampled_rejected",)),
   "simpo": Loss(
     losses.simpo_loss, reference_free, reads_reference=False, mean=True, options=("wpo", "dr_dpo")
   ),
@@ -269,7 +335,11 @@ def make_terms(
       name,
       LOSSES[name],
       weight,
-      {knob: value for knob, value in (knobs or {}).items() if knob in LOSSES[name].knobs()},
+      {
+        knob: value
+        for knob, value in (knobs or {}).items()
+        if knob in (*LOSSES[name].knobs(), *LOSSES[name].of_data)
+      },
     )
     for name, weight in zip(names, weights, strict=True)
   ]
@@ -349,7 +419,9 @@ def preference_objective(
       shared = jnp.stack(shared, axis=-1)
     return tokens, sums, shared
 
-  def read(params, reference, rows, step) -> Responses:
+  remembers = by_step in forms
+
+  def read(params, reference, rows, step, memory) -> Responses:
     outputs, frozen_outputs = apply(params, rows), None
     tokens, policy, shared = score(outputs, rows, step)
     frozen, frozen_shared = jax.tree.map(jnp.zeros_like, (policy, shared))
@@ -367,7 +439,7 @@ def preference_objective(
     if wpo:
       weights = _wpo_weights(outputs, rows, tokens, lengths, chunk_size)
     cut = lambda x: x[..., :num_responses]
-    return Responses(
+    responses = Responses(
       cut(policy),
       cut(frozen),
       cut(lengths),
@@ -375,18 +447,27 @@ def preference_objective(
       weights,
       kl,
       *_of_every_token(terms, outputs, frozen_outputs, rows, rows_hold, chunk_size),
-      axis_name,
+      running=None,
+      noise=None,
+      axis_name=axis_name,
+    )
+    if memory is None:
+      return responses
+    margins, pairs = map(responses.everything, (responses.margins, responses.pairs))
+    return responses._replace(
+      running=losses.running_margins(memory, margins, where=pairs), noise=_noise_of_examples(rows, seed, step)
     )
 
-  def evaluate(params, reference, rows, step=0):
-    responses = read(params, reference, rows, step)
+  def evaluate(params, reference, rows, step=0, memory=None):
+    responses = read(params, reference, rows, step, memory)
     count = jnp.sum(rows.example >= 0, dtype=jnp.float32)
     of_rows = rows.knobs or {}
     factor = 1.0 if beta_factor is None else beta_factor(step)
     moved = factor * of_rows.get("beta", beta)
     loss, parts = Mean(0.0, count), {}
     for term in terms:
-      knobs = term.knobs | {name: of_rows[name] for name in term.loss.knobs() if name in of_rows}
+      taken = (*term.loss.knobs(), *term.loss.of_data)
+      knobs = term.knobs | {name: of_rows[name] for name in taken if name in of_rows}
       knobs |= {"beta": moved} if term.loss.takes_beta() else {}
       values = term.loss.form(term.loss.function, responses, reading_of(term.loss), knobs)
       if dr_dpo is not None and "dr_dpo" in term.loss.options:
@@ -398,13 +479,29 @@ def preference_objective(
     metrics |= _metrics(responses, reading_of(first), moved if first.takes_beta() else 1.0, needs_reference)
     if responses.kl is not None:
       metrics["kl"] = Mean(responses.kl * count, count)
+    if responses.running is not None:
+      metrics |= {
+        f"running_margins/{name}": Mean(value * count, count)
+        for name, value in responses.running._asdict().items()
+      }
     if beta_factor is not None or "beta" in of_rows:
       metrics["beta"] = mean_of_comparisons(jnp.broadcast_to(moved, rows.example.shape), rows)
     return loss, metrics
 
   return Objective(
-    evaluate, num_responses=rows_hold, needs_reference=needs_reference, moves=beta_factor is not None or sampo
+    evaluate,
+    num_responses=rows_hold,
+    needs_reference=needs_reference,
+    moves=beta_factor is not None or sampo or remembers,
+    memory=losses.RunningMargins(jnp.float32(0), jnp.float32(0)) if remembers else None,
+    remember=_remembered_margins,
   )
+
+
+def _remembered_margins(before: losses.RunningMargins, metrics: dict[str, Mean]) -> losses.RunningMargins:
+  """Returns what the metrics of a step tell of the running margins; a step without pairs tells nothing."""
+  told = (metrics[f"running_margins/{name}"].value() for name in before._fields)
+  return losses.RunningMargins(*(jnp.where(jnp.isnan(new), old, new) for old, new in zip(before, told)))
 
 
 def _metrics(responses: Responses, reading: Reading, beta, needs_reference: bool) -> dict[str, Mean]:
@@ -482,14 +579,10 @@ def _of_every_token(
 
 def _dr_dpo_weights(values: jax.Array, responses: Responses, tau: float) -> jax.Array:
   """Returns Dr. DPO's weights [R, P] of this device's values, among those of the whole step."""
-  everything = partial(_whole_step, axis_name=responses.axis_name)
   weights = losses.dr_dpo_weights(
-    everything(jax.lax.stop_gradient(values)), tau=tau, where=everything(responses.pairs)
+    responses.everything(jax.lax.stop_gradient(values)), tau=tau, where=responses.everything(responses.pairs)
   )
-  if responses.axis_name is not None:
-    first = jax.lax.axis_index(responses.axis_name) * values.size
-    weights = jax.lax.dynamic_slice_in_dim(weights, first, values.size)
-  return weights.reshape(values.shape)
+  return responses.ours(weights)
 
 
 def _noise(rows: Rows, num_responses: int, seed: int, step: jax.Array | int) -> jax.Array:
@@ -512,6 +605,13 @@ def _noise(rows: Rows, num_responses: int, seed: int, step: jax.Array | int) -> 
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, example), number))
 
   return jax.vmap(jax.vmap(draw))(example, number)
+
+
+def _noise_of_examples(rows: Rows, seed: int, step: jax.Array | int) -> jax.Array:
+  """Returns a uniform draw for each comparison [R, P]; it depends on the seed, the step and the example."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  draw = lambda example: jax.random.uniform(jax.random.fold_in(key, example))
+  return jax.vmap(jax.vmap(draw))(jnp.asarray(rows.example))
 
 
 def _by_response(values: jax.Array, rows: Rows, num_responses: int) -> jax.Array:

@@ -83,6 +83,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
       on_error=settings.on_error,
       split=split,
       form=settings.get("form", ""),
+      columns=config_lib.columns_of(config),
     )
     result = tokenization.tokenize(
       comparisons,
@@ -92,7 +93,13 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
       cache_dir=cache / "tokenized",
       **_responses(config),
     )
+    config_lib.check_brought(config, result.knobs, result.example)
     report[name] = {"records": comparisons.report, "problems": comparisons.problems, "tokens": result.report}
+    if result.knobs:
+      report[name]["columns"] = {
+        f"{knob} of {column!r}": _spread(result.knobs[knob])
+        for knob, column in config_lib.columns_of(config).items()
+      }
     return result, comparisons
 
   if jax.process_count() > 1 and jax.process_index() > 0:
@@ -126,6 +133,12 @@ def as_the_loss_reads(
   if config.objective == "dpo" and "kto" in config_lib.losses_of(config):
     return loader.mismatched(subset, config.seed, config.data.max_length)
   return subset
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+  """Returns the least, the middle and the largest of values, as data_report.json has them."""
+  points = {"least": np.min, "median": np.median, "largest": np.max}
+  return {name: float(f"{float(of(values)):.6g}") for name, of in points.items()}
 
 
 def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.Subset]:
@@ -240,6 +253,7 @@ def make_train_step(
 ) -> tuple[Any, Callable]:
   """Returns the optimizer, and the train step over the devices; it donates the state."""
   schedule, tx = make_optimizer(config)
+  tx = step.with_memory(tx, objective)
   return tx, devices.lift(
     step.make_train_step(
       objective,

@@ -199,6 +199,32 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
   return optax.GradientTransformation(init, update)
 
 
+class Remembering(NamedTuple):
+  """The state of an optimizer, and beside it what an objective remembers from step to step."""
+
+  inner: Any
+  memory: Any
+
+
+def with_memory(tx: optax.GradientTransformation, objective: Objective) -> optax.GradientTransformation:
+  """Returns the optimizer with the objective's memory in its state, where the objective has one.
+
+  It stands there, and not in a field of `TrainState`, so that checkpoints of runs that remember nothing
+  have the same tree with and without it. `make_train_step` reads and writes it.
+  """
+  if objective.memory is None:
+    return tx
+
+  def init(params):
+    return Remembering(tx.init(params), jax.tree.map(jnp.asarray, objective.memory))
+
+  def update(updates, state, params):
+    updates, inner = tx.update(updates, state.inner, params)
+    return updates, Remembering(inner, state.memory)
+
+  return optax.GradientTransformation(init, update)
+
+
 def average_of(params: Any, opt_state: Any) -> Any:
   """Returns the params to evaluate, sample and hand on: a mean that the optimizer keeps, or params.
 
@@ -245,25 +271,27 @@ def make_train_step(
 
   Args:
     objective: what to minimise.
-    tx: the optimizer.
+    tx: the optimizer; of an objective that remembers, by `with_memory`.
     schedule: the learning rate by step, for the metrics.
     micro_batches: how many of the rows are computed at once.
     axis_name: the mapped axis gradients and metrics are summed over, under `pmap`.
   """
 
-  def loss_total(params, reference, rows, step):
-    loss, metrics = objective.at(step)(params, reference, rows)
+  def loss_total(params, reference, rows, at):
+    loss, metrics = objective.at(*at)(params, reference, rows)
     return loss.total, (loss.count, metrics)
 
-  def one_part(params, reference, rows, step):
-    (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(params, reference, rows, step)
+  def one_part(params, reference, rows, at):
+    (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(params, reference, rows, at)
     return grads, count, metrics
 
   def train_step(state, reference, rows):
-    sums = micro_batches.sum(lambda part: one_part(state.params, reference, part, state.step), rows)
+    at = state.step, None if objective.memory is None else state.opt_state.memory
+    sums = micro_batches.sum(lambda part: one_part(state.params, reference, part, at), rows)
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
+    memory = None if objective.memory is None else objective.remember(at[1], metrics)
     # The one division: before it everything is a sum, so devices with fewer comparisons weigh less.
     grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
     metrics = _values(metrics)
@@ -272,6 +300,8 @@ def make_train_step(
       metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    if memory is not None:
+      opt_state = opt_state._replace(memory=memory)
     params = optax.apply_updates(state.params, updates)
     # Sticky: the host looks only now and then, and has to find the last good state when it does.
     finite = state.finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

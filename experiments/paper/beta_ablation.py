@@ -14,6 +14,7 @@ import json
 import pathlib
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from configs import dpo, sft
@@ -52,8 +53,8 @@ class Sizes(NamedTuple):
   max_new_tokens: int = 48
 
 
-def run(pairs: str, workdir: pathlib.Path, sizes: Sizes, *, betas, seeds) -> list[dict]:
-  """Returns the table of the sweep."""
+def start(pairs: str, workdir: pathlib.Path, sizes: Sizes) -> ml_collections.ConfigDict:
+  """Trains the tokenizer and the language model; returns the config of DPO runs that start from it."""
   workdir.mkdir(parents=True, exist_ok=True)
   tokenizer_folder = workdir / "tokenizer"
   if not (tokenizer_folder / "tokenizer.json").exists():
@@ -74,8 +75,14 @@ def run(pairs: str, workdir: pathlib.Path, sizes: Sizes, *, betas, seeds) -> lis
   config.eval_every = max(1, sizes.dpo_steps // 3)
   config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup_steps = 10
+  return config
+
+
+def run(pairs: str, workdir: pathlib.Path, sizes: Sizes, *, betas, seeds) -> list[dict]:
+  """Returns the table of the sweep."""
+  config = start(pairs, workdir, sizes)
   reference = weights.load(str(workdir / "sft"))
-  tokenizer = tokenization.load_tokenizer(str(tokenizer_folder))
+  tokenizer = tokenization.load_tokenizer(config.tokenizer)
   held_out = loader.last_of_each_prompt(resolve.load_data(config).held_out)
   prompts = [held_out.comparison(i)[0] for i in range(len(held_out))]
   short = [prompt for prompt in prompts if len(prompt) <= sizes.prompt_tokens][: sizes.sampled]

@@ -37,6 +37,8 @@ class Swept(NamedTuple):
 SWEPT = {name: Swept() for name in (*losses.PAIRWISE_LOSSES, "aot", "aot_unpaired")} | {
   "robust_dpo": Swept(changes={"loss_options.label_smoothing": 0.1}),
   "exo_pair": Swept(changes={"loss_options.label_smoothing": 1e-3}),
+  "odpo": Swept(changes={"loss_options.margin": 0.5}),
+  "beta_dpo": Swept(),
   "mappo": Swept(changes={"loss_options.gap": 0.5}),
   "h_dpo": Swept(changes={"loss_options.alpha": 0.9}),
   "r_dpo": Swept(changes={"loss_options.alpha": 0.02}),
@@ -56,7 +58,8 @@ SWEPT = {name: Swept() for name in (*losses.PAIRWISE_LOSSES, "aot", "aot_unpaire
     "loss_options.alpha", (0.05, 0.1, 0.5, 1.0), {"reference.mode": "none", "loss_options.alpha": 1.0}
   ),
 }
-"""Every loss between two responses. The steps, batches and learning rate are those of the world."""
+"""Every loss between two responses but XPO, whose pairs are of samples. The steps, batches and learning rate
+are those of the world."""
 
 
 def run(world: World, names: Sequence[str], changes: dict[str, Any], *, seeds: Sequence[int]) -> list[Line]:

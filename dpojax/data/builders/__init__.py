@@ -11,12 +11,13 @@ import pathlib
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
+from dpojax.data import knobs as knobs_lib
 from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
@@ -80,6 +81,7 @@ def prepare(
   on_error: str = "skip",
   split: str = "train",
   form: str = "",
+  columns: Mapping[str, str] | None = None,
 ) -> Comparisons:
   """Returns a data set's comparisons, prepared on the first call and read from disk afterwards.
 
@@ -97,10 +99,11 @@ def prepare(
     on_error: "skip" counts unusable records of local files by reason; "raise" stops at the first.
     split: "train" or "test" of a downloaded data set.
     form: of the records of local files, a name in `records.FORMS`; empty: recognised by their keys.
+    columns: of knobs that local files bring, names in `knobs.KNOBS`, the keys that have their values.
 
   Raises:
-    DataError: the source, a file or every record is unusable, the network is out of reach, or
-      data_dir cannot be written.
+    DataError: the source, a file or every record is unusable, a column of a used one has no value that
+      makes sense, the network is out of reach, or data_dir cannot be written.
   """
   if source not in BUILDERS:
     raise DataError(f"data.source is {source!r}; it is one of {', '.join(sorted(BUILDERS))}")
@@ -111,13 +114,24 @@ def prepare(
       f"data.form is {form!r} and data.source {source!r}; with 'jsonl' it is one of "
       f"{', '.join(records_lib.FORMS)}, else empty"
     )
+  columns = dict(columns or {})
+  if columns and not path:
+    raise DataError(
+      f"data.columns.{next(iter(columns))} is set but data.path is empty; columns are read of local files: "
+      f"fetch those of {source} and name them"
+    )
   root = pathlib.Path(data_dir or DATA_DIR).expanduser()
   builder_class = BUILDERS[source]
+  made_otherwise = [form] * bool(form) + knobs_lib.columns_text(columns)
   if path:
     files = local_files(path, split)
-    version = [digest(file) for file in files] + [form] * bool(form)
+    version = [digest(file) for file in files] + made_otherwise
     chosen = base.LocalFiles(
-      name=f"files-{_sha256(version)[:16]}", files=tuple(files), on_error=on_error, form=form
+      name=f"files-{_sha256(version)[:16]}",
+      files=tuple(files),
+      on_error=on_error,
+      form=form,
+      columns=tuple(sorted(columns.items())),
     )
     split = "train"
   else:
@@ -136,7 +150,7 @@ def prepare(
     source=source,
     report=found[split]["report"],
     problems=found[split]["problems"],
-    fingerprint=_sha256([source, str(builder.version), split, found[split]["files"]] + [form] * bool(form)),
+    fingerprint=_sha256([source, str(builder.version), split, found[split]["files"]] + made_otherwise),
   )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dpojax.data import knobs as knobs_lib
 from dpojax.data.examples import DataError, Example, LeftOut, RecordError
 from dpojax.data.files import digest, read_records
 from dpojax.data.records import Reading
@@ -18,11 +19,15 @@ from dpojax.runtime import digests
 
 @dataclasses.dataclass
 class LocalFiles(tfds.core.BuilderConfig):
-  """Comparisons from files at hand. `on_error` is 'skip' or 'raise', `form` a form of records or ''."""
+  """Comparisons from files at hand. `on_error` is 'skip' or 'raise', `form` a form of records or ''.
+
+  `columns` are (knob of a loss, key of the records that has its value).
+  """
 
   files: tuple[str, ...] = ()
   on_error: str = "skip"
   form: str = ""
+  columns: tuple[tuple[str, str], ...] = ()
 
 
 class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -48,6 +53,9 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   def parse(self, record: Any) -> Iterable[Example | Reading | RecordError]:
     """Returns the comparisons of a record, or raises or returns what is wrong with it."""
 
+  def _columns(self) -> dict[str, str]:
+    return dict(getattr(self.builder_config, "columns", ()))
+
   def records(self, split: str, paths: list[str]) -> Iterator[tuple[str, Any]]:
     """Yields where a record of the split stands, and the record or what is wrong with it."""
     for path in paths:
@@ -66,6 +74,7 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
           "tools": tfds.features.Text(),
           "arguments": tfds.features.Text(),
         }
+        | ({"knobs": tfds.features.Text()} if self._columns() else {})  # else data prepared before hold
       ),
       metadata=tfds.core.MetadataDict(),
       disable_shuffling=True,
@@ -89,11 +98,15 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
     stop_at_first = isinstance(config, LocalFiles) and config.on_error == "raise"
-    report, problems = Report(), {}
+    columns = self._columns()
+    report, problems = Report(ignoring=columns.values()), {}
     for where, record in self.records(split, paths):
       for result in self._results(record):
         if not isinstance(result, RecordError):
-          yield report.counts["used"], encode(report.add(result))
+          example = report.add(result)
+          if columns:
+            example = example._replace(knobs=_knobs(where, record, columns))
+          yield report.counts["used"], encode(example)
           report.counts["used"] += 1
           continue
         report.counts[result.reason] += 1
@@ -126,11 +139,23 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
       yield error
 
 
-class Report:
-  """What became of records: how many were used, or why not, and what was changed and ignored in them."""
+def _knobs(where: str, record: Any, columns: dict[str, str]) -> dict[str, float]:
+  """Returns the knobs of a record that is used; without them it would count as another pair than it is."""
+  try:
+    return knobs_lib.read(record, columns)
+  except DataError as error:
+    raise DataError(f"data.path {where}: {error}; correct the record or drop it") from error
 
-  def __init__(self):
+
+class Report:
+  """What became of records: how many were used, or why not, and what was changed and ignored in them.
+
+  Keys of `ignoring` were read by others.
+  """
+
+  def __init__(self, ignoring: Iterable[str] = ()):
     self.counts = collections.Counter(used=0)
+    self._read_by_others = frozenset(ignoring)
     self._parts = collections.defaultdict(collections.Counter)
 
   def add(self, result: Example | Reading) -> Example:
@@ -138,7 +163,7 @@ class Report:
     if isinstance(result, Example):
       return result
     self._parts["forms"][result.form] += 1
-    self._parts["ignored_keys"].update(result.ignored)
+    self._parts["ignored_keys"].update(set(result.ignored) - self._read_by_others)
     for kind, what in result.notes:
       self._parts[kind][what] += 1
     return result.example
@@ -159,7 +184,7 @@ def encode(example: Example) -> dict:
     "conversational": conversational,
     "tools": json.dumps(example.tools),
     "arguments": json.dumps(example.arguments),
-  }
+  } | ({"knobs": json.dumps(example.knobs)} if example.knobs else {})
 
 
 def decode(features: dict) -> Example:
@@ -170,6 +195,7 @@ def decode(features: dict) -> Example:
     tuple(text(response.decode()) for response in features["responses"]),
     json.loads(features["tools"]),
     json.loads(features["arguments"]),
+    json.loads(features["knobs"]) if "knobs" in features else None,
   )
 
 
