@@ -60,9 +60,13 @@ def with_config_path(arguments: Sequence[str]) -> list[str]:
 
 
 def define_config() -> None:
-  """Defines --config and --workdir, which commands that train have in common."""
+  """Defines --config."""
   config_flags.DEFINE_config_file("config", None, "Config: a file or a name, with :arg if it takes one.")
   flags.mark_flag_as_required("config")
+
+
+def define_workdir() -> None:
+  """Defines --workdir, of the commands that train."""
   flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
