@@ -474,6 +474,7 @@ def main():
 def cli():
   """Trains as the command line says: `dpojax-train`, and `python -m dpojax.train`."""
   command_line.define_config()
+  command_line.define_workdir()
   flags.DEFINE_bool("dry_run", False, "Report on the data, show three comparisons, and stop.")
   flags.register_multi_flags_validator(
     ["workdir", "dry_run"], lambda given: given["workdir"] or given["dry_run"], "--workdir is missing"

@@ -465,6 +465,7 @@ def main():
 
 if __name__ == "__main__":
   command_line.define_config()
+  command_line.define_workdir()
   flags.mark_flag_as_required("workdir")
   flags.DEFINE_list("betas", [], "Values on the axis, separated by commas.")
   flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas.")

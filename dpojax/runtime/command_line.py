@@ -60,9 +60,13 @@ def with_config_path(arguments: Sequence[str]) -> list[str]:
 
 
 def define_config() -> None:
-  """Defines --config and --workdir, which commands that train have in common."""
+  """Defines --config."""
   config_flags.DEFINE_config_file("config", None, "Config: a file or a name, with :arg if it takes one.")
   flags.mark_flag_as_required("config")
+
+
+def define_workdir() -> None:
+  """Defines --workdir, of the commands that train."""
   flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
@@ -71,10 +75,9 @@ def start(main: Callable[[], None], about: str) -> None:
   # absl shows what the main script says of itself, and the flags that it defines: of a command that pip
   # has installed these would be nothing.
   sys.modules["__main__"].__doc__ = about
-  for flag in flags.FLAGS.get_flags_for_module(__name__):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-  for flag in flags.FLAGS.get_flags_for_module(main.__module__):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  for module in (__name__, main.__module__):
+    for flag in flags.FLAGS.get_flags_for_module(module):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def checked(arguments: list[str]) -> None:
     if len(arguments) > 1:
