@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+import pytest
 
 from dpojax import plan
 from dpojax.data import tokenization
@@ -11,6 +12,8 @@ from dpojax.models import peft
 from experiments import chat_pairs
 from experiments.benchmark import dpojax_side, inputs, report, trajectory
 from tests import worlds
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs(words, tmp_path):

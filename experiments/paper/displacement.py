@@ -191,7 +191,7 @@ def run(workdir: pathlib.Path, folder: str, sizes: Sizes) -> list[dict]:
   about = {"model": folder, "sizes": list(sizes)}
   lines = [line for line in read_lines(path) if line["about"] == about]
   done = {(line["loss"], *line["pair"], line["seed"]) for line in lines}
-  wanted = [("dpo", pair, seed) for pair in PAIRS for seed in range(sizes.seeds)]
+  wanted = [("dpo", pair, seed) for seed in range(sizes.seeds) for pair in PAIRS]
   wanted += [(loss, PAIRS[0], seed) for seed, loss in itertools.product(range(sizes.repaired_seeds), LOSSES)]
   wanted = list(dict.fromkeys(each for each in wanted if (each[0], *each[1], each[2]) not in done))
   if not wanted:
