@@ -134,6 +134,8 @@ ALONE = (
   "orpo",
   "r_dpo",
   "unlikelihood",
+  "odpo",
+  "beta_dpo",
 )
 """Losses that a run is made of by themselves: each reads something of its own, or is pulled up by others."""
 
