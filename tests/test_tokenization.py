@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -392,6 +393,23 @@ def test_of_two_at_once_one_tokenizes_and_the_other_reads_what_it_made(
   assert len(calls) == 1 and one.fingerprint == other.fingerprint
   np.testing.assert_array_equal(one.ids, other.ids)
   assert f"waiting for the token cache {tmp_path}/" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_of_an_entry_is_removed_aloud_and_of_others_is_not(
+  both, comparisons, tmp_path, capsys
+):
+  data = comparisons({"prompt": "Q", "responses": [" a", " b"]})
+  tokenize = lambda: tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, cache_dir=tmp_path)
+  tokenize()
+  (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+  left, others = (tmp_path / f"unfinished-{name}-x" for name in (folder.name[:16], "0" * 16))
+  for path in (left, others):
+    path.mkdir()
+    (path / "ids.npy").write_bytes(b"half")
+  shutil.rmtree(folder)
+  tokenize()
+  assert not left.exists() and others.exists()
+  assert f"removed {left}" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_is_named_and_made_again(both, comparisons, tmp_path, capsys):

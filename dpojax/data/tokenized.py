@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -201,13 +202,18 @@ def load(folder: pathlib.Path) -> Tokenized:
 def unfinished(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a folder beside the one that is to be; it is gone in the end unless `write` gave it its name.
 
+  What a process that was killed left of the same entry is removed: for the owner of the entry to call.
+
   Raises:
     DataError: the disk is full or cannot be written.
   """
-  path = None
+  path, prefix = None, f"unfinished-{folder.name[:16]}-"
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-")
+    for left in folder.parent.glob(f"{prefix}*"):
+      print(f"removed {left}, which a process that was stopped left half written", file=sys.stderr)
+      shutil.rmtree(left, ignore_errors=True)
+    path = tempfile.mkdtemp(dir=folder.parent, prefix=prefix)
     yield pathlib.Path(path)
   except OSError as error:
     if not folder.exists():  # else another process was faster
