@@ -401,7 +401,7 @@ def test_what_a_killed_process_left_of_an_entry_is_removed_aloud_and_of_others_i
   data = comparisons({"prompt": "Q", "responses": [" a", " b"]})
   tokenize = lambda: tokenization.tokenize(data, both["gpt2"], truncation=ROOMY, cache_dir=tmp_path)
   tokenize()
-  (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+  (folder,) = (path for path in tmp_path.iterdir() if (path / "ids.npy").exists())
   left, others = (tmp_path / f"unfinished-{name}-x" for name in (folder.name[:16], "0" * 16))
   for path in (left, others):
     path.mkdir()

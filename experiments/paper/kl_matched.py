@@ -243,14 +243,14 @@ class Text(NamedTuple):
     held_out=192,
     samples=4,
     max_new_tokens=12,
-    dpo_steps=48,
+    dpo_steps=144,
     batch_size=32,
   )
   betas: tuple[float, ...] = (0.1, 0.5)
   seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
   rates: tuple[float, ...] = (4e-4, 8e-4, 1.6e-3, 3e-3)
-  kl: float = 1.0
-  measure_every: int = 16
+  kl: float = 3.0
+  measure_every: int = 36
 
 
 def text_methods(steps: int) -> dict[str, dict[str, Any]]:
@@ -348,7 +348,7 @@ class World(NamedTuple):
 
 WORLDS = {
   "enumerable": World((0.2, 0.4, 1.0), share_of_seed, "share of the best reward"),
-  "text": World((0.5, 1.0, 2.0), reward_of_seed, "true reward"),
+  "text": World((1.0, 2.0, 4.0), reward_of_seed, "true reward"),
 }
 """How each world is read."""
 
