@@ -19,6 +19,7 @@ def main():
 def cli():
   """Trains as the command line says: `dpojax-online`, and `python -m dpojax.online`."""
   command_line.define_config()
+  command_line.define_workdir()
   flags.mark_flag_as_required("workdir")
   command_line.start(main, __doc__)
 
