@@ -49,6 +49,7 @@ ORDER = {
     "fused",
     "backends",
     "head",
+    "cut_head",
     "head_on_cpu",
     "distributions",
   ],
@@ -80,6 +81,7 @@ ORDER = {
   "models": [
     "config",
     "rotary",
+    "sharding",
     "transformer",
     "lora",
     "families",
@@ -108,6 +110,7 @@ ORDER = {
   ],
   "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "current", "prompts", "files"],
   "evaluate": ["confidence", "judging", "scorers", "similarity", "report", "measure", "compare", "watching"],
+  "plan": ["needs", "topology", "program", "compiling", "roofline"],
   "export": ["verify", "writer"],
   "ppo": ["losses", "step", "config", "loop"],
   "online": ["config", "pairs", "labels", "rounds", "loop"],
