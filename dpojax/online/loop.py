@@ -107,7 +107,9 @@ def _run(config, workdir: pathlib.Path, data, labeller, callback) -> dict[str, f
     log, stop_asked = held.enter_context(Log(workdir, training, first)), held.enter_context(stop_signal())
     profile = held.enter_context(Profile(config_lib.profiled_steps(training), workdir))
     loop = train.Loop(training, workdir, data, start, batches, devices, checkpoints, log, first)
-    flops = functools.partial(needs.flops_per_comparison, training, start._replace(state=None, reference=None))
+    flops = functools.partial(
+      needs.flops_per_comparison, training, start._replace(state=None, reference=None)
+    )
     del start  # the loop's copies are donated step by step; a second name would keep what they were
     offline = settings.offline_steps
     if settings.reference == "last_round":

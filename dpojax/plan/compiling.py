@@ -21,8 +21,8 @@ from dpojax.plan.needs import Needs
 from dpojax.plan.topology import Topology
 from dpojax.runtime import digests
 from dpojax.runtime.disk import disk_errors
-from dpojax.training import resolve
 from dpojax.runtime.errors import ConfigError
+from dpojax.training import resolve
 
 VERSION = 1
 """Of what is kept: raised when `program` reads more, or otherwise."""

@@ -20,8 +20,8 @@ import jax
 from configs import llama3
 from dpojax.plan import compiling, needs, roofline, topology
 from dpojax.runtime.command import command, say
-from dpojax.training import parallel
 from dpojax.runtime.errors import ConfigError
+from dpojax.training import parallel
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "tests" / "published_models.json"
 MODELS = {
