@@ -25,6 +25,18 @@ from dpojax.training import parallel
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "tests" / "published_models.json"
 MODELS = {
+  "30M": (
+    "meta-llama/Llama-3.2-1B",
+    {
+      "hidden_size": 512,
+      "num_hidden_layers": 4,
+      "num_attention_heads": 8,
+      "num_key_value_heads": 4,
+      "intermediate_size": 1376,
+      "vocab_size": 32000,
+      "tie_word_embeddings": False,
+    },
+  ),
   "1B": ("meta-llama/Llama-3.2-1B", {}),
   "8B": ("meta-llama/Llama-3.1-8B", {}),
   "70B": (
@@ -32,7 +44,7 @@ MODELS = {
     {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672},
   ),
 }
-"""What their config.json says; that of 70B by what it differs in from that of 8B."""
+"""What their config.json says; that of 30M, which is none, and of 70B by what they differ in from others."""
 
 KINDS = ("full", "lora", "stored")
 TOPOLOGIES = ("v5e:8x8", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8", "v6e:8x8", "v6e:16x16")
@@ -112,7 +124,7 @@ def table(cells: dict[str, dict]) -> str:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/topologies"))
-  parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+  parser.add_argument("--models", nargs="+", default=["1B", "8B", "70B"], choices=list(MODELS))
   parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
   parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
   parser.add_argument("--by_compiler", action="store_true")
