@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpojax.kernels import head_on_cpu
+from dpojax.kernels import cut_head, head_on_cpu
+from dpojax.kernels.cut_head import CutHead
 from dpojax.kernels.head import (
   Head,
   default_size,
@@ -24,7 +25,7 @@ from dpojax.kernels.head import (
   wide,
   wide_zeros,
 )
-from dpojax.kernels.platform import arrays_are_cut, platform
+from dpojax.kernels.platform import arrays_are_cut, at_most, platform
 
 
 class SequenceLogProbs(NamedTuple):
@@ -36,7 +37,7 @@ class SequenceLogProbs(NamedTuple):
 
 def token_log_probs(
   hidden: jax.Array,
-  head: jax.Array | Head,
+  head: jax.Array | Head | CutHead,
   target: jax.Array,
   *,
   where: jax.Array | None = None,
@@ -51,7 +52,7 @@ def token_log_probs(
   Args:
     hidden: [..., S, D] hidden states that predict, in the compute dtype.
     head: [V, D] output embedding, the input embedding itself when tied; or a `Head`, which brings
-      its own bias and soft cap.
+      its own bias and soft cap; or a `CutHead`, inside a `shard_map` over its axis.
     target: [..., S] int, the id each hidden state has to predict, in 0..V-1.
     where: [..., S] bool, the tokens that count; the others give 0. They are put behind those that
       do, and chunks that hold nothing else are not computed.
@@ -67,9 +68,11 @@ def token_log_probs(
   Raises:
     ValueError: the shapes do not belong together.
   """
-  head = head if isinstance(head, Head) else Head(head, bias, soft_cap)
-  weights, bias, _ = head
-  if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != weights.shape[-1]:
+  head = head if isinstance(head, (Head, CutHead)) else Head(head, bias, soft_cap)
+  weights, bias = head.weights, head.bias
+  is_cut = isinstance(head, CutHead)
+  width = weights.shape[-1] * (jax.lax.axis_size(head.axis) if is_cut else 1)
+  if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != width:
     raise ValueError(
       f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
       f"{target.shape} do not belong together"
@@ -81,11 +84,16 @@ def token_log_probs(
       f"where [..., S] {where.shape} and target [..., S] {target.shape} do not belong together"
     )
   hidden, head, target, where = jax.tree.map(jnp.asarray, (hidden, head, target, where))
-  on_cpu = platform() == "cpu" and not arrays_are_cut()
-  size = chunk_size or (head_on_cpu.chunk_tokens if on_cpu else default_size)(weights.shape[0])
+  on_cpu = platform() == "cpu" and not arrays_are_cut() and not is_cut
+  tokens = cut_head.chunk_tokens if is_cut else head_on_cpu.chunk_tokens if on_cpu else default_size
+  size = chunk_size or tokens(weights.shape[0])
   chunks = in_chunks(target.shape, where, size=size, per_index=chunk_size is not None)
-  split = chunks.split(hidden, tail=1), head, chunks.split(target), chunks.count
-  values = head_on_cpu.chunked_log_probs(*split, chunks.cuts) if on_cpu else _chunked_log_probs(*split)
+  split = chunks.split(hidden, tail=1), head, chunks.split(target)
+  if on_cpu:
+    values = head_on_cpu.chunked_log_probs(*split, chunks.count, chunks.cuts)
+  else:
+    chunked = cut_head.chunked_log_probs if is_cut else _chunked_log_probs
+    values = chunked(*split, -(-chunks.count // chunks.cuts))
   values = chunks.join(values, target.shape)
   return values if where is None else jnp.where(where, values, 0)
 
@@ -100,7 +108,8 @@ def _forward(hidden, head, target, count):
   def one_chunk(c, normaliser):
     return normaliser.at[c].set(jax.nn.logsumexp(logits_of_chunk(hidden[c], head), axis=-1))
 
-  normaliser = jax.lax.fori_loop(0, count, one_chunk, jnp.zeros(target.shape, wide(hidden)))
+  with at_most(target.shape[0]):
+    normaliser = jax.lax.fori_loop(0, count, one_chunk, jnp.zeros(target.shape, wide(hidden)))
   # A target's own logit is one dot product, which is cheaper than to look it up among a chunk's logits.
   values = target_logits(hidden, head, target) - normaliser
   return values, (hidden, head, target, count, normaliser)
@@ -122,7 +131,8 @@ def _backward(residuals, cotangent):
 
   # The head's gradient is summed over all chunks in float32: in bfloat16 late chunks would be rounded away.
   zeros = jnp.zeros(hidden.shape, wide(hidden)), jax.tree.map(wide_zeros, head)
-  hidden_grad, head_grad = jax.lax.fori_loop(0, count, one_chunk, zeros)
+  with at_most(target.shape[0]):
+    hidden_grad, head_grad = jax.lax.fori_loop(0, count, one_chunk, zeros)
   head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
   return hidden_grad.astype(hidden.dtype), head_grad, None, None
 

@@ -21,11 +21,11 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from dpojax import plan
 from dpojax.data import loader, packing, tokenization
 from dpojax.data import report as report_lib
 from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
+from dpojax.plan import needs
 from dpojax.runtime import command_line, memory, processes
 from dpojax.runtime.command import command, say
 from dpojax.runtime.errors import ConfigError, UserError
@@ -159,7 +159,7 @@ def place(config: ml_collections.ConfigDict, data: resolve.Data, batches: Batche
     state,
     reference,
     about,
-    plan.flops_per_comparison(config, setup, batches.train.lengths),
+    needs.flops_per_comparison(config, setup, batches.train.lengths),
   )
 
 
@@ -171,8 +171,8 @@ def check_memory(config: ml_collections.ConfigDict, start: Start, batches: Batch
     say("the check of memory is left out: pmap over several processes compiles with its first step only")
     return
   stored = config.reference.mode == "stored" and start.objective.needs_reference
-  rows = plan.largest_rows(batches.train, start.objective.num_responses, devices, stored=stored)
-  plan.check_fits(start.train_step.compile(start.state, start.reference, rows))
+  rows = needs.largest_rows(batches.train, start.objective.num_responses, devices, stored=stored)
+  needs.check_fits(start.train_step.compile(start.state, start.reference, rows))
 
 
 def continue_from(

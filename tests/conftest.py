@@ -1,5 +1,6 @@
 """Eight CPU devices, no silent rank promotion, and the fixtures that several files use."""
 
+import importlib.util
 import os
 import pathlib
 import threading
@@ -43,7 +44,11 @@ LONGEST = (
 """Files that take minutes: they start first, so that no worker is left with one."""
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+  if importlib.util.find_spec("libtpu") is None:  # its wheel is 137 MB: `.ci/run topology` has it
+    without = [item for item in items if item.get_closest_marker("topology")]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
   for item in items:
     file = item.path.stem
     if file in fast.FILES or item.originalname in fast.TESTS.get(file, ()):

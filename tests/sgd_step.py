@@ -3,6 +3,7 @@
 python -m tests.sgd_step STRATEGY DATA FSDP TENSOR OUT [COORDINATOR NUM_PROCESSES PROCESS_ID]
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -41,21 +42,23 @@ def rows_of(examples, first=0, count=ROWS, row_length=64):
   )
 
 
-def objective(loss="dpo", axis_name=None):
+def objective(loss="dpo", axis_name=None, dtype="float32"):
+  config = dataclasses.replace(CONFIG, dtype=dtype)
   return preference.preference_objective(
-    transformer.make_apply(CONFIG), preference.make_terms([loss]), beta=0.3, axis_name=axis_name
+    transformer.make_apply(config), preference.make_terms([loss]), beta=0.3, axis_name=axis_name
   )
 
 
-def lifted(devices, *, rows_at_once=0, loss="dpo", row_length=64):
+def lifted(devices, *, rows_at_once=0, loss="dpo", row_length=64, dtype="float32"):
   """Returns the placed state after one step, and the metrics."""
   examples, params, reference = pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
   train_step = devices.lift(
     step.make_train_step(
-      objective(loss, devices.axis_name),
+      objective(loss, devices.axis_name, dtype),
       tx,
       axis_name=devices.axis_name,
+      over_rows=devices.over_rows,
       micro_batches=MicroBatches(rows_at_once, devices.global_shards),
     ),
     donate_state=True,

@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from dpojax import plan
 from dpojax.data import tokenization
 from dpojax.models import peft
+from dpojax.plan import needs
 from experiments import chat_pairs
 from experiments.benchmark import dpojax_side, inputs, report, trajectory
 from tests import worlds
@@ -57,7 +57,7 @@ def test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs(words, tmp_pat
   assert result["lengths"] == [[len(part) for part in each] for each in ids]
   rows = 8  # one on each device
   np.testing.assert_allclose(result["row_fill"], np.sum(result["lengths"]) / (3 * rows * 64))
-  flops = 8 * plan.necessary_flops(model, np.array(result["lengths"]), 4)
+  flops = 8 * needs.necessary_flops(model, np.array(result["lengths"]), 4)
   summary = {
     "case": "test",
     "date": "today",

@@ -49,6 +49,7 @@ ORDER = {
     "fused",
     "backends",
     "head",
+    "cut_head",
     "head_on_cpu",
     "distributions",
   ],
@@ -81,6 +82,7 @@ ORDER = {
   "models": [
     "config",
     "rotary",
+    "sharding",
     "transformer",
     "lora",
     "families",
@@ -109,6 +111,7 @@ ORDER = {
   ],
   "sample": ["sampler", "rollouts", "best_of_n", "draws", "generator", "current", "prompts", "files"],
   "evaluate": ["confidence", "judging", "scorers", "similarity", "report", "measure", "compare", "watching"],
+  "plan": ["needs", "topology", "program", "compiling", "roofline"],
   "export": ["verify", "writer"],
   "ppo": ["losses", "step", "config", "loop"],
   "online": ["config", "pairs", "labels", "rounds", "loop"],

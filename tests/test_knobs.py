@@ -71,6 +71,7 @@ def test_a_lift_gives_the_step_of_one_device(name, lift):
       objective(devices.axis_name),
       tx,
       axis_name=devices.axis_name,
+      over_rows=devices.over_rows,
       micro_batches=MicroBatches(0, devices.global_shards),
     ),
     donate_state=True,

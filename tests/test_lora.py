@@ -107,7 +107,12 @@ def test_gradient_of_an_adapter_is_that_of_the_kernels_through_the_product():
 def sgd_step(devices, config, base, adapter, rows):
   tx = optax.sgd(1.0)
   lifted = devices.lift(
-    step.make_train_step(objective_of(config, axis_name=devices.axis_name), tx, axis_name=devices.axis_name),
+    step.make_train_step(
+      objective_of(config, axis_name=devices.axis_name),
+      tx,
+      axis_name=devices.axis_name,
+      over_rows=devices.over_rows,
+    ),
     donate_state=True,
   )
   state, _ = lifted(

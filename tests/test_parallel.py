@@ -21,11 +21,11 @@ def one_device():
   return on_one_device("dpo")
 
 
-def on_one_device(loss, **options):
+def on_one_device(loss, dtype="float32", **options):
   """Params before and after the step on one device, without any lift, and its loss."""
   examples, params, reference = sgd_step.pieces(3 if loss == "kto" else 2)
   tx = optax.sgd(1.0)
-  train_step = jax.jit(step.make_train_step(sgd_step.objective(loss), tx))
+  train_step = jax.jit(step.make_train_step(sgd_step.objective(loss, dtype=dtype), tx))
   state, metrics = train_step(step.init_state(params, tx), reference, sgd_step.rows_of(examples, **options))
   return params, jax.device_get(state.params), float(metrics["loss"])
 
@@ -54,6 +54,22 @@ def test_rows_long_enough_for_attention_in_blocks_give_the_same_step():
   for devices in (parallel.Replicas(), parallel.Mesh(data=2, fsdp=2, tensor=2)):
     state, metrics = sgd_step.lifted(devices, row_length=160)
     assert_same_step(*jax.device_get(devices.collect((state.params, metrics["loss"]))), want)
+
+
+@pytest.mark.parametrize("data, fsdp, tensor", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_bfloat16_gradients_of_a_mesh_are_no_further_from_float32_than_those_of_one_device(
+  data, fsdp, tensor, one_device
+):
+  before, want, _ = one_device
+  _, alone, _ = on_one_device("dpo", "bfloat16")
+  devices = parallel.Mesh(data=data, fsdp=fsdp, tensor=tensor)
+  state, _ = sgd_step.lifted(devices, dtype="bfloat16")
+  errors = lambda got: jax.tree.map(lambda g, w: float(np.linalg.norm(g - w)), got, want)
+  ours, theirs = errors(jax.device_get(devices.collect(state.params))), errors(alone)
+  norm = lambda tree: np.linalg.norm(jax.tree.leaves(tree))
+  gradient = jax.tree.map(lambda b, w: float(np.linalg.norm(b - w)), before, want)
+  assert 1e-4 < norm(theirs) / norm(gradient) < 0.05  # else bfloat16 was none
+  assert norm(ours) <= 1.05 * norm(theirs)
 
 
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "kto", "bco"])

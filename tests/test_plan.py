@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import plan, train
+from dpojax import train
 from dpojax.models import config as model_config
+from dpojax.plan import needs as plan
 from dpojax.training import config as config_lib
 from dpojax.training import parallel, resolve, step
 from tests import conftest, worlds

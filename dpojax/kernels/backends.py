@@ -3,6 +3,7 @@
 import jax
 
 from dpojax.kernels import blockwise, fused
+from dpojax.kernels import platform as platform_lib
 from dpojax.kernels.attention import TokenIds, attention
 
 SHORT = 2 * blockwise.BLOCK
@@ -46,8 +47,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, asked: st
     asked: `ModelConfig.attention`.
     **choices: scale, window and soft_cap.
   """
-  platform = jax.default_backend()
-  form = attention_backend(asked, platform=platform, length=q.shape[1], fits=fused.fits(q, k, platform))
+  platform = platform_lib.platform()
+  fits = q.shape[1] <= SHORT or fused.fits(q, k, platform)  # what is traced for shapes alone is short
+  form = attention_backend(asked, platform=platform, length=q.shape[1], fits=fits)
   if form == "fused":
     return fused.fused_attention(q, k, v, ids, **choices)
   if form == "blockwise":

@@ -5,6 +5,7 @@ queries visits only the blocks of keys that some query of it may see, so in pack
 that of the comparisons, not of the row, and memory is linear in the row length.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.kernels.attention import TokenIds, kept, visible
-from dpojax.kernels.platform import arrays_are_cut, platform
+from dpojax.kernels.platform import ROWS, arrays_are_cut, at_most, cut_axes, platform
 
 BLOCK = 64
 """Tokens of a block. Half a comparison of HH: smaller blocks skip more, larger ones multiply better."""
@@ -91,8 +92,8 @@ def blockwise_attention(
 
 def _row_shards() -> int:
   """Devices that the rows are cut over, where the caller has set a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+  axes = cut_axes()
+  return math.prod(axes.get(name, 1) for name in ROWS)
 
 
 def visible_blocks(ids: TokenIds, *, window: int = 0) -> jax.Array:
@@ -230,11 +231,12 @@ def _forward(q, k, v, ids, form):
       return j + 1, new, total * old + jnp.sum(weights, axis=2), mixed
 
     numbers = q_part.shape[:2] + q_part.shape[3:]
-    _, most, total, mixed = jax.lax.while_loop(
-      lambda carry: carry[0] < count[at.row, at.block],
-      visit,
-      (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide), jnp.zeros(q_part.shape, wide)),
-    )
+    with at_most(q.shape[2]):
+      _, most, total, mixed = jax.lax.while_loop(
+        lambda carry: carry[0] < count[at.row, at.block],
+        visit,
+        (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide), jnp.zeros(q_part.shape, wide)),
+      )
     # Padding sees nothing: its sum is 0 and must not be divided by, nor its normaliser be -1e30.
     sees = most > NEVER / 2
     total = jnp.where(sees, total, 1)
@@ -282,9 +284,10 @@ def _backward(form, residuals, cotangent):
       v_grad = add(v_grad, _einsum("rmtgq,rmgqh->rmth", weights.astype(cotangent.dtype), cotangent_part))
       return j + 1, query_grad, k_grad, v_grad
 
-    _, query_grad, *grads = jax.lax.while_loop(
-      lambda carry: carry[0] < count[at.row, at.block], visit, (0, jnp.zeros(q_across.shape, wide), *grads)
-    )
+    with at_most(q.shape[2]):
+      _, query_grad, *grads = jax.lax.while_loop(
+        lambda carry: carry[0] < count[at.row, at.block], visit, (0, jnp.zeros(q_across.shape, wide), *grads)
+      )
     return _with_part(q_grad, query_grad, at, "rmhgt->rtmgh"), *grads
 
   q_grad, k_grad, v_grad = _over_queries(

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
+from dpojax.kernels import platform as platform_lib
 from dpojax.kernels.attention import TokenIds, kept, visible
 from dpojax.kernels.blockwise import NEVER, visible_blocks, visits, wide_of
 
@@ -57,20 +58,23 @@ def fused_attention(
   Args:
     q, k, v, ids, scale, window, soft_cap: see `blockwise.blockwise_attention`.
     block: tokens a block, of queries and of keys; 0 is what suits the platform.
-    platform: of `PLATFORMS`, whose kernel it is; '' is that of JAX's default backend.
+    platform: of `PLATFORMS`, whose kernel it is; '' is what is built for, see `platform.built_for`.
     interpret: runs the kernel as plain JAX, on any backend.
 
   Returns:
     [R, L, N, H] in the dtype of q.
   """
-  platform = platform or jax.default_backend()
+  platform = platform or platform_lib.platform()
   block = block or _block(platform, q.shape[-1], q.dtype.itemsize)
   form = Form(scale or q.shape[-1] ** -0.5, window, soft_cap, block, platform, interpret)
   return _over_devices(partial(_whole_blocks, form=form), q.shape[0], k.shape[2])(q, k, v, ids)
 
 
 def fits(q: jax.Array, k: jax.Array, platform: str) -> bool:
-  """Returns whether the memory of a processor here holds what a program needs of q and k at once."""
+  """Returns whether a processor's memory holds what a program needs of q and k at once.
+
+  A TPU's is that of the mesh that the caller has set, or of the machine's own.
+  """
   _, length, heads, head_size = q.shape
   if platform != "tpu":
     return True
@@ -93,11 +97,11 @@ def _block(platform: str, head_size: int, itemsize: int) -> int:
 
 def _over_devices(function: Callable, rows: int, key_heads: int) -> Callable:
   """Returns the function over q, k, v and ids, cut over the mesh that the caller has set."""
-  mesh = jax.sharding.get_abstract_mesh()
+  axes = platform_lib.cut_axes()
 
   def cut(size, *names):
-    names = tuple(name for name in names if name in mesh.shape)
-    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    names = tuple(name for name in names if name in axes)
+    return names if names and size % math.prod(axes[name] for name in names) == 0 else None
 
   at_rows, at_heads = cut(rows, "data", "fsdp"), cut(key_heads, "tensor")
   if not (at_rows or at_heads):

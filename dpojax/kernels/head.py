@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpojax.kernels.platform import arrays_are_cut, platform
+from dpojax.kernels.platform import arrays_are_cut, at_most, platform
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once when no chunk size is given: 2**24 float32 values, 64 MiB."""
@@ -193,7 +193,8 @@ def over_chunks(count, cuts: int, step: Callable, read: Any, written: Any, carry
     return jax.lax.fori_loop(first, last, lambda c, both: step(c, read, *both), (written, carry))
 
   if cuts == 1:
-    return loop(0, count, read, written, carry)
+    with at_most(jax.tree.leaves(read)[0].shape[0]):
+      return loop(0, count, read, written, carry)
   whole = count // cuts
   in_pieces = partial(jax.tree.map, lambda x: x.reshape(-1, x.shape[1] // cuts, *x.shape[2:]))
   written, carry = loop(0, whole, read, written, carry)

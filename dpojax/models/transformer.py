@@ -13,8 +13,9 @@ import numpy as np
 
 from dpojax.kernels.attention import KEPT, Keys, TokenIds, cached_attention
 from dpojax.kernels.backends import attend
+from dpojax.kernels.cut_head import CutHead
 from dpojax.kernels.head import Head
-from dpojax.models import rotary
+from dpojax.models import rotary, sharding
 from dpojax.models.config import ModelConfig
 
 SEEN = "seen"
@@ -28,11 +29,11 @@ class Outputs(NamedTuple):
   """What an `apply(params, rows)` returns to the objectives.
 
   `hidden` [R, L, D]; `head`, the output embedding [V, D], or a `Head` where logits have a bias or a
-  soft cap; `reward_head` [D], or None.
+  soft cap, or a `CutHead` inside a mesh; `reward_head` [D], or None.
   """
 
   hidden: jax.Array
-  head: jax.Array | Head
+  head: jax.Array | Head | CutHead
   reward_head: jax.Array | None = None
 
 
@@ -248,8 +249,9 @@ class Embed(nn.Module):
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
-    table = self.param("embedding", nn.initializers.normal(0.02), (self.size, self.config.width))
-    return jnp.asarray(table)[ids].astype(self.config.dtype)
+    end, shape = f"{self.name}/embedding", (self.size, self.config.width)
+    table = self.param("embedding", nn.initializers.normal(0.02), sharding.held(end, shape))
+    return sharding.embedded(table, ids, end, self.config.dtype)
 
 
 class Transformer(nn.Module):
@@ -280,7 +282,9 @@ class Transformer(nn.Module):
       x = x + Embed(config, config.max_positions, name="positions")(positions)
     # Declared here and applied elsewhere: logits of all tokens are never made, see `dpojax.log_probs`.
     if not config.tie_embeddings:
-      self.param("head", nn.initializers.normal(0.02), (config.vocab_size, config.width))
+      self.param(
+        "head", nn.initializers.normal(0.02), sharding.held("head", (config.vocab_size, config.width))
+      )
     if config.head_bias:
       self.param("head_bias", nn.initializers.zeros, (config.vocab_size,))
     if config.reward_head:
@@ -311,9 +315,15 @@ class Transformer(nn.Module):
     period, rotary_tables = len(windows), _rotary_tables(config, ids.position)
 
     def rematerialised(prevent_cse):
-      if config.remat == "none":
-        return Block
-      return nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[config.remat])
+      block, policy = Block, REMAT_POLICIES.get(config.remat)
+      if sharding.is_cut():
+        whole = partial(sharding.whole, dtype=config.dtype)
+        block = nn.map_variables(Block, ["params", ADAPTER], trans_in_fn=whole)
+        if config.remat == "none":
+          policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+      elif config.remat == "none":
+        return block
+      return nn.remat(block, prevent_cse=prevent_cse, policy=policy)
 
     written = []
     if scanned:
@@ -425,12 +435,11 @@ def output_head(params: dict) -> jax.Array:
   return params["head"] if "head" in params else params["embed"]["embedding"]
 
 
-def make_head(config: ModelConfig, params: dict) -> jax.Array | Head:
-  """Returns what turns hidden states into logits: the output embedding, or a `Head` of it."""
-  weights = output_head(params)
-  if not (config.head_bias or config.logit_soft_cap):
-    return weights
-  return Head(weights, params.get("head_bias"), config.logit_soft_cap or None)
+def make_head(config: ModelConfig, params: dict) -> jax.Array | Head | CutHead:
+  """Returns what turns hidden states into logits: the output embedding, a `Head` of it, or a `CutHead`."""
+  end = "head" if "head" in params else "embed/embedding"
+  bias = params.get("head_bias") if config.head_bias else None
+  return sharding.head_of(end, output_head(params), bias, config.logit_soft_cap or None)
 
 
 def make_apply(config: ModelConfig):

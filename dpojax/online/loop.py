@@ -30,12 +30,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from dpojax import plan, train
+from dpojax import train
 from dpojax.data import loader, tokenization, tokenized
 from dpojax.models.config import ModelConfig
 from dpojax.online import config as online_config
 from dpojax.online import pairs, rounds
 from dpojax.online.labels import Labeller, make_labeller
+from dpojax.plan import needs
 from dpojax.runtime.command import say
 from dpojax.runtime.stopping import stop_signal
 from dpojax.sample.current import Current
@@ -106,7 +107,9 @@ def _run(config, workdir: pathlib.Path, data, labeller, callback) -> dict[str, f
     log, stop_asked = held.enter_context(Log(workdir, training, first)), held.enter_context(stop_signal())
     profile = held.enter_context(Profile(config_lib.profiled_steps(training), workdir))
     loop = train.Loop(training, workdir, data, start, batches, devices, checkpoints, log, first)
-    flops = functools.partial(plan.flops_per_comparison, training, start._replace(state=None, reference=None))
+    flops = functools.partial(
+      needs.flops_per_comparison, training, start._replace(state=None, reference=None)
+    )
     del start  # the loop's copies are donated step by step; a second name would keep what they were
     offline = settings.offline_steps
     if settings.reference == "last_round":

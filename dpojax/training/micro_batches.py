@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpojax.kernels.platform import at_most, row_axes
+
 
 class MicroBatches(NamedTuple):
   """How rows [R, ...] are taken.
@@ -17,11 +19,14 @@ class MicroBatches(NamedTuple):
   Attributes:
     rows_at_once: rows of a shard in a part; 0 takes all rows at once.
     shards: runs of R / shards rows that stand on different devices, for a global array; 1 where
-      each device sees its own rows only.
+      each device sees its own rows only, as inside of a `shard_map` over the axes of rows.
   """
 
   rows_at_once: int = 0
   shards: int = 1
+
+  def _shards(self) -> int:
+    return 1 if row_axes() else self.shards
 
   def split(self, rows: Any) -> Any:
     """[R, ...] -> [parts, shards * rows_at_once, ...].
@@ -30,14 +35,14 @@ class MicroBatches(NamedTuple):
       ValueError: the rows of a shard are no multiple of `rows_at_once`.
     """
 
+    shards = self._shards()
+
     def one(x):
-      if x.shape[0] % (self.shards * self.rows_at_once):
-        raise ValueError(
-          f"{x.shape[0]} rows on {self.shards} shards cannot be taken {self.rows_at_once} at once"
-        )
+      if x.shape[0] % (shards * self.rows_at_once):
+        raise ValueError(f"{x.shape[0]} rows on {shards} shards cannot be taken {self.rows_at_once} at once")
       # Rows of one shard lie together; the k-th part takes the k-th run of each, so nothing moves between
       # devices.
-      x = x.reshape(self.shards, -1, self.rows_at_once, *x.shape[1:])
+      x = x.reshape(shards, -1, self.rows_at_once, *x.shape[1:])
       return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
     return jax.tree.map(one, rows)
@@ -45,8 +50,10 @@ class MicroBatches(NamedTuple):
   def join(self, values: Any) -> Any:
     """The inverse of `split`."""
 
+    shards = self._shards()
+
     def one(x):
-      x = x.reshape(x.shape[0], self.shards, self.rows_at_once, *x.shape[2:])
+      x = x.reshape(x.shape[0], shards, self.rows_at_once, *x.shape[2:])
       return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
 
     return jax.tree.map(one, values)
@@ -61,7 +68,8 @@ class MicroBatches(NamedTuple):
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     add = lambda i, sums: jax.tree.map(jnp.add, sums, function(jax.tree.map(lambda x: x[i], parts)))
     # A traced bound: steps with fewer rows run fewer rounds of the same program.
-    return jax.lax.fori_loop(0, _filled(parts), add, zeros)
+    with at_most(parts.example.shape[0]):
+      return jax.lax.fori_loop(0, _filled(parts), add, zeros)
 
   def map(self, function: Callable[[Any], Any], rows: Any) -> Any:
     """Returns function(part), values of each row, for all rows [R, ...]."""
@@ -73,4 +81,6 @@ class MicroBatches(NamedTuple):
 def _filled(parts: Any) -> jax.Array:
   """The number of parts up to the last that holds a comparison."""
   holds = jnp.any(parts.example >= 0, axis=tuple(range(1, parts.example.ndim)))
-  return jnp.max(jnp.where(holds, jnp.arange(1, holds.size + 1), 0))
+  filled = jnp.max(jnp.where(holds, jnp.arange(1, holds.size + 1), 0))
+  # Inside of a mesh each device sees its own; what they exchange in a part they must all come to.
+  return jax.lax.pmax(filled, row_axes()) if row_axes() else filled

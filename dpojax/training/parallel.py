@@ -17,44 +17,21 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dpojax.data.packing import Rows
+from dpojax.kernels.platform import ROWS
+from dpojax.models import sharding
 
 STRATEGIES = ("pmap", "mesh")
 AXIS = "replica"
-
-PARTITION = {
-  "embed/embedding": ("tensor", "fsdp"),
-  "positions/embedding": (None, "fsdp"),
-  "head": ("tensor", "fsdp"),
-  "head_bias": ("tensor",),
-  "query/kernel": ("fsdp", "tensor", None),
-  "key/kernel": ("fsdp", "tensor", None),
-  "value/kernel": ("fsdp", "tensor", None),
-  "attention_out/kernel": ("tensor", None, "fsdp"),
-  "gate/kernel": ("fsdp", "tensor"),
-  "up/kernel": ("fsdp", "tensor"),
-  "down/kernel": ("tensor", "fsdp"),
-  **{f"{name}/a": ("fsdp", None) for name in ("query", "key", "value", "gate", "up")},
-  **{f"{name}/b": (None, "tensor", None) for name in ("query", "key", "value")},
-  "attention_out/a": ("tensor", None, None),
-  "attention_out/b": (None, "fsdp"),
-  "gate/b": (None, "tensor"),
-  "up/b": (None, "tensor"),
-  "down/a": ("tensor", None),
-  "down/b": (None, "fsdp"),
-}
-"""Axes the trailing dimensions of a parameter are cut over, by the end of its path.
-
-The `a` and `b` of an adapter are cut as the inputs and outputs of the kernel they belong to.
-"""
 
 
 class Replicas:
   """Every local device holds everything; gradients are summed by `pmap` over all devices."""
 
   axis_name = AXIS
+  over_rows = None  # `pmap` sums
   global_shards = 1  # a device sees its own rows only
 
   def __init__(self):
@@ -126,29 +103,33 @@ class Replicas:
 
 
 class Mesh:
-  """Rows cut over data and fsdp, parameters over fsdp and tensor, as `PARTITION` says."""
+  """Rows cut over data and fsdp, parameters over fsdp and tensor, as `sharding.PARTITION` says."""
 
   axis_name = None
   compiles_ahead = True
 
   def __init__(
-    self, *, data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    self, *, data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | int | None = None
   ):
     """Makes the mesh of all devices, or of those given; data = 0 takes what fsdp and tensor leave.
+
+    Args:
+      data, fsdp, tensor: sizes of its axes.
+      devices: those it is of. A number stands for as many that need not be: steps can be traced, no more.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.
     """
-    count = len(devices) if devices else jax.device_count()
+    is_abstract = isinstance(devices, int)
+    count = devices if is_abstract else len(devices) if devices else jax.device_count()
     data = data or max(1, count // (fsdp * tensor))
     if data * fsdp * tensor != count:
       raise ValueError(
         f"parallel.data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor} "
         f"but there are {count} devices; change the axes to multiply to {count}"
       )
-    self.mesh = jax.make_mesh(
-      (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    axes = (data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    self.mesh = AbstractMesh(*axes) if is_abstract else jax.make_mesh(*axes, devices=devices)
     self.row_multiple = self.global_shards = data * fsdp
     self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
@@ -159,16 +140,44 @@ class Mesh:
     )
 
   def _sharding(self, name: str, leaf: Any) -> NamedSharding:
-    axes = next((axes for end, axes in PARTITION.items() if name == end or name.endswith("/" + end)), ())
-    # Optimizers keep scalars and factored moments under their parameter's path: those are whole everywhere.
-    if len(axes) > len(leaf.shape):
-      axes = ()
-    # Stacked layers have an axis in front: it is never cut, a scan takes one layer at a time.
-    axes = (None,) * (len(leaf.shape) - len(axes)) + axes
-    fits = (
-      axis if axis and size % self.mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)
-    )
-    return NamedSharding(self.mesh, PartitionSpec(*fits))
+    return NamedSharding(self.mesh, sharding.spec_of(name, leaf.shape, self.mesh.shape))
+
+  def over_rows(self, sums: Callable) -> Callable:
+    """Returns a function that gives sums over the rows of all devices of one that gives those of its rows.
+
+    What devices exchange is said in `models.sharding`, but over the tensor axis, where the compiler decides.
+
+    Args:
+      sums: (params, reference, rows, at) -> (gradients of params, then trees of sums).
+    """
+    sizes = dict(self.mesh.shape)
+    inside = set(ROWS) | ({"tensor"} if sizes["tensor"] == 1 else set())
+
+    def specs(tree):
+      def of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = sharding.spec_of(name, leaf.shape, sizes)
+        return PartitionSpec(*(axis if axis in inside else None for axis in axes))
+
+      return jax.tree_util.tree_map_with_path(of, tree)
+
+    def over_all(params, reference, rows, at):
+      whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, reference))
+
+      def of_device(params, reference, rows, at):
+        with sharding.cut(*whole, sizes=sizes):
+          gradients, *others = sums(params, reference, rows, at)
+        return sharding.summed_over_rows(gradients, whole[0], sizes), *jax.lax.psum(others, ROWS)
+
+      by_rows, everywhere = PartitionSpec(ROWS), PartitionSpec()
+      in_specs = (specs(params), specs(reference), jax.tree.map(lambda _: by_rows, rows), everywhere)
+      shapes = jax.eval_shape(sums, *whole, rows, at)
+      out_specs = (in_specs[0], *jax.tree.map(lambda _: everywhere, tuple(shapes[1:])))
+      return jax.shard_map(
+        of_device, in_specs=in_specs, out_specs=out_specs, axis_names=inside, check_vma=False
+      )(params, reference, rows, at)
+
+    return over_all
 
   def place_shard(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> jax.Array:
     """Returns a parameter as a global array, of which each local device's part is read in turn.
@@ -178,8 +187,8 @@ class Mesh:
       leaf: its shape and dtype.
       read: index -> that part of it, as a new NumPy array. The host holds one part at a time.
     """
-    sharding, parts = self._sharding(path, leaf), []
-    places = sharding.addressable_devices_indices_map(leaf.shape).items()
+    cut, parts = self._sharding(path, leaf), []
+    places = cut.addressable_devices_indices_map(leaf.shape).items()
     for _, same in itertools.groupby(sorted(places, key=_span), _span):
       same = list(same)
       # Devices that hold the same part get copies of one read: the host never holds two parts.
@@ -187,7 +196,7 @@ class Mesh:
       parts += [jax.device_put(part, device) for device, _ in same]
       # The copy to the devices must be done before the next part is read over its memory.
       jax.block_until_ready(parts)
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+    return jax.make_array_from_single_device_arrays(leaf.shape, cut, parts)
 
   def place(self, tree: Any, *, donated: bool = True) -> Any:
     """Returns the tree as global arrays, each device with its part.
@@ -198,21 +207,19 @@ class Mesh:
         then copied; else they are what is returned.
     """
 
-    def place(leaf, sharding):
-      if isinstance(leaf, jax.Array) and (leaf.sharding == sharding or not leaf.is_fully_addressable):
+    def place(leaf, cut):
+      if isinstance(leaf, jax.Array) and (leaf.sharding == cut or not leaf.is_fully_addressable):
         # Donated arrays are given away by the first step: an alias of the caller's would go with them.
-        return jax.device_put(leaf, sharding, may_alias=not donated)
+        return jax.device_put(leaf, cut, may_alias=not donated)
       array = np.asarray(leaf)
-      return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+      return jax.make_array_from_callback(array.shape, cut, lambda index: array[index])
 
     return jax.tree.map(place, tree, self.shardings(tree))
 
   def placed(self, tree: Any) -> Any:
     """Returns the shapes, with shardings, that `place` would give, of a tree of arrays or shapes."""
     return jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      tree,
-      self.shardings(tree),
+      lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), tree, self.shardings(tree)
     )
 
   def placed_rows(self, rows: Rows) -> Rows:
@@ -269,6 +276,8 @@ class Mesh:
     return CompiledStep(jax.jit(pinned, donate_argnums=(0,)), self._context)
 
   def _context(self) -> contextlib.AbstractContextManager:
+    if isinstance(self.mesh, AbstractMesh):
+      return jax.sharding.use_abstract_mesh(self.mesh)
     return jax.set_mesh(self.mesh)
 
 
@@ -278,6 +287,8 @@ class EnsembleMesh(Mesh):
   What it lifts is a step mapped over runs by `jax.vmap`, in which no mesh is set: a run sees its own
   rows only.
   """
+
+  over_rows = None
 
   def __init__(self, count: int):
     """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
@@ -309,10 +320,19 @@ class CompiledStep:
       # What `compile` made ahead is not found by jit's own cache: it is looked up by the shapes of the rows.
       return self._compiled.get(_shapes(args[-1]), self._jitted)(*args)
 
+  def trace(self, *args: Any) -> jax.stages.Traced:
+    """Returns the program for arguments, or their shapes as placed, as JAX has it."""
+    with self._context():
+      return self._jitted.trace(*args)
+
+  def lower(self, *args: Any) -> jax.stages.Lowered:
+    """Returns the program for arguments, or their shapes as placed, before its compiler has seen it."""
+    with self._context():
+      return self._jitted.lower(*args)
+
   def compile(self, *args: Any) -> jax.stages.Compiled:
     """Compiles for arguments, or their shapes as placed; calls with such a last one use it."""
-    with self._context():
-      compiled = self._jitted.lower(*args).compile()
+    compiled = self.lower(*args).compile()
     self._compiled[_shapes(args[-1])] = compiled
     return compiled
 
@@ -326,14 +346,16 @@ def _span(place: tuple[Any, tuple[slice, ...]]) -> list[int]:
   return [part.start or 0 for part in place[1]]
 
 
-def make_parallel(strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 1):
-  """Returns `Replicas` ('pmap') or `Mesh` ('mesh').
+def make_parallel(
+  strategy: str, *, data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+):
+  """Returns `Replicas` ('pmap') or `Mesh` ('mesh'), over all devices; the latter over those given, if any.
 
   Raises:
     ValueError: the strategy is unknown, or the axes do not fit it or the devices.
   """
   if strategy == "mesh":
-    return Mesh(data=data, fsdp=fsdp, tensor=tensor)
+    return Mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
   if strategy != "pmap":
     raise ValueError(f"parallel.strategy is {strategy!r}; it must be one of {STRATEGIES}")
   if (fsdp, tensor) != (1, 1) or data not in (0, jax.device_count()):

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from dpojax import losses
 from dpojax.data.packing import Rows
+from dpojax.kernels.cut_head import whole_head
 from dpojax.kernels.distributions import token_kl_from, token_log_collisions, token_mixed_log_probs
+from dpojax.kernels.platform import row_axes
 from dpojax.log_probs import predicting_states, sum_by_slots, token_log_probs
 from dpojax.losses import Pair
 from dpojax.training.objectives import (
@@ -42,7 +44,7 @@ class Responses(NamedTuple):
     mixed: epsilon-DPO's log-probs [R, P, K] of the policy moved to the reference and away, or None.
     running: beta-DPO's running mean and deviation of margins, those of this step included, or None.
     noise: [R, P] beta-DPO's uniform draws, or None.
-    axis_name: the mapped axis that the step's rows are spread over, or None.
+    axis_name: the mapped axis, or axes, that the step's rows are spread over, or None.
   """
 
   policy: jax.Array
@@ -55,7 +57,7 @@ class Responses(NamedTuple):
   mixed: tuple[jax.Array, jax.Array] | None
   running: losses.RunningMargins | None
   noise: jax.Array | None
-  axis_name: str | None
+  axis_name: str | tuple[str, ...] | None
 
   @property
   def there(self) -> jax.Array:
@@ -422,6 +424,7 @@ def preference_objective(
   remembers = by_step in forms
 
   def read(params, reference, rows, step, memory) -> Responses:
+    across = axis_name or row_axes() or None
     outputs, frozen_outputs = apply(params, rows), None
     tokens, policy, shared = score(outputs, rows, step)
     frozen, frozen_shared = jax.tree.map(jnp.zeros_like, (policy, shared))
@@ -434,7 +437,7 @@ def preference_objective(
     kl = None
     if kto in forms:
       mismatched = policy[..., -1] - frozen[..., -1]
-      kl = jnp.maximum(step_mean(mismatched, lengths[..., -1] > 0, axis_name=axis_name), 0)
+      kl = jnp.maximum(step_mean(mismatched, lengths[..., -1] > 0, axis_name=across), 0)
     weights = jnp.ones(policy.shape[:-1])
     if wpo:
       weights = _wpo_weights(outputs, rows, tokens, lengths, chunk_size)
@@ -449,7 +452,7 @@ def preference_objective(
       *_of_every_token(terms, outputs, frozen_outputs, rows, rows_hold, chunk_size),
       running=None,
       noise=None,
-      axis_name=axis_name,
+      axis_name=across,
     )
     if memory is None:
       return responses
@@ -524,7 +527,7 @@ def _metrics(responses: Responses, reading: Reading, beta, needs_reference: bool
   return metrics
 
 
-def step_mean(values: jax.Array, where: jax.Array, *, axis_name: str | None) -> jax.Array:
+def step_mean(values: jax.Array, where: jax.Array, *, axis_name: str | tuple[str, ...] | None) -> jax.Array:
   """Returns the mean over the whole step, without gradient."""
   mean = jax.lax.stop_gradient(mean_where(values, where))
   if axis_name is not None:
@@ -532,7 +535,7 @@ def step_mean(values: jax.Array, where: jax.Array, *, axis_name: str | None) -> 
   return mean.total / jnp.maximum(mean.count, 1)
 
 
-def _whole_step(values: jax.Array, *, axis_name: str | None) -> jax.Array:
+def _whole_step(values: jax.Array, *, axis_name: str | tuple[str, ...] | None) -> jax.Array:
   """[R, P] -> [R * P] of all devices that a mapped axis spreads rows over."""
   values = values.reshape(-1)
   if axis_name is None:
@@ -560,7 +563,7 @@ def _of_every_token(
     part
     for each in (outputs, reference_outputs)
     if readers
-    for part in (predicting_states(each.hidden, rows.source), each.head)
+    for part in (predicting_states(each.hidden, rows.source), whole_head(each.head, each.hidden.dtype))
   ]
   if with_token_kl in readers:
     tokens = token_kl_from(*models, where=_scored(rows, num_responses), chunk_size=chunk_size)
@@ -631,8 +634,7 @@ def _pair_masks(rows: Rows, num_responses: int) -> Pair:
 
 def _wpo_weights(outputs, rows: Rows, tokens, lengths, chunk_size) -> jax.Array:
   outputs = jax.lax.stop_gradient(outputs)
-  collisions = token_log_collisions(
-    predicting_states(outputs.hidden, rows.source), outputs.head, chunk_size=chunk_size
-  )
+  hidden, head = outputs.hidden, whole_head(outputs.head, outputs.hidden.dtype)
+  collisions = token_log_collisions(predicting_states(hidden, rows.source), head, chunk_size=chunk_size)
   alignment = _by_response(tokens - collisions, rows, lengths.shape[-1])
   return losses.wpo_weights(pair_of(losses.length_normalize(alignment, lengths)))

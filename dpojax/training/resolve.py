@@ -16,6 +16,7 @@ from dpojax.data import report as data_report
 from dpojax.data.examples import DataError, Example
 from dpojax.data.truncation import end_kept
 from dpojax.kernels import backends
+from dpojax.kernels.platform import platform
 from dpojax.models import config as model_config
 from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
@@ -177,16 +178,24 @@ def use_compile_cache(config: ml_collections.ConfigDict | None = None) -> None:
       keep_compiled(pathlib.Path(folder).expanduser().absolute())
 
 
-def make_devices(config: ml_collections.ConfigDict) -> Replicas | Mesh:
+def make_devices(
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Replicas | Mesh:
   """Returns the lift over all devices that the config names.
+
+  Args:
+    config: all keys.
+    devices: those it is over; by default all that jax sees.
 
   Raises:
     ConfigError: its axes do not fit the devices, or its form of attention does not run on them.
   """
   settings = config.parallel
   try:
-    backends.attention_backend(config.model.attention, platform=jax.default_backend())
-    return make_parallel(settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
+    backends.attention_backend(config.model.attention, platform=platform())
+    return make_parallel(
+      settings.strategy, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor, devices=devices
+    )
   except ValueError as error:
     raise ConfigError(f"config.{error}") from error
 
@@ -261,6 +270,7 @@ def make_train_step(
       schedule=schedule,
       micro_batches=micro_batches_of(config, devices),
       axis_name=devices.axis_name,
+      over_rows=devices.over_rows,
     ),
     donate_state=True,
   )

@@ -262,6 +262,7 @@ def make_train_step(
   schedule: optax.Schedule | None = None,
   micro_batches: MicroBatches = MicroBatches(),
   axis_name: str | None = None,
+  over_rows: Callable[[Callable], Callable] | None = None,
 ) -> Callable:
   """Returns `train_step(state, reference, rows) -> (state, metrics)`, a pure function.
 
@@ -275,6 +276,8 @@ def make_train_step(
     schedule: the learning rate by step, for the metrics.
     micro_batches: how many of the rows are computed at once.
     axis_name: the mapped axis gradients and metrics are summed over, under `pmap`.
+    over_rows: how gradients and metrics of the rows of each device become those of all on a mesh, see
+      `parallel.Mesh.over_rows`; None leaves it to the compiler.
   """
 
   def loss_total(params, reference, rows, at):
@@ -285,9 +288,12 @@ def make_train_step(
     (_, (count, metrics)), grads = jax.value_and_grad(loss_total, has_aux=True)(params, reference, rows, at)
     return grads, count, metrics
 
+  def of_rows(params, reference, rows, at):
+    return micro_batches.sum(lambda part: one_part(params, reference, part, at), rows)
+
   def train_step(state, reference, rows):
     at = state.step, None if objective.memory is None else state.opt_state.memory
-    sums = micro_batches.sum(lambda part: one_part(state.params, reference, part, at), rows)
+    sums = (over_rows or (lambda f: f))(of_rows)(state.params, reference, rows, at)
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums

@@ -160,7 +160,7 @@ def matmul_rate() -> float:
 def main():
   import jax
 
-  from dpojax import plan
+  from dpojax.plan import needs
   from experiments.benchmark import inputs, report
 
   args = parse()
@@ -237,7 +237,7 @@ def main():
     "results": results,
     "tokens_per_pair": float(np.mean(2 * lengths[:, 0] + lengths[:, 1:].sum(1))),
     "flops": {
-      side: args.batch_size * plan.necessary_flops(model, lengths, 3 if side.endswith("stored") else 4)
+      side: args.batch_size * needs.necessary_flops(model, lengths, 3 if side.endswith("stored") else 4)
       for side in sides
     },
   }

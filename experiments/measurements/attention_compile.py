@@ -18,27 +18,14 @@ from jax.sharding import SingleDeviceSharding
 
 from dpojax.kernels.attention import TokenIds
 from dpojax.kernels.fused import fused_attention
-
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 l2_cache_size: 52428800
-  device_memory_size: 84978434048 memory_bandwidth: 3352320000000
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from dpojax.plan.topology import GPUS
 
 CHIPS = {
   **{
     name: dict(platform="tpu", topology_name=f"{name}:{shape}")
     for name, shape in (("v4", "2x2x1"), ("v5e", "2x2"), ("v5p", "2x2x1"), ("v6e", "2x2"))
   },
-  "h100": dict(platform="cuda", topology="1x1x1", target_config=H100),
+  "h100": dict(platform="cuda", topology="1x1x1", target_config=GPUS["h100"]),
 }
 
 CASES = [  # R, L, N, M, H, dtype, form

@@ -12,7 +12,7 @@ import argparse
 import jax
 import numpy as np
 
-from dpojax import plan
+from dpojax.plan import needs
 from dpojax.training import config as config_lib
 
 HEADS, VOCABULARY = 4, 50257
@@ -41,10 +41,10 @@ def config_of(length: int):
   return config
 
 
-def step_needs(length: int) -> plan.Needs:
+def step_needs(length: int) -> needs.Needs:
   """Returns what a step on rows of that many tokens needs."""
   comparison = np.array([[length // 2, length // 4, length // 4]])
-  return plan.plan(config_of(length), comparison)
+  return needs.plan(config_of(length), comparison)
 
 
 def main():

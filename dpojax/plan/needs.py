@@ -1,30 +1,29 @@
 """What a run will need of its devices, from its compiled step: before there are weights, or devices.
 
-python -m dpojax.plan --config=FILE[:arg] [--config.key=value ...] [--devices=8] [--chip=h100]
-    [--lengths=110,70,70]
-
-Compiles the train step that the run would use, over as many simulated CPU devices as asked, and
-prints the memory of each and the arithmetic of a step. Weights are neither read nor made: of a
-Hugging Face model only the config.json has to be there. With --lengths, the mean tokens of a prompt
-and of its responses, no data are read either.
+Weights are neither read nor made: of a Hugging Face model only the config.json has to be there.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from absl import flags
 
-from dpojax.data import packing
+from dpojax.data import loader, packing
+from dpojax.models import sharding
 from dpojax.models.config import ModelConfig
-from dpojax.runtime import command_line
-from dpojax.runtime.command import command
 from dpojax.runtime.errors import ConfigError
 from dpojax.training import config as config_lib
-from dpojax.training import parallel, resolve, weights
+from dpojax.training import parallel, resolve
 from dpojax.training import step as step_lib
 from dpojax.training.throughput import CHIPS
+
+SMALLER = (
+  "lower rows_at_once (1 is least), set model.remat='full', parallel.strategy='mesh' with a larger "
+  "parallel.fsdp, reference.mode='stored' or lora.rank"
+)
+"""What makes a step smaller."""
 
 
 class Lengths(NamedTuple):
@@ -66,47 +65,76 @@ class Needs(NamedTuple):
   step_rows: int
 
 
-def plan(config: ml_collections.ConfigDict, lengths: np.ndarray | None = None) -> Needs:
-  """Returns what a run of the config needs.
+class Step(NamedTuple):
+  """A run's step and the shapes of its arguments as placed: all that it takes to compile it."""
+
+  config: ml_collections.ConfigDict
+  devices: Any
+  setup: resolve.Setup
+  batches: loader.Loader
+  train_step: parallel.CompiledStep
+  state: step_lib.TrainState
+  reference: Any
+  rows: packing.Rows
+
+
+def step_of(
+  config: ml_collections.ConfigDict,
+  lengths: np.ndarray | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Step:
+  """Returns the step of a run of the config, with its largest rows.
 
   Args:
     config: all keys.
     lengths: [N, 1 + K] tokens of prompts and responses; None reads the run's data.
+    devices: what it is placed on; by default all that jax sees.
 
   Raises:
     ConfigError, DataError, CheckpointError, PackingError: something given cannot be used.
   """
   config_lib.validate(config)
-  devices = resolve.make_devices(config)
+  lift = resolve.make_devices(config, devices)
   if lengths is None:
     subset = resolve.load_data(config).train
   else:
     subset = Lengths(lengths, {name: np.ones(len(lengths)) for name in config_lib.columns_of(config)})
-  batches = resolve.make_loader(config, subset, devices)
-  setup = resolve.make_setup_of_shapes(config, axis_name=devices.axis_name)
-  tx, train_step = resolve.make_train_step(config, setup.objective, devices)
-  state = devices.placed(jax.eval_shape(lambda x: step_lib.init_state(x, tx), setup.params))
+  batches = resolve.make_loader(config, subset, lift)
+  setup = resolve.make_setup_of_shapes(config, axis_name=lift.axis_name)
+  tx, train_step = resolve.make_train_step(config, setup.objective, lift)
+  state = lift.placed(jax.eval_shape(lambda x: step_lib.init_state(x, tx), setup.params))
   stored = config.reference.mode == "stored" and setup.objective.needs_reference
   reference = None
   if setup.reference is not None and (config.lora.rank or not stored):
-    reference = devices.placed(setup.reference)
-  rows = largest_rows(batches, setup.objective.num_responses, devices, stored=stored)
-  compiled = train_step.compile(state, reference, rows)
-  memory = compiled.memory_analysis()
+    reference = lift.placed(setup.reference)
+  rows = largest_rows(batches, setup.objective.num_responses, lift, stored=stored)
+  return Step(config, lift, setup, batches, train_step, state, reference, rows)
+
+
+def plan(config: ml_collections.ConfigDict, lengths: np.ndarray | None = None) -> Needs:
+  """Returns what a run of the config needs of the devices that jax sees: see `step_of`."""
+  step = step_of(config, lengths)
+  compiled = step.train_step.compile(step.state, step.reference, step.rows)
+  counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+  return needs_of(step, compiled.memory_analysis().temp_size_in_bytes, peak_bytes(compiled), counted)
+
+
+def needs_of(step: Step, temporaries: int, peak: int, counted_flops: float) -> Needs:
+  """Returns what a step needs, of which its compiler has told the last three."""
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   size = parallel.bytes_on_one
   return Needs(
-    count(setup.params),
-    count(setup.reference),
-    size(state.params),
-    size(state.opt_state),
-    size(reference),
-    size(rows),
-    memory.temp_size_in_bytes,
-    peak_bytes(compiled),
-    config.batch_size * flops_per_comparison(config, setup, batches.lengths),
-    (compiled.cost_analysis() or {}).get("flops", float("nan")),
-    int(max(batches.plan().rows)),
+    count(step.setup.params),
+    count(step.setup.reference),
+    size(step.state.params),
+    size(step.state.opt_state),
+    size(step.reference),
+    size(step.rows),
+    temporaries,
+    peak,
+    step.config.batch_size * flops_per_comparison(step.config, step.setup, step.batches.lengths),
+    counted_flops,
+    int(max(step.batches.plan().rows)),
   )
 
 
@@ -135,6 +163,33 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
   )
 
 
+def parts_of(step: Step) -> int:
+  """Returns how many parts the rows of the largest step are taken in, one after another."""
+  at_once = step.config.rows_at_once * step.devices.row_multiple
+  return step.rows.tokens.shape[0] // at_once if at_once else 1
+
+
+def fsdp_bytes(step: Step) -> float:
+  """Returns the bytes that a device must receive in a step whose weights are cut over fsdp, on paper.
+
+  In each part of the step every weight is gathered once in the forward and once in the backward pass, in
+  the compute dtype, and once more for a reference that is computed beside the policy; gradients are summed
+  and cut once a part in float32. Of n devices each receives (n - 1) / n of the whole. Gradients that are
+  cut are then summed over the data axis, once.
+  """
+  mesh = step.devices.mesh.shape
+  share, copies = 1 - 1 / mesh["fsdp"], 1 - 1 / mesh["data"]
+  weights = lambda tree: sum(
+    leaf.size / mesh["tensor"] for _, leaf in sharding.leaves_by_path(tree) if "fsdp" in leaf.sharding.spec
+  )
+  compute = np.dtype(step.setup.model.dtype).itemsize
+  trained, frozen = weights(step.state.params), weights(step.reference)
+  inline = step.setup.objective.needs_reference and step.config.reference.mode == "inline"
+  passes = 2 * trained + (2 * frozen if step.config.lora.rank else 0) + (frozen if inline else 0)
+  a_part = share * (passes * compute + 4 * trained)
+  return parts_of(step) * a_part + 2 * copies * 4 * trained / mesh["fsdp"]
+
+
 def check_fits(compiled: jax.stages.Compiled) -> None:
   """Refuses a step that needs more than the device has.
 
@@ -144,9 +199,8 @@ def check_fits(compiled: jax.stages.Compiled) -> None:
   needed, limit = peak_bytes(compiled), parallel.memory_limit()
   if needed > limit:
     raise ConfigError(
-      f"a step needs {needed / 2**30:.2f} GiB on each device, which has {limit / 2**30:.2f}: "
-      "lower rows_at_once (1 is least), set model.remat='full', parallel.strategy='mesh' with a "
-      "larger parallel.fsdp, reference.mode='stored' or lora.rank; or check_memory=False to try it"
+      f"a step needs {needed / 2**30:.2f} GiB on each device, which has {limit / 2**30:.2f}: {SMALLER}; or "
+      "check_memory=False to try it"
     )
 
 
@@ -169,24 +223,34 @@ def necessary_flops(model: ModelConfig, lengths: np.ndarray, passes: float) -> f
     lengths: [N, 1 + K] tokens of prompts and responses.
     passes: forward passes that all of it is worth.
   """
-  prompt, responses = lengths[:, :1].astype(float), lengths[:, 1:].astype(float)
+  responses = lengths[:, 1:].astype(float)
   matrices = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
   gated = model.mlp not in ("gelu", "gelu_exact")
   matrices += (3 if gated else 2) * model.width * model.mlp_width
-  seen = np.sum(prompt * (prompt + 1) / 2)
-  seen += np.sum(responses * (responses + 1) / 2 + responses * prompt)
+  seen = len(lengths) * seen_keys(lengths)
   forward = model.layers * (2 * matrices * lengths.sum() + 4 * model.heads * model.head_size * seen)
   if not model.reward_head:
     forward += 2 * model.width * model.vocab_size * responses.sum()
   return float(passes * forward / len(lengths))
 
 
-def report(needs: Needs, *, devices: int, chip: str = "", utilisation: float = 0.4) -> str:
+def seen_keys(lengths: np.ndarray) -> float:
+  """Returns how many pairs of a token and one that it sees a comparison has, on average."""
+  prompt, responses = lengths[:, :1].astype(float), lengths[:, 1:].astype(float)
+  seen = np.sum(prompt * (prompt + 1) / 2)
+  seen += np.sum(responses * (responses + 1) / 2 + responses * prompt)
+  return float(seen / len(lengths))
+
+
+def report(
+  needs: Needs, *, devices: int, compiled_for: str = "", chip: str = "", utilisation: float = 0.4
+) -> str:
   """Returns the table that the command prints."""
   gib = lambda value: f"{value / 2**30:10.2f} GiB"
   lines = [
     f"params          {needs.trained:>14,} trained, {needs.frozen:,} frozen or of the reference",
-    f"compiled for    {devices} {jax.default_backend()} device(s), {needs.step_rows} rows a step",
+    f"compiled for    {devices} {compiled_for or jax.default_backend()} device(s), "
+    f"{needs.step_rows} rows a step",
     "on each device",
     f"  params        {gib(needs.params)}",
     f"  optimizer     {gib(needs.optimizer)}",
@@ -198,7 +262,7 @@ def report(needs: Needs, *, devices: int, chip: str = "", utilisation: float = 0
     f"{needs.counted_flops / 1e12:.3f} a device, bodies of loops once)",
   ]
   if chip:
-    flops, memory = CHIPS[chip]
+    flops, memory, *_ = CHIPS[chip]
     seconds = needs.flops / (flops * devices * utilisation)
     fits = "fits" if needs.peak < memory else "does not fit"
     lines += [
@@ -226,28 +290,3 @@ def drawn_lengths(means: str, config: ml_collections.ConfigDict) -> np.ndarray:
   room = config.data.max_length - config.data.max_prompt_length
   lengths[:, 1:] = np.minimum(lengths[:, 1:], room)
   return lengths[lengths.sum(1) <= config.row_length]
-
-
-def main():
-  given = flags.FLAGS
-  if given.devices:
-    parallel.simulate(given.devices)
-  with command():
-    config = weights.with_tokenizer(given.config)
-    lengths = drawn_lengths(given.lengths, config) if given.lengths else None
-    needs = plan(config, lengths)
-  print(report(needs, devices=jax.device_count(), chip=given.chip, utilisation=given.utilisation))
-
-
-def cli():
-  """Plans as the command line says: `dpojax-plan`, and `python -m dpojax.plan`."""
-  command_line.define_config()
-  flags.DEFINE_integer("devices", 0, "Simulated CPU devices; 0: the devices there are.")
-  flags.DEFINE_enum("chip", "", ["", *CHIPS], "A chip to hold it against.")
-  flags.DEFINE_float("utilisation", 0.4, "Share of the chip's rate that is reached.")
-  flags.DEFINE_string("lengths", "", "Mean tokens of prompt and responses, in place of data.")
-  command_line.start(main, __doc__)
-
-
-if __name__ == "__main__":
-  cli()

@@ -1,0 +1,66 @@
+"""How fast a compiled step can be on its chips at their published rates, and which of them bounds it.
+
+The roofline model (Williams, Waterman and Patterson 2009) with the links between chips as a third roof: no
+step is faster than its matrix products, its traffic with memory or its collectives would take alone.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dpojax.plan.needs import Needs, Step, parts_of, seen_keys
+from dpojax.plan.program import Costs
+from dpojax.training.throughput import CHIPS
+
+PRODUCTS = {"_forward_kernel": 2, "_query_kernel": 3, "_key_kernel": 4}
+"""Matrix products of queries with keys that `kernels.fused` makes in each kernel."""
+
+
+class Roofline(NamedTuple):
+  """Seconds that a step takes at least, and what follows.
+
+  Attributes:
+    products, memory, links: of its matrix products, its traffic with memory, its collectives.
+    tokens: tokens a second and chip at most: prompt and response, counted for each response.
+    mfu: share of the chips' peak at that rate, of the arithmetic that is necessary.
+  """
+
+  products: float
+  memory: float
+  links: float
+  tokens: float
+  mfu: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self.products, self.memory, self.links)
+
+  @property
+  def bound(self) -> str:
+    """Returns what takes longest: 'products', 'memory' or 'links'."""
+    return max(("products", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def roofline(step: Step, needs: Needs, costs: Costs, *, chip: str, devices: int) -> Roofline:
+  """Returns what a chip's rates allow.
+
+  Args:
+    step: of `needs.step_of`.
+    needs, costs: of its program.
+    chip: of `CHIPS`.
+    devices: how many there are.
+  """
+  rates = CHIPS[chip]
+  batch_size, lengths, model = step.config.batch_size, step.batches.lengths, step.setup.model
+  a_product = 2 * model.heads * model.head_size * seen_keys(lengths) * batch_size / devices
+  attention = (
+    a_product * sum(PRODUCTS.get(name, 0) * times for name, times in costs.kernels.items()) / parts_of(step)
+  )
+  products = (costs.flops + attention) / rates.flops
+  memory = costs.memory_bytes / rates.memory_rate
+  links = sum(each.bytes for each in costs.collectives) / rates.link_rate
+  seconds = max(products, memory, links)
+  tokens = float(np.mean(lengths[:, 1:].sum(1) + lengths[:, 0] * (lengths.shape[1] - 1))) * batch_size
+  return Roofline(
+    products, memory, links, tokens / seconds / devices, needs.flops / seconds / (rates.flops * devices)
+  )

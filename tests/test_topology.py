@@ -1,0 +1,216 @@
+"""A step for chips that are not there: what devices exchange in it, and what it is said to cost."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from dpojax.kernels.platform import at_most, built_for, platform
+from dpojax.plan import compiling, needs, program, roofline, topology
+from dpojax.training import config as config_lib
+from dpojax.training import parallel, resolve, step
+from dpojax.training.throughput import CHIPS
+from tests import worlds
+
+LENGTHS = np.random.default_rng(0).integers(20, 60, (2000, 3))
+"""Of comparisons, such that a row holds several."""
+
+SIZES = dict(vocab_size=1024, width=256, layers=3, heads=4, kv_heads=2)
+
+
+def config_of(devices, cache="cache", **changes):
+  changes = {
+    **{f"model.{name}": value for name, value in SIZES.items()},
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "model.tie_embeddings": False,
+    "parallel.strategy": "mesh",
+    "parallel.fsdp": devices,
+    "batch_size": 4 * devices,
+    "row_length": 256,
+    "rows_at_once": 1,
+    "data.max_length": 128,
+    "data.max_prompt_length": 64,
+    "eval_every": 0,
+  } | changes
+  return worlds.run_config("dpo", "words", "pairs.jsonl", str(cache), **changes)
+
+
+def exchanged(jaxpr, times=1):
+  """Yields what each collective of a traced program works on, and how often; in loops that count, once."""
+  for equation in jaxpr.eqns:
+    name, scans = equation.primitive.name, times * equation.params.get("length", 1)
+    if name in ("all_gather", "reduce_scatter", "all_to_all", "psum", "psum_invariant", "pmax"):
+      for x in equation.invars:
+        yield name, x.aval.dtype.name, x.aval.shape, times
+    for inner in jaxprs_in_params(equation.params):
+      yield from exchanged(inner, scans if name == "scan" else times)
+
+
+def exchanged_by(config, chips):
+  """Returns the setup of a config, and the numbers gathered and scattered in a step over so many chips."""
+  devices = parallel.Mesh(fsdp=chips, devices=chips)
+  setup = resolve.make_setup_of_shapes(config)
+  tx, train_step = resolve.make_train_step(config, setup.objective, devices)
+  state = devices.placed(jax.eval_shape(lambda x: step.init_state(x, tx), setup.params))
+  batches = resolve.make_loader(config, needs.Lengths(LENGTHS), devices)
+  stored = config.reference.mode == "stored"
+  rows = needs.largest_rows(batches, 2, devices, stored=stored and not config.lora.rank)
+  reference = None if stored else devices.placed(setup.reference)
+  traced = train_step.trace(state, reference, rows)
+  totals = collections.Counter()
+  for name, dtype, shape, times in exchanged(traced.jaxpr.jaxpr):
+    if name == "all_gather" and dtype != "int32":
+      assert dtype == "bfloat16"
+      totals["gathered"] += chips * int(np.prod(shape)) * times
+    if name == "reduce_scatter":
+      assert dtype == "float32"
+      totals["scattered"] += int(np.prod(shape)) * times
+  return setup, totals["gathered"], totals["scattered"]
+
+
+def weights_of(tree):
+  """The numbers of all matrices but the table of embeddings, which stays where it is."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree["layers"]) if leaf.ndim > 2) + (
+    tree["head"].size if "head" in tree else 0
+  )
+
+
+@pytest.mark.parametrize("chips", [256, 512])
+def test_a_step_for_many_chips_is_traced_in_seconds_and_gathers_each_weight_once_a_pass(chips):
+  config = config_of(chips, **{"model.width": 2 * chips, "rows_at_once": 0, "batch_size": chips})
+  setup, gathered, scattered = exchanged_by(config, chips)
+  weights = weights_of(setup.params)
+  assert gathered == 3 * weights  # the policy forward and backward, the reference forward
+  assert scattered == weights
+
+
+def test_a_stored_reference_is_not_gathered_and_of_an_adapter_no_base_is_scattered():
+  shapes = {"rows_at_once": 0, "batch_size": 16}
+  setup, gathered, scattered = exchanged_by(config_of(16, **shapes, **{"reference.mode": "stored"}), 16)
+  assert (gathered, scattered) == (2 * weights_of(setup.params), weights_of(setup.params))
+  setup, gathered, scattered = exchanged_by(config_of(16, **shapes, **{"lora.rank": 4}), 16)
+  base, adapter = weights_of(setup.reference), sum(leaf.size for leaf in jax.tree.leaves(setup.params))
+  assert 3 * base < gathered < 3 * base + 2 * adapter
+  assert 0 < scattered < adapter < base / 10
+
+
+def hlo():
+  """A program in which two loops gather, multiply, and sum what is then cut."""
+  near = "bf16[8,16]{1,0:T(8,128)(2,1)S(1)}"
+  part, carry = "bf16[2,16]{1,0:T(8,128)(2,1)}", "(s32[]{:T(128)}, bf16[2,16]{1,0:T(8,128)(2,1)})"
+  loop = "condition=%condition, body=%body"
+  return f"""
+HloModule step, is_scheduled=true, num_partitions=4
+
+%cut (p.0: f32[8,16], p.1: s32[]) -> f32[2,16] {{
+  %p.0 = f32[8,16]{{1,0:T(8,128)}} parameter(0)
+  %p.1 = s32[]{{:T(128)}} parameter(1)
+  %sum = f32[8,16]{{1,0:T(8,128)}} all-reduce(%p.0), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %own = f32[2,16]{{1,0:T(8,128)}} dynamic-slice(%sum, %p.1, %p.1), dynamic_slice_sizes={{2,16}}
+}}
+
+%body (x: (s32[], bf16[2,16])) -> (s32[], bf16[2,16]) {{
+  %x = {carry} parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%x), index=0
+  %w = {part} get-tuple-element(%x), index=1
+  %start = ({part}, {near}) all-gather-start(%w), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+  %done = {near} all-gather-done(%start)
+  %dot = f32[8,8]{{1,0:T(8,128)}} dot(%done, %done), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}
+  %fusion = f32[2,16]{{1,0:T(8,128)}} fusion(%dot, %i), kind=kCustom, calls=%cut
+  ROOT %t = {carry} tuple(%i, %w)
+}}
+
+%condition (x: (s32[], bf16[2,16])) -> pred[] {{
+  %x = {carry} parameter(0)
+  ROOT %less = pred[]{{:T(512)}} constant(true)
+}}
+
+ENTRY %main (a: bf16[2,16]) -> bf16[2,16] {{
+  %a = {part} parameter(0)
+  %zero = s32[]{{:T(128)}} constant(0)
+  %first = {carry} tuple(%zero, %a)
+  %known = {carry} while(%first), {loop}, backend_config={{"known_trip_count":{{"n":"5"}}}}
+  %named = {carry} while(%known), {loop}, metadata={{op_name="jit(step)/at_most_3/while"}}
+  ROOT %out = {part} get-tuple-element(%named), index=1
+}}
+"""
+
+
+def test_a_program_is_read_with_its_loops():
+  costs = program.costs(hlo())
+  assert costs.flops == 8 * 2 * 8 * 8 * 16
+  gather, scatter = sorted(costs.collectives, key=lambda each: each.kind)
+  assert (gather.kind, gather.dims, gather.devices, gather.times) == ("all-gather", (8, 16), 4, 8)
+  assert gather.bytes == 8 * (3 / 4) * 8 * 16 * 2
+  # A sum of which each device keeps a part.
+  assert (scatter.kind, scatter.dims, scatter.bytes) == ("reduce-scatter", (8, 16), 8 * (3 / 4) * 8 * 16 * 4)
+  assert costs.unbounded == 0
+  assert program.from_json(program.to_json(costs)) == costs
+
+
+def test_what_is_built_for_other_chips_is_theirs_and_what_is_built_here_stays():
+  seen = []
+  function = jax.jit(lambda x: (seen.append(platform()), x)[1])
+  function(1.0)
+  with built_for("tpu"):
+    function(1.0)
+  function(1.0)
+  assert seen == ["cpu", "tpu"] and platform() == "cpu"
+
+
+def test_a_loop_that_counts_as_it_runs_is_known_by_its_name():
+  def loop(count):
+    with at_most(7):
+      return jax.lax.fori_loop(0, count, lambda i, x: x + jax.numpy.sin(x), 1.0)
+
+  text = jax.jit(jax.vmap(loop)).lower(np.arange(3)).compile().as_text()
+  assert "at_most_7)/while" in text  # within vmap
+  assert program.costs(text).unbounded == 0
+
+
+def test_a_name_of_no_chips_is_refused():
+  for name in ("v9:2x2", "v5e", "v5e:2", "gpu:8xk80"):
+    with pytest.raises(config_lib.ConfigError, match="--topology is"):
+      topology.described(name)
+
+
+topologies = pytest.mark.topology
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+@topologies
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_whole_step_for_four_chips_exchanges_what_fsdp_needs_and_no_more(name, cache):
+  chips = topology.described(name)
+  said = []
+  compiled = compiling.compile_for(config_of(4, cache), chips, LENGTHS, say=said.append)
+  assert not compiled.kept and any("compiling" in line for line in said)
+  by_kind = compiled.costs.bytes_by_kind()
+  needed = needs.fsdp_bytes(compiled.step)
+  assert set(by_kind) <= {"all-gather", "reduce-scatter", "all-to-all", "all-reduce"}
+  assert sum(by_kind.values()) <= 1.2 * needed
+  weights = lambda kind: [each for each in compiled.costs.collectives if each.kind == kind and each.dims]
+  assert {each.dtype for each in weights("reduce-scatter")} == {"f32"}
+  # What is summed whole are norms and numbers; what changes places are vectors of tokens, not heads.
+  assert max(np.prod(each.dims) for each in weights("all-reduce")) <= 2 * SIZES["layers"] * SIZES["width"]
+  assert not [each for each in weights("all-to-all") if "attention" in each.name]
+  again = compiling.compile_for(config_of(4, cache), chips, LENGTHS, say=said.append)
+  assert again.kept and again.costs == compiled.costs and again.needs == compiled.needs
+  found = roofline.roofline(compiled.step, compiled.needs, compiled.costs, chip=chips.chip, devices=4)
+  assert 0 < found.mfu < 1 and found.seconds == max(found[:3])
+  assert compiled.needs.peak < CHIPS[chips.chip].memory
+
+
+@topologies
+def test_a_step_that_does_not_fit_is_refused_in_one_line(cache):
+  chips = topology.described("v5e:2x2")
+  large = config_of(4, cache, **{"model.width": 8192, "model.heads": 64, "model.layers": 24})
+  with pytest.raises(config_lib.ConfigError, match="does not fit a device of v5e:2x2: it takes .*G"):
+    compiling.compile_for(large, chips, LENGTHS)
