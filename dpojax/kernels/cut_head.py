@@ -27,13 +27,15 @@ _LEAST = -1e30
 class CutHead:
   """A head of which a device holds some columns; it stands wherever a `Head` does.
 
-  `weights` [V, D / devices]; `bias` [V] or None; `soft_cap` as of `Head`; `axis` of the mesh it is cut over.
+  `weights` [V, D / devices]; `bias` [V] or None; `soft_cap` as of `Head`; `axis` of the mesh it is cut over;
+  `frozen` says that nobody asks for its gradient, which is then 0.
   """
 
   weights: jax.Array
   bias: jax.Array | None
   soft_cap: jax.Array | float | None
   axis: str = dataclasses.field(metadata={"static": True})
+  frozen: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def gathered(self, dtype: Any) -> Head:
     """Returns the whole head, in a dtype; for what needs all logits of a token at once."""
@@ -61,6 +63,11 @@ def _wide(dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def without_gradient(head: jax.Array | Head | CutHead) -> jax.Array | Head | CutHead:
+  """Returns a head of which no gradient is asked for: of a `CutHead` then none is made, nor sent."""
+  return dataclasses.replace(head, frozen=True) if isinstance(head, CutHead) else head
+
+
 def whole_head(head: jax.Array | Head | CutHead, dtype: Any) -> jax.Array | Head:
   """Returns a head as all devices have it, for what reads the whole next-token distribution at once."""
   return head.gathered(dtype) if isinstance(head, CutHead) else head
@@ -68,11 +75,12 @@ def whole_head(head: jax.Array | Head | CutHead, dtype: Any) -> jax.Array | Head
 
 class _Form(NamedTuple):
   """The static choices: the mesh's axis, parts of the vocabulary that lie on devices of the `tensor` axis,
-  words a block of each, and whether the soft cap is there."""
+  words a block of each, and whether no gradient is asked for."""
 
   axis: str
   parts: int
   words: int
+  frozen: bool
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -89,7 +97,7 @@ def chunked_log_probs(
   parts = dict(zip(mesh.axis_names, mesh.axis_sizes)).get("tensor", 1)
   vocabulary = head.weights.shape[0]
   parts = parts if vocabulary % parts == 0 else 1
-  form = _Form(head.axis, parts, min(WORDS // parts or 1, vocabulary // parts))
+  form = _Form(head.axis, parts, min(WORDS // parts or 1, vocabulary // parts), head.frozen)
   return _log_probs(hidden, head.weights, head.bias, head.soft_cap, target, count, form)
 
 
@@ -169,18 +177,21 @@ def _backward(form, residuals, cotangent):
       if block_bias_grad is not None:
         block_bias_grad += jnp.sum(grad, axis=0)
       grad = grad.astype(hidden.dtype)
-      whole_grad += jnp.einsum("tpv,td->pvd", grad, hidden[c], preferred_element_type=whole_grad.dtype)
       part = jnp.einsum("tpv,pvd->td", grad, whole, preferred_element_type=hidden_grad.dtype)
+      if form.frozen:
+        return hidden_grad.at[c].add(part), whole_grad, block_bias_grad
+      whole_grad += jnp.einsum("tpv,td->pvd", grad, hidden[c], preferred_element_type=whole_grad.dtype)
       return hidden_grad.at[c].add(part), whole_grad, block_bias_grad
 
-    zeros = jnp.zeros(whole.shape, sum_dtype)
+    zeros = jnp.zeros(() if form.frozen else whole.shape, sum_dtype)
     bias_zeros = None if block_bias is None else jnp.zeros(block_bias.shape, _wide(block_bias.dtype))
     with at_most(target.shape[0]):
       hidden_grad, whole_grad, block_bias_grad = jax.lax.fori_loop(
         0, count, of_chunk, (hidden_grad, zeros, bias_zeros)
       )
-    mine = jax.lax.psum_scatter(whole_grad, form.axis, scatter_dimension=2, tiled=True)
-    weights_grad = _added(weights_grad, mine, start)
+    if not form.frozen:
+      mine = jax.lax.psum_scatter(whole_grad, form.axis, scatter_dimension=2, tiled=True)
+      weights_grad = _added(weights_grad, mine, start)
     if bias_grad is not None:
       bias_grad = _added(bias_grad, block_bias_grad, start)
     return hidden_grad, weights_grad, bias_grad

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax.kernels.cut_head import without_gradient
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 
@@ -110,7 +111,8 @@ def make_apply(config: ModelConfig, lora: Lora):
       lambda path, leaf: leaf * lora.scale if path[-1].key == "b" else leaf,
       {name: part for name, part in adapter.items() if name != WHOLE},
     )
-    return plain(base | whole, rows, **{transformer.ADAPTER: scaled})
+    outputs = plain(base | whole, rows, **{transformer.ADAPTER: scaled})
+    return outputs._replace(head=without_gradient(outputs.head))
 
   return apply
 
