@@ -155,7 +155,7 @@ class _Program:
   def _rounds(self, loop: Instruction) -> int:
     """Returns how often a loop runs: known, told by its name, or the constant that its counter is held to."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    named = re.search(rf'op_name="[^"]*{AT_MOST}(\d+)\)*/while["/]', loop.attributes)
+    named = re.search(rf'op_name="[^"]*{AT_MOST}(\d+)\)*/while"', loop.attributes)
     if known or named:
       return int((known or named)[1])
     condition = self.computations[loop.called("condition")[0]]
