@@ -122,6 +122,8 @@ def _block(b, weights, bias, dtype, form):
 def _logits(hidden, whole, bias, soft_cap, new):
   """Logits [t, parts, n] of a block; of words that an earlier block had, none."""
   logits = jnp.einsum("td,pvd->tpv", hidden, whole, preferred_element_type=wide(hidden))
+  # XLA would rather make this product again for each that reads it than keep it.
+  logits = jax.lax.optimization_barrier(logits)
   logits = shaped(logits, Head(whole, bias, soft_cap))
   return logits, jnp.broadcast_to(new, logits.shape)
 
