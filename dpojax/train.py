@@ -10,7 +10,6 @@ compiled, and nothing written but to the cache.
 """
 
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from dpojax.data import loader, packing, tokenization
 from dpojax.data import report as report_lib
 from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
-from dpojax.runtime import memory, processes
+from dpojax.runtime import memory, paths, processes
 from dpojax.runtime.command import command, say
 from dpojax.runtime.errors import UserError
 from dpojax.runtime.stopping import stop_signal
@@ -73,7 +72,7 @@ def run(
 
 
 def _run(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, data: resolve.Data | None
+  config: ml_collections.ConfigDict, workdir: paths.Path, data: resolve.Data | None
 ) -> dict[str, float]:
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
@@ -123,7 +122,7 @@ class _Start(NamedTuple):
 
 
 def _make_batches(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, data: resolve.Data, devices
+  config: ml_collections.ConfigDict, workdir: paths.Path, data: resolve.Data, devices
 ) -> _Batches:
   told = workdir_lib.open_report(workdir, data)
   train = resolve.make_loader(config, data.train, devices)
@@ -337,7 +336,7 @@ def dry_run(
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
   if workdir:
-    config = workdir_lib.with_template_date(config, pathlib.Path(workdir))
+    config = workdir_lib.with_template_date(config, paths.of(workdir))
   data = resolve.load_data(config)
   tokenizer, coloured = tokenization.load_tokenizer(config.tokenizer), sys.stdout.isatty()
   if coloured:

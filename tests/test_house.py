@@ -30,8 +30,11 @@ ROOMS = [
 ORDER = {
   "runtime": [
     "errors",
+    "paths",
+    "appending",
     "disk",
     "digests",
+    "mirror",
     "ownership",
     "stderr_filter",
     "processes",
@@ -80,6 +83,7 @@ ORDER = {
     "transformer",
     "lora",
     "families",
+    "ranges",
     "tensors",
     "peft",
     "hf",
@@ -118,6 +122,7 @@ HOMES = {
   "gguf": ("models.gguf",),
   "grain": ("data.loader",),
   "orbax": ("training.checkpoint",),
+  "etils": ("runtime.paths", "training.checkpoint_files"),
   "tensorboard": ("training.metrics",),
   "optax": ("training.step",),
   "requests": ("evaluate.judging", "data.builders"),

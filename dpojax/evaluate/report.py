@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 from dpojax.evaluate.confidence import Estimate
+from dpojax.runtime import paths
 from dpojax.runtime.disk import disk_errors
 
 
@@ -37,9 +37,7 @@ def write(result: dict[str, Any], out: str | os.PathLike) -> None:
       return {key: plain(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-  out = pathlib.Path(out)
+  out = paths.of(out)
   with disk_errors(out.parent):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(plain(result), indent=2) + "\n")
-    os.replace(temporary, out)
+    paths.make_folder(out.parent)
+    paths.write_whole(out, json.dumps(plain(result), indent=2) + "\n")

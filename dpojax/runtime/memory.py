@@ -2,11 +2,12 @@
 
 import ctypes
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+from dpojax.runtime import paths
 
 _KEPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 """Of glibc's mallopt: one arena for all threads, no buffer mapped alone, none given back at the top, and
@@ -53,5 +54,5 @@ def _set_malloc(settings: Sequence[tuple[int, int]]) -> None:
 
 def keep_compiled(folder: str | os.PathLike) -> None:
   """Lets this process find there what an earlier one compiled, and keep there what it compiles."""
-  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  paths.make_folder(paths.of(folder))
   jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from dpojax.kernels import backends
 from dpojax.models import config as model_config
 from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.memory import keep_compiled
@@ -135,10 +135,10 @@ def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.S
   return rest, held_out
 
 
-def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
+def cache_dir(config: ml_collections.ConfigDict) -> paths.Path:
   """Returns the folder that prepared data and stored references are kept in."""
   named = config.data.cache_dir or os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax")
-  return pathlib.Path(named).expanduser()
+  return paths.of(named)
 
 
 def use_compile_cache(config: ml_collections.ConfigDict) -> None:
@@ -147,8 +147,8 @@ def use_compile_cache(config: ml_collections.ConfigDict) -> None:
   if folder == "auto":
     folder = cache_dir(config) / "compiled" if jax.default_backend() != "cpu" else ""
   if folder:
-    with disk_errors(pathlib.Path(folder)):
-      keep_compiled(pathlib.Path(folder).expanduser().absolute())
+    with disk_errors(folder):
+      keep_compiled(paths.absolute(folder))
 
 
 def make_devices(config: ml_collections.ConfigDict) -> Replicas | Mesh:
