@@ -165,6 +165,28 @@ def test_imports_point_one_way():
         assert rank(target.removeprefix("dpojax.")) <= rank(name), f"{name} imports {target}"
 
 
+def test_a_path_that_a_user_gives_goes_through_one_door():
+  of_this_machine = {
+    "runtime.paths": "the door",
+    "runtime.mirror": "copies on this machine",
+    "runtime.ownership": "/proc",
+    "training.parallel": "/sys",
+    "training.metrics": "TensorBoard's files before they are copied",
+    "export.writer": "what is uploaded",
+    "models.from_gguf": "GGUF files, fetched before",
+    "models.gguf": "the same",
+    "models.hf": "the hub's cache",
+    "data.hub": "the same",
+    "data.gguf": "a folder that is being made",
+    "data.tokenized": "the same",
+    "data.tokenization": "a tokenizer that was fetched",
+    "data.builders.imdb": "TFDS's downloads",
+    "data.builders.stack_exchange": "the same",
+  }
+  for name, path in modules():
+    assert "pathlib.Path(" not in path.read_text() or name in of_this_machine, name
+
+
 def test_every_room_says_what_lives_there_and_where_to_begin():
   entries = {path.stem for path in PACKAGE.iterdir() if path.name != "__pycache__"}
   assert entries == {*ROOMS, "__init__"}
