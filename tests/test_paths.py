@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -125,7 +125,7 @@ def test_of_weights_in_a_bucket_each_part_is_fetched_by_its_ranges(folder, tmp_p
   rng = np.random.default_rng(0)
   arrays = {
     "rows": rng.normal(size=(256, 64)).astype(np.float32),
-    "wide": rng.normal(size=(64, 512)).astype(ml_dtypes.bfloat16),
+    "wide": rng.normal(size=(64, 512)).astype(np.float16),
   }
   (folder / "model.safetensors").write_bytes(safetensors.numpy.save(arrays))
   asked = []
@@ -221,8 +221,6 @@ with ownership.owned({str(folder / "run")!r}, "it"):
   paths.write_whole(ownership.lock_file({str(folder / "run")!r}), "{{}}")
   time.sleep(30)
 """
-  import subprocess
-
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
   assert done.returncode == 1 and "was taken over by another process" in done.stderr
   with contextlib.suppress(FileNotFoundError):

@@ -56,3 +56,5 @@ def keep_compiled(folder: str | os.PathLike) -> None:
   """Lets this process find there what an earlier one compiled, and keep there what it compiles."""
   paths.make_folder(paths.of(folder))
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  if paths.is_remote(folder):  # beside jax's own files XLA would keep some of its own, and knows no buckets
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

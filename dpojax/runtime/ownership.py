@@ -193,27 +193,24 @@ class Lease:
 
   def __init__(self, path: paths.Path):
     self._path, self._store = path, paths.filesystem(path)
-    self._token, self._version, self._holder = uuid.uuid4().hex, None, None
+    self._token, self._holder, self._thread = uuid.uuid4().hex, None, None
     self._ended = threading.Event()
 
   def take(self) -> Holder | str | None:
     seen, version = self._read()
-    if seen is not None:
-      until = time.monotonic() + LEASE
-      while not _is_gone(seen):
-        if _is_neighbour(seen) or time.monotonic() < until and self._changed(version):
-          return _holder_of(seen)
-        if time.monotonic() > until:
-          break
-        time.sleep(_LOOK_EVERY)
+    until = time.monotonic() + LEASE
+    while seen is not None and not _is_gone(seen) and time.monotonic() < until:
+      if _is_neighbour(seen):
+        return _holder_of(seen)
+      time.sleep(max(_LOOK_EVERY, LEASE / 60))
       seen, now = self._read()
       if seen is not None and now != version:
         return _holder_of(seen)
-      version = now
+    version = None if seen is None else version
     self._holder = _this_process()
     self._put(over=version)
     time.sleep(_LOOK_EVERY)  # on a store without conditions another may have put its own over it
-    seen, self._version = self._read()
+    seen, _ = self._read()
     if seen is None or seen.get("token") != self._token:
       return _holder_of(seen or {})
     self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -221,32 +218,25 @@ class Lease:
     return None
 
   def release(self) -> None:
-    if self._version is None:
+    if self._thread is None:
       return
     self._ended.set()
     self._thread.join()
+    self._thread = None
     seen, _ = self._read()
     if seen is not None and seen.get("token") == self._token:
       self._path.unlink(missing_ok=True)
-    self._version = None
-
-  def _changed(self, version: str) -> bool:
-    seen, now = self._read()
-    return seen is not None and now != version
 
   def _renew(self) -> None:
     while not self._ended.wait(LEASE / 6):
       try:
-        if self._put(over=self._version):
-          _, self._version = self._read()
-          continue
         seen, version = self._read()
+        if seen is None or seen.get("token") == self._token:
+          self._put(over=version)  # if another was faster, that is seen the next time
+          continue
       except Exception:  # the store does not answer: nobody else can take it either
         continue
-      if seen is not None and seen.get("token") == self._token:  # an answer was lost, not the lease
-        self._version = version
-        continue
-      who = _holder_of(seen or {})
+      who = _holder_of(seen)
       print(f"error: {self._path} was taken over by another process ({who}); this one ends", file=sys.stderr)
       sys.stderr.flush()
       os._exit(1)
@@ -264,8 +254,8 @@ class Lease:
     # What it says counts too: a server may give an object that is put again the version it had.
     return said if isinstance(said, dict) else {}, f"{version} {said}"
 
-  def _put(self, *, over: str | None) -> bool:
-    """Puts the lease, over the version that was read or where there is none; returns whether that was so."""
+  def _put(self, *, over: str | None) -> None:
+    """Puts the lease over the version that was read, or where there is none; to read it tells whether it was."""
     now = datetime.datetime.now().astimezone()
     said = self._holder._asdict() | {
       "token": self._token,
@@ -273,11 +263,8 @@ class Lease:
       "renewed": now.isoformat(" ", "milliseconds"),
       "expires": (now + datetime.timedelta(seconds=LEASE)).isoformat(" ", "milliseconds"),
     }
-    try:
+    with contextlib.suppress(FileExistsError):
       paths.put_over(self._path, json.dumps(said).encode() + b"\n", over and over.partition(" ")[0])
-    except FileExistsError:
-      return False
-    return True
 
 
 def _this_process() -> Holder:

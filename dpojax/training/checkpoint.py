@@ -93,7 +93,8 @@ class Checkpoints:
         )
       )
     self.folder = paths.absolute(workdir) / "checkpoints"
-    to_its_end = checkpoint_files.prepare(self.folder)
+    if paths.is_remote(self.folder):
+      checkpoint_files.let_orbax_write_to_buckets()
     self._writing = 0
     # What training makes does not get smaller: compressing took more time than all the rest.
     arrays = lambda: checkpoint_files.Arrays(use_compression=False)
@@ -101,7 +102,6 @@ class Checkpoints:
       self.folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
-        temporary_path_class=to_its_end,
         async_options=ocp.AsyncOptions(
           post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing)
         ),

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src.path import atomicity, gcs_utils
+from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dpojax.runtime import digests, paths
@@ -49,18 +49,15 @@ def half_written(folder: paths.Path) -> list[paths.Path]:
   return sorted(path for path in folder.glob("*") if not (path / _COMMITTED).exists())
 
 
-def prepare(folder: paths.Path) -> type | None:
-  """Makes Orbax write to a bucket by TensorStore, and returns how a step comes to its end there.
+def let_orbax_write_to_buckets() -> None:
+  """Lets Orbax write to s3:// as it does to gs://: where it names a place to TensorStore, both are known.
 
-  Orbax writes to gs:// and local folders, TensorStore to s3:// as well: Orbax's two functions that make a
-  bucket's name TensorStore's are given both. Tried on Orbax 0.11 and 0.12.
+  In a bucket a step, and each of its items, is whole once its commit file is there. Tried on Orbax 0.12.8.
   """
-  if not paths.is_remote(folder):
-    return None
+  gcs_utils._GCS_PATH_PREFIX = tuple(paths.STORES)
   tensorstore_utils._use_gcs_driver = paths.is_remote
   tensorstore_utils._normalize_path = lambda path: re.sub(r"^(gs|s3):/+", r"\1://", os.path.normpath(path))
   gcs_utils.get_kvstore_for_gcs = _store_of
-  return atomicity.CommitFileTemporaryPath
 
 
 def _store_of(path: str) -> dict[str, Any]:
