@@ -25,7 +25,6 @@ from tests import stores
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def bucket(request):
   """A bucket's root, and the environment that leads to it."""
-  pytest.importorskip("gcsfs"), pytest.importorskip("s3fs")
   store = stores.Store(request.param)
   with pytest.MonkeyPatch.context() as environment:
     for name, value in store.environment().items():

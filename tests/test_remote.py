@@ -76,7 +76,6 @@ def await_line(started, pattern, seconds=120):
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-  pytest.importorskip("gcsfs"), pytest.importorskip("s3fs")
   forks = Forks(tmp_path_factory.mktemp("remote"))
   yield forks
   forks.close()

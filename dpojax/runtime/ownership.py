@@ -255,7 +255,7 @@ class Lease:
     return said if isinstance(said, dict) else {}, f"{version} {said}"
 
   def _put(self, *, over: str | None) -> None:
-    """Puts the lease over the version that was read, or where there is none; to read it tells whether it was."""
+    """Puts the lease over the version that was read, or where there is none; reading tells whether it was."""
     now = datetime.datetime.now().astimezone()
     said = self._holder._asdict() | {
       "token": self._token,
