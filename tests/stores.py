@@ -82,6 +82,9 @@ class Proxy(http.server.ThreadingHTTPServer):
       self.failed += failing
       return failing
 
+  def handle_error(self, *_):
+    pass  # a client that was killed
+
   def is_away(self):
     away = time.monotonic() < self.away_until
     self.failed += away

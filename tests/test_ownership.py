@@ -93,7 +93,7 @@ for _ in range(20):
     time.sleep(0.001)
     os.unlink(sys.argv[1] + "/inside")
 """
-  code = code.replace("import os,", "from dpojax import ownership\nownership._LOOK_EVERY = 0.001\nimport os,")
+  code = code.replace("import os,", "from dpojax.runtime import ownership\nownership._LOOK_EVERY = 0.001\nimport os,")
   many = [
     subprocess.Popen(
       [sys.executable, "-c", code, str(tmp_path)],
