@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dpojax.runtime import digests
+from dpojax.runtime import digests, paths
 
 _KEPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 """Of glibc's mallopt: one arena for all threads, no buffer mapped alone, none given back at the top, and
@@ -88,5 +88,7 @@ def cpu_kind(path: str | os.PathLike = "/proc/cpuinfo") -> str:
 
 def keep_compiled(folder: str | os.PathLike) -> None:
   """Lets this process find there what an earlier one compiled, and keep there what it compiles."""
-  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  paths.make_folder(paths.of(folder))
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  if paths.is_remote(folder):  # beside jax's own files XLA would keep some of its own, and knows no buckets
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
