@@ -10,7 +10,6 @@ compiled, and nothing written but to the cache.
 """
 
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from dpojax.data import report as report_lib
 from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
 from dpojax.plan import needs
-from dpojax.runtime import command_line, memory, processes
+from dpojax.runtime import command_line, memory, paths, processes
 from dpojax.runtime.command import command, say
 from dpojax.runtime.errors import ConfigError, UserError
 from dpojax.runtime.stopping import stop_signal
@@ -71,7 +70,7 @@ def run(
 
 
 def _run(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, data: resolve.Data | None
+  config: ml_collections.ConfigDict, workdir: paths.Path, data: resolve.Data | None
 ) -> dict[str, float]:
   resolve.use_compile_cache(config)
   devices = resolve.make_devices(config)
@@ -118,7 +117,7 @@ class Start(NamedTuple):
 
 
 def make_batches(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, data: resolve.Data, devices
+  config: ml_collections.ConfigDict, workdir: paths.Path, data: resolve.Data, devices
 ) -> Batches:
   told = workdir_lib.open_report(workdir, data)
   train = resolve.make_loader(config, data.train, devices)
@@ -352,7 +351,7 @@ def dry_run(
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
   if workdir:
-    config = workdir_lib.with_template_date(config, pathlib.Path(workdir))
+    config = workdir_lib.with_template_date(config, paths.of(workdir))
   data = resolve.load_data(config)
   tokenizer, coloured = tokenization.load_tokenizer(config.tokenizer), sys.stdout.isatty()
   if coloured:

@@ -33,8 +33,11 @@ ORDER = {
     "errors",
     "command_line",
     "commands",
+    "paths",
+    "appending",
     "disk",
     "digests",
+    "mirror",
     "ownership",
     "stderr_filter",
     "processes",
@@ -86,6 +89,7 @@ ORDER = {
     "transformer",
     "lora",
     "families",
+    "ranges",
     "tensors",
     "peft",
     "hf",
@@ -126,6 +130,7 @@ HOMES = {
   "gguf": ("models.gguf",),
   "grain": ("data.loader",),
   "orbax": ("training.checkpoint",),
+  "etils": ("runtime.paths", "training.checkpoint_files"),
   "tensorboard": ("training.metrics",),
   "optax": ("training.step",),
   "requests": ("evaluate.judging", "data.builders"),
@@ -166,6 +171,29 @@ def test_imports_point_one_way():
     for target in imported(path):
       if target.startswith("dpojax."):
         assert rank(target.removeprefix("dpojax.")) <= rank(name), f"{name} imports {target}"
+
+
+def test_a_path_that_a_user_gives_goes_through_one_door():
+  of_this_machine = {
+    "runtime.paths": "the door",
+    "runtime.mirror": "copies on this machine",
+    "runtime.command_line": "configs, which are code",
+    "runtime.ownership": "/proc",
+    "training.parallel": "/sys",
+    "training.metrics": "TensorBoard's files before they are copied",
+    "export.writer": "what is uploaded",
+    "models.from_gguf": "GGUF files, fetched before",
+    "models.gguf": "the same",
+    "models.hf": "the hub's cache",
+    "data.hub": "the same",
+    "data.gguf": "a folder that is being made",
+    "data.tokenized": "the same",
+    "data.tokenization": "a tokenizer that was fetched",
+    "data.builders.imdb": "TFDS's downloads",
+    "data.builders.stack_exchange": "the same",
+  }
+  for name, path in modules():
+    assert "pathlib.Path(" not in path.read_text() or name in of_this_machine, name
 
 
 def test_every_room_says_what_lives_there_and_where_to_begin():

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 from dpojax.data import hub
 from dpojax.data.examples import DataError, RecordError
+from dpojax.runtime import paths
+from dpojax.runtime.disk import reached
 
 Path = str | os.PathLike
 
@@ -34,7 +36,7 @@ def local_files(path: Path | Sequence[Path], split: str = "train") -> list[str]:
   """
   if isinstance(path, (str, os.PathLike)):
     path = os.fspath(path)
-    names = [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
+    names = [path] if _exists(path) else [part.strip() for part in path.split(",")]
   else:
     names = [os.fspath(name) for name in path]
   files = []
@@ -43,12 +45,12 @@ def local_files(path: Path | Sequence[Path], split: str = "train") -> list[str]:
   if not files:
     raise DataError(f"data.path is {path!r} and names no file; give a .jsonl or .jsonl.gz file")
   for name in files:
-    if os.path.isdir(name):
+    if paths.of(name).is_dir():
       raise DataError(
         f"data.path {name} is a folder; name its files, such as {name}/*.jsonl, or "
         f"{hub.PREFIX}{name} if it is laid out as a data set on the hub"
       )
-    if not os.access(name, os.R_OK):
+    if not (paths.is_remote(name) or os.access(name, os.R_OK)):
       raise DataError(f"data.path {name} cannot be read; check its permissions")
   return files
 
@@ -69,7 +71,7 @@ def read_records(path: str) -> Iterator[tuple[str, Any]]:
     DataError: the file cannot be read.
   """
   try:
-    with open(path, "rb") as file:
+    with _opened(path) as file:
       start = file.read(4)
       file.seek(0)
       if start == _PARQUET:
@@ -81,8 +83,10 @@ def read_records(path: str) -> Iterator[tuple[str, Any]]:
     raise DataError(f"data.path {path} is not gzip ({error}); rename it or compress it") from error
   except (EOFError, zlib.error) as error:
     raise DataError(f"data.path {path} is cut off or damaged ({error}); fetch it again") from error
+  except FileNotFoundError as error:
+    raise DataError(f"data.path {path} does not exist; check the path") from error
   except OSError as error:
-    if error.errno is None:  # as pyarrow says that a stream is damaged
+    if error.errno is None and not paths.is_remote(path):  # as pyarrow says that a stream is damaged
       raise DataError(f"data.path {path} is cut off or damaged ({error}); fetch it again") from error
     raise DataError(f"data.path {path} cannot be read ({error}); check the path") from error
 
@@ -97,21 +101,37 @@ def count_rows(path: str) -> int:
   """Returns the number of rows of a Parquet file."""
   import pyarrow.parquet  # only Parquet files need it, and it is slow to import
 
-  return pyarrow.parquet.read_metadata(path).num_rows
+  with _opened(path) as file:
+    return pyarrow.parquet.read_metadata(file).num_rows
 
 
 def digest(path: str) -> str:
   """Returns the size and SHA-256 of a file, and its kind where that decides how it is read."""
-  with open(path, "rb") as file:
+  with _opened(path) as file:
     sha = hashlib.file_digest(file, "sha256").hexdigest()
     return ":".join(filter(None, (str(file.tell()), sha, kind(path))))
 
 
 def _matches(name: str) -> list[str]:
-  matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+  remote = paths.is_remote(name)
+  found = lambda: paths.matching(name) if remote else sorted(glob.glob(name, recursive=True))
+  matches = [name] if _exists(name) else found()
   if not matches:
-    raise DataError(f"data.path {name}: no such file; check the path (from {os.getcwd()})")
+    where = "the bucket" if remote else f"from {os.getcwd()}"
+    raise DataError(f"data.path {name}: no such file; check the path ({where})")
   return matches
+
+
+def _exists(name: str) -> bool:
+  """Returns whether a name is that of a file or folder; several at once, comma-separated, are none."""
+  if not paths.is_remote(name):
+    return os.path.exists(name)
+  with reached(name):
+    return paths.of(name).exists()
+
+
+def _opened(path: str) -> BinaryIO:
+  return io.BufferedReader(paths.of(path).open("rb")) if paths.is_remote(path) else open(path, "rb")
 
 
 def _without_compression(path: str) -> str:

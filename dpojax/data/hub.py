@@ -8,12 +8,14 @@ read as the hub converts it, from the branch refs/convert/parquet. See the hub's
 
 import contextlib
 import fnmatch
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dpojax.data.examples import DataError
+from dpojax.runtime import paths
 
 PREFIX = "hub:"
 CONVERTED = "refs/convert/parquet"
@@ -36,10 +38,11 @@ def files(name: str, default: str) -> list[str]:
   Raises:
     DataError: there is no such data set or split, several fit, or the hub is out of reach.
   """
-  where, _, split = name.removeprefix(PREFIX).partition(":")
-  folder = pathlib.Path(where).expanduser()
+  scheme, where = re.fullmatch(r"(gs://|s3://)?(.*)", name.removeprefix(PREFIX), re.DOTALL).groups(default="")
+  where, _, split = where.partition(":")
+  folder = paths.of(scheme + where)
   if folder.is_dir():
-    repositories = [Repository(_names(folder), lambda each: str(folder / each))]
+    repositories = [Repository(sorted(paths.files_under(folder)), lambda each: os.fspath(folder / each))]
   else:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
       raise DataError(
@@ -54,10 +57,6 @@ def files(name: str, default: str) -> list[str]:
   raise DataError(f"data.path {name} has no Parquet files; download its files and name them in data.path")
 
 
-def _names(folder: pathlib.Path) -> list[str]:
-  return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
 def _of_hub(name: str, repository: str) -> Iterator[Repository]:
   """Yields the data set as it is and as it was converted, or what of it was fetched before."""
   import huggingface_hub
@@ -69,7 +68,7 @@ def _of_hub(name: str, repository: str) -> Iterator[Repository]:
     except Exception as error:  # huggingface_hub and what carries it raise many kinds
       with contextlib.suppress(Exception):
         folder = pathlib.Path(huggingface_hub.snapshot_download(**given, local_files_only=True))
-        yield Repository(_names(folder), lambda each: str(folder / each))
+        yield Repository(sorted(paths.files_under(folder)), lambda each: str(folder / each))
         continue
       if revision == CONVERTED:
         return
@@ -109,14 +108,14 @@ def _of_card(repository: Repository, parquet: list[str]) -> dict[str, list[str]]
   import huggingface_hub
 
   try:
-    about = huggingface_hub.metadata_load(repository.fetch("README.md")) or {}
+    about = huggingface_hub.metadata_load(paths.fetched(repository.fetch("README.md"))) or {}
     found = {}
     for config in about.get("configs") or []:
       of_config = config.get("data_files") or []
       of_config = [{"split": UNSPLIT, "path": of_config}] if isinstance(of_config, str) else of_config
       for entry in of_config:
-        paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        names = [each for each in parquet if any(fnmatch.fnmatch(each, path) for path in paths)]
+        patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+        names = [each for each in parquet if any(fnmatch.fnmatch(each, path) for path in patterns)]
         if names:
           found.setdefault(f"{config['config_name']}/{entry['split']}", []).extend(names)
     return found

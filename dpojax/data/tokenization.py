@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from dpojax.data.templates import Reading, reads_the_clock
 from dpojax.data.tokenized import Growing, Tokenized
 from dpojax.data.tokenizing import Part, Settings, Tokenizing
 from dpojax.data.truncation import Truncation, cut, cut_prompt
-from dpojax.runtime import digests
+from dpojax.runtime import mirror, paths
 from dpojax.runtime.ownership import owned
 
 _VERSION = 2
@@ -49,7 +50,7 @@ def load_tokenizer(name: str) -> Any:
   if not name:
     raise DataError("config.tokenizer is empty; give a tokenizer's folder or hub name")
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(_tokenizer_folder(name), trust_remote_code=False)
   except Exception as error:  # transformers raises many kinds
     reason = str(error).strip().partition("\n")[0]
     if "trust_remote_code" in str(error):
@@ -67,6 +68,21 @@ def load_tokenizer(name: str) -> Any:
       "eos_token in its tokenizer_config.json"
     )
   return tokenizer
+
+
+def _tokenizer_folder(name: str) -> str:
+  """Returns a tokenizer's folder or hub name as `transformers` takes it: a bucket's is copied here."""
+  folder = paths.of(name)
+  if not paths.is_remote(folder):
+    return str(folder)
+  here = pathlib.Path(tempfile.mkdtemp(dir=paths.scratch()))
+  # Beside a tokenizer may lie a model's weights, which are no part of it.
+  names = {each for each in paths.files_under(folder) if "/" not in each}
+  paths.download(folder, here, {each for each in names if each.endswith(_OF_TOKENIZERS)})
+  return str(here)
+
+
+_OF_TOKENIZERS = (".json", ".txt", ".model", ".jinja")
 
 
 def tokenize(
@@ -101,15 +117,17 @@ def tokenize(
   if cache_dir is None:
     return _tokenize(comparisons, tokenizer, settings, inputs, workers)
   key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-  folder = pathlib.Path(cache_dir).expanduser() / key
-  is_there = lambda: digests.is_sound(folder, without=False)
+  folder = paths.of(cache_dir) / key
+  is_there = lambda: mirror.is_sound(folder, without=False)
   if not is_there():
     with owned(folder, f"the token cache {folder}", wait=True):
       if not is_there():  # else another process has made it while this one waited
-        with tokenized.unfinished(folder) as path:
+        here = mirror.local(folder)
+        with tokenized.unfinished(here) as path:
           data = _tokenize(comparisons, tokenizer, settings, inputs, workers, path)
-          tokenized.write(data, path, folder)
-  return tokenized.load(folder)
+          tokenized.write(data, path, here)
+        mirror.push(folder)
+  return tokenized.load(mirror.local(folder))
 
 
 def tokenize_answers(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -12,6 +11,7 @@ from dpojax.data import examples, records
 from dpojax.data.examples import DataError, Example
 from dpojax.evaluate import confidence, judging, scorers
 from dpojax.evaluate.judging import Pair
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import make_mesh
@@ -64,7 +64,7 @@ def compare_files(
       workers=workers,
       **({"options": options_of(judge_options)} if judge_options else {}),
     )
-    kept = judging.Answers(answers or str(pathlib.Path(ours).with_suffix(".answers.jsonl")))
+    kept = judging.Answers(answers or str(paths.of(ours).with_suffix(".answers.jsonl")))
     asked = judging.endpoint_judge(endpoint, kept)
   elif scorers.is_function(judge):
     function = scorers.load_function(judge, ("prompt", "response"), ("prompt", "A", "B"))
@@ -181,7 +181,7 @@ def question_of(name: str) -> str:
   if name in judging.QUESTIONS:
     return judging.QUESTIONS[name]
   try:
-    text = pathlib.Path(name).read_text(encoding="utf-8")
+    text = paths.of(name).read_bytes().decode()
   except OSError as error:
     raise ConfigError(
       f"--question is {name!r}; it must be one of {', '.join(judging.QUESTIONS)}, or a file"

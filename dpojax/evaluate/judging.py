@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import random
 import re
 import sys
@@ -27,7 +26,7 @@ import tqdm
 from dpojax.data.examples import Example
 from dpojax.evaluate import confidence
 from dpojax.evaluate.confidence import Estimate
-from dpojax.runtime import digests
+from dpojax.runtime import appending, digests, paths
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import UserError
 from dpojax.runtime.ownership import owned
@@ -287,7 +286,7 @@ class Answers:
       InUseError: another process keeps answers there.
       DiskError: it cannot be written.
     """
-    self.path = pathlib.Path(path)
+    self.path = paths.of(path)
     self._lock, self._known = threading.Lock(), {}
     with contextlib.ExitStack() as held:
       held.enter_context(owned(self.path, f"the file of answers {self.path}"))
@@ -297,8 +296,8 @@ class Answers:
   def _open(self) -> None:
     damaged = []
     with disk_errors(self.path.parent):
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+      paths.make_folder(self.path.parent)
+      text = appending.read(self.path, errors="replace") if appending.exists(self.path) else ""
     whole = text[: text.rfind("\n") + 1]
     for number, line in enumerate(whole.split("\n")[:-1], 1):
       try:
@@ -316,11 +315,7 @@ class Answers:
     for problem in damaged:
       print(f"{problem}: it is asked for again", file=sys.stderr)
     with disk_errors(self.path.parent):
-      if whole != text:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(whole, encoding="utf-8")
-        os.replace(temporary, self.path)
-      self._file = open(self.path, "a", encoding="utf-8")
+      self._file = appending.Appended(self.path, whole if whole != text else None)
 
   def __len__(self) -> int:
     return len(self._known)
@@ -346,7 +341,6 @@ class Answers:
     )
     with self._lock, disk_errors(self.path.parent):
       self._file.write(line + "\n")
-      self._file.flush()
       self._known[key] = answer, refused
 
   def close(self) -> None:

@@ -3,11 +3,11 @@
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from dpojax.evaluate.confidence import Estimate
+from dpojax.runtime import paths
 from dpojax.runtime.disk import disk_errors
 
 
@@ -51,9 +51,7 @@ def write_lines(records: Sequence[dict[str, Any]], out: str | os.PathLike) -> No
 
 
 def _write(text: str, out: str | os.PathLike) -> None:
-  out = pathlib.Path(out)
-  with disk_errors(out.parent):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+  path = paths.of(out)
+  with disk_errors(path.parent):
+    paths.make_folder(path.parent)
+    paths.write_whole(path, text)

@@ -5,9 +5,8 @@ changes is the policy. `samples.jsonl` holds the answers, a line each; means go 
 numbers go, under the split `samples`: the reward-KL curve of a run needs no second command.
 """
 
+import contextlib
 import json
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from dpojax.data.examples import Example
 from dpojax.data.truncation import end_kept
 from dpojax.evaluate import scorers
 from dpojax.models.config import ModelConfig
+from dpojax.runtime import appending, paths
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
@@ -39,7 +39,7 @@ class Watcher:
     config: ml_collections.ConfigDict,
     model: ModelConfig,
     subset: loader.Subset,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     devices: parallel.Replicas | parallel.Mesh,
     *,
     after_step: int,
@@ -74,11 +74,9 @@ class Watcher:
     )
     self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._current.mesh)
     self._path = workdir / "samples.jsonl"
-    kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
     with disk_errors(workdir):
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text("".join(f"{_json(line)}\n" for line in kept), encoding="utf-8")
-      os.replace(temporary, self._path)
+      kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
+      appending.Appended(self._path, "".join(f"{_json(line)}\n" for line in kept)).close()
 
   def __call__(self, step: int, params: Any, reference: Any | None) -> dict[str, float]:
     """Answers the prompts, writes the answers, and returns their means.
@@ -105,7 +103,7 @@ class Watcher:
       )
       for line, score in zip(lines, scores):
         line["score"] = float(score)
-    with disk_errors(self._path.parent), open(self._path, "a", encoding="utf-8") as file:
+    with disk_errors(self._path.parent), contextlib.closing(appending.Appended(self._path)) as file:
       file.write("".join(f"{_json(line)}\n" for line in lines))
     return means(lines)
 
@@ -184,7 +182,7 @@ def make_watcher(
   config: ml_collections.ConfigDict,
   model: ModelConfig,
   subset: loader.Subset,
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   devices: parallel.Replicas | parallel.Mesh,
   *,
   after_step: int,

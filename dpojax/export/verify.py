@@ -7,7 +7,6 @@ model's config, every parameter, and the log-prob of a text.
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from dpojax.data.examples import DataError
 from dpojax.models import hf, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.runtime import paths
 from dpojax.training import reference
 
 TEXTS = ("Which way is north?\n\nUp, and a little to the left: about 3 km.", " na\u00efve \u2603\n")
@@ -81,7 +81,7 @@ def check(
   Raises:
     HuggingFaceError: the folder is not the policy; the message names what differs.
   """
-  folder = pathlib.Path(folder)
+  folder = paths.of(folder)
   ids = [*_check_ids(folder, tokenizer)[: min(LONGEST, config.longest or LONGEST) - 1], stop_ids[0]]
   _check_stop_ids(folder, stop_ids)
   before, left, dtypes = _log_prob(config, params, ids), _taken(params), {}
@@ -103,7 +103,7 @@ def check(
   return Checked(rounded or ("float32",), len(ids) - 1, before, after)
 
 
-def _check_ids(folder: pathlib.Path, tokenizer: Any) -> list[int]:
+def _check_ids(folder: paths.Path, tokenizer: Any) -> list[int]:
   """Returns the ids of the first text, which the folder's tokenizer gives too, and of all others."""
   try:
     written = tokenization.load_tokenizer(str(folder))
@@ -125,14 +125,14 @@ def _check_ids(folder: pathlib.Path, tokenizer: Any) -> list[int]:
   return ours[0]
 
 
-def _check_stop_ids(folder: pathlib.Path, stop_ids: Sequence[int]) -> None:
+def _check_stop_ids(folder: paths.Path, stop_ids: Sequence[int]) -> None:
   path = folder / "generation_config.json"
   ids = json.loads(path.read_text()).get("eos_token_id")
   if set(stop_ids) != {*(ids if isinstance(ids, list) else [ids])}:
     raise _differs(path, "eos_token_id", list(stop_ids), ids)
 
 
-def _check_config(folder: pathlib.Path, ours: ModelConfig, theirs: ModelConfig) -> None:
+def _check_config(folder: paths.Path, ours: ModelConfig, theirs: ModelConfig) -> None:
   left_open = dict(published="", dtype=ours.dtype, remat=ours.remat, attention=ours.attention)
   one, other = (vars(dataclasses.replace(each, **left_open)) for each in (ours, theirs))
   for name, value in one.items():
@@ -149,7 +149,7 @@ def _taken(params: dict, path: str = "") -> dict[str, np.ndarray]:
   return leaves
 
 
-def _dtype_of(folder: pathlib.Path, path: str, ours: np.ndarray, theirs: np.ndarray) -> str:
+def _dtype_of(folder: paths.Path, path: str, ours: np.ndarray, theirs: np.ndarray) -> str:
   """Returns the dtype in which a parameter is the policy's."""
   for dtype in ("float32", "bfloat16", "float16"):
     with np.errstate(over="ignore"):
@@ -160,7 +160,7 @@ def _dtype_of(folder: pathlib.Path, path: str, ours: np.ndarray, theirs: np.ndar
 
 
 def _check_close(
-  folder: pathlib.Path, path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float
+  folder: paths.Path, path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float
 ) -> None:
   apart = _largest(ours, theirs)
   if not apart <= tolerance * np.abs(ours).max():
@@ -184,7 +184,7 @@ def _log_prob(config: ModelConfig, params: Any, ids: list[int]) -> float:
     return float(score(params, rows)[0][0, 0, 0])
 
 
-def _differs(where: pathlib.Path, what: str, ours: Any, theirs: Any) -> HuggingFaceError:
+def _differs(where: paths.Path, what: str, ours: Any, theirs: Any) -> HuggingFaceError:
   return HuggingFaceError(
     f"{where}, read back, is not what was trained: {what} was {ours} and is {theirs} there; do not "
     "use the folder, and report it"

@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import tempfile
 from typing import Any, NamedTuple
 
 from dpojax.data import tokenization
 from dpojax.export import verify
 from dpojax.models import hf, peft
 from dpojax.models.families import HuggingFaceError
+from dpojax.runtime import paths
+from dpojax.runtime.disk import disk_errors
 from dpojax.training import checkpoint, weights
 
 
@@ -128,8 +131,12 @@ def _read_back(
 
 
 def _write_tokenizer(tokenizer: Any, name: str, out: str | os.PathLike) -> None:
-  source = pathlib.Path(name).expanduser()
+  source = paths.of(name)
   if source.is_dir():
     hf.copy_tokenizer(source, out)
+  elif paths.is_remote(out):
+    with disk_errors(out), tempfile.TemporaryDirectory() as here:
+      tokenizer.save_pretrained(here)
+      paths.upload(pathlib.Path(here), paths.of(out))
   else:
     tokenizer.save_pretrained(out)

@@ -21,7 +21,9 @@ from dpojax.data import gguf as gguf_tokenizer
 from dpojax.data import tokenization
 from dpojax.models import gguf, hf
 from dpojax.models.families import HuggingFaceError
+from dpojax.runtime import paths
 from dpojax.runtime.command import command
+from dpojax.runtime.disk import disk_errors
 
 
 def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "float32") -> gguf.File:
@@ -32,9 +34,15 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "
     DataError: its tokenizer is not supported.
     DiskError: the disk is full or cannot be written.
   """
-  out = pathlib.Path(out)
-  if out.exists() and any(out.iterdir()):
+  out = paths.of(out)
+  if not paths.is_empty(out):
     raise HuggingFaceError(f"{out} is not empty; give a folder that is, or a new one")
+  if paths.is_remote(out):
+    here = paths.scratch() / "converted"
+    file = convert(source, here, dtype=dtype)
+    with disk_errors(out):
+      paths.upload(here, out, last="config.json")  # a folder is a model once it is all there
+    return file
   file = gguf.read(find(source))
   gguf.config_of(file)  # before anything is written
   unfinished = out.with_name(f"{out.name}.unfinished")
@@ -63,7 +71,7 @@ def find(source: str | os.PathLike) -> pathlib.Path:
   Raises:
     HuggingFaceError: there is neither, or the package carries none or several.
   """
-  path = pathlib.Path(source).expanduser()
+  path = pathlib.Path(paths.fetched(source)).expanduser()
   if path.is_file():
     return path
   try:

@@ -3,7 +3,8 @@
 Files are mapped into memory, and a parameter is a view of the tensor that holds it, transposed,
 split and cut as the parameter asks. So only what a caller places is ever read, a folder is written
 a tensor at a time, and nobody holds the model twice. The files are mapped here and not by the
-safetensors package because its slices are copies, without strides.
+safetensors package because its slices are copies, without strides. Of a folder in a bucket the ranges that
+a view lies in are fetched before it is read.
 """
 
 import collections
@@ -15,7 +16,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.models import families, peft, tensors, transformer
+from dpojax.models import families, peft, ranges, tensors, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import DTYPES, Family, HuggingFaceError, Tensor
 from dpojax.models.tensors import read_json
+from dpojax.runtime import paths
 from dpojax.runtime.disk import disk_errors
 
 SHARD_BYTES = 5 * 10**9
@@ -70,7 +71,7 @@ def is_model_folder(path: str | os.PathLike) -> bool:
   if peft.is_adapter_folder(path):
     return True
   try:
-    return "model_type" in read_json(pathlib.Path(path) / "config.json")
+    return "model_type" in read_json(paths.of(path) / "config.json")
   except HuggingFaceError:
     return False
 
@@ -78,18 +79,19 @@ def is_model_folder(path: str | os.PathLike) -> bool:
 def is_model(name: str) -> bool:
   """Returns whether a name is a Hugging Face model: a folder that holds one, or a hub name."""
   looks_like_one = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-  return is_model_folder(name) or bool(looks_like_one) and not pathlib.Path(name).exists()
+  return is_model_folder(name) or bool(looks_like_one) and not paths.of(name).exists()
 
 
-def locate(name: str | os.PathLike) -> pathlib.Path:
+def locate(name: str | os.PathLike) -> paths.Path:
   """Returns the folder itself, or that of a hub name, fetched unless it was fetched before.
 
   Raises:
     HuggingFaceError: there is no such folder and no such model can be fetched.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = paths.of(name)
   if folder.is_dir():
     return folder
+  _check_may_be_on_the_hub(folder)
   with _fetching(name):
     return pathlib.Path(
       huggingface_hub.snapshot_download(
@@ -106,13 +108,19 @@ def read_config(name: str | os.PathLike) -> ModelConfig:
   Raises:
     HuggingFaceError: there is none, or its family is not supported.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = paths.of(name)
   if peft.is_adapter_folder(folder):
     return read_config(_base(folder))
   if not folder.is_dir():
+    _check_may_be_on_the_hub(folder)
     with _fetching(name):
       folder = pathlib.Path(huggingface_hub.hf_hub_download(str(name), "config.json")).parent
   return families.read_config(read_json(folder / "config.json"))
+
+
+def _check_may_be_on_the_hub(folder: paths.Path) -> None:
+  if paths.is_remote(folder):
+    raise HuggingFaceError(f"{folder} does not exist; give a folder with config.json and *.safetensors")
 
 
 @contextlib.contextmanager
@@ -127,10 +135,10 @@ def _fetching(name: str | os.PathLike) -> Iterator[None]:
     ) from error
 
 
-def _base(folder: pathlib.Path) -> str:
+def _base(folder: paths.Path) -> str:
   """The base an adapter is on, which is a model itself."""
   base = peft.read_settings(folder)["base_model_name_or_path"]
-  if peft.is_adapter_folder(pathlib.Path(base).expanduser()):
+  if peft.is_adapter_folder(base):
     raise HuggingFaceError(
       f"the adapter {folder} is on {base!r}, an adapter too; merge that one with PEFT and save the model"
     )
@@ -167,7 +175,7 @@ def load(name: str | os.PathLike, *, place: Place | None = None, dtype: str = "f
   def tensor(name):
     array = files.array(names[name])
     if name in changes_of:
-      return changes_of[name].added_to(array, inputs_first=family.inputs_first)
+      return changes_of[name].added_to(files.fetch(names[name], array), inputs_first=family.inputs_first)
     return array
 
   def placed(path, leaf):
@@ -179,6 +187,8 @@ def load(name: str | os.PathLike, *, place: Place | None = None, dtype: str = "f
       layers, index = (part, index) if stack.layered else (part[None], (slice(None), *index))
       for layer, piece in zip(layers, stack.pieces[index[0]], strict=True):
         source = piece.of(tensor(piece.name), config)[index[1:]]
+        if piece.name not in changes_of:
+          files.fetch(names[piece.name], source)
         rows = max(1, len(layer) * BLOCK_BYTES // max(1, layer.nbytes))
         for i in range(0, len(layer), rows):
           layer[i : i + rows] = source[i : i + rows]
@@ -188,6 +198,7 @@ def load(name: str | os.PathLike, *, place: Place | None = None, dtype: str = "f
     return (place or _whole)(path, jax.ShapeDtypeStruct(leaf.shape, dtype), read)
 
   params = jax.tree_util.tree_map_with_path(placed, _shapes(config))
+  ranges.forget_all()
   return Model(dataclasses.replace(config, published=published), params)
 
 
@@ -218,8 +229,8 @@ def save(
     HuggingFaceError: the folder holds something already, or the model has no form in one.
     DiskError: the disk is full or cannot be written.
   """
-  folder = pathlib.Path(folder)
-  if folder.exists() and any(folder.iterdir()):
+  folder = paths.of(folder)
+  if not paths.is_empty(folder):
     raise HuggingFaceError(f"{folder} is not empty; give a folder that is, or a new one")
   if "reward_head" in params:
     raise HuggingFaceError(
@@ -266,7 +277,7 @@ def save(
     return whole
 
   with disk_errors(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(folder)
     _write_shards(folder, plan, tensor, shard_bytes)
     save_generation_config(folder, config, **token_ids)
     _write_json(folder / "config.json", values)  # last: a folder is a model once it is all there
@@ -303,9 +314,10 @@ def write_tensors(
   """
   plan = {name: _Entry(dtype, shape) for name, shape in tensor_shapes(values).items()}
   with disk_errors(folder):
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_shards(pathlib.Path(folder), plan, tensor, SHARD_BYTES)
-    _write_json(pathlib.Path(folder) / "config.json", values)
+    folder = paths.of(folder)
+    paths.make_folder(folder)
+    _write_shards(folder, plan, tensor, SHARD_BYTES)
+    _write_json(folder / "config.json", values)
 
 
 def save_generation_config(
@@ -320,7 +332,7 @@ def save_generation_config(
   values |= {key: value for key, value in token_ids.items() if value is not None}
   if values:
     with disk_errors(folder):
-      _write_json(pathlib.Path(folder) / "generation_config.json", values)
+      _write_json(paths.of(folder) / "generation_config.json", values)
 
 
 def copy_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> None:
@@ -331,8 +343,8 @@ def copy_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> None
   """
   with disk_errors(folder):
     for name in TOKENIZER_FILES:
-      if (pathlib.Path(source) / name).is_file():
-        shutil.copyfile(pathlib.Path(source) / name, pathlib.Path(folder) / name)
+      if (paths.of(source) / name).is_file():
+        (paths.of(folder) / name).write_bytes((paths.of(source) / name).read_bytes())
 
 
 class _Piece(NamedTuple):
@@ -368,7 +380,7 @@ class _Entry(NamedTuple):
 class _Files:
   """The tensors of a folder's safetensors files, mapped into memory."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: paths.Path):
     """Reads the files' headers.
 
     Raises:
@@ -397,6 +409,10 @@ class _Files:
       HuggingFaceError: its dtype is not supported.
     """
     return self.entries[name].array(name)
+
+  def fetch(self, name: str, view: np.ndarray) -> np.ndarray:
+    """Returns a view of a tensor, with what it needs of a bucket's file in memory."""
+    return self.entries[name].fetch(view)
 
   def forget(self, name: str) -> None:
     """Lets the system take back the memory a tensor was read into."""
@@ -501,7 +517,7 @@ def _check_changes(
 
 
 def _same(files: _Files, name: str, other: str) -> bool:
-  first, second = files.array(name), files.array(other)
+  first, second = (files.fetch(each, files.array(each)) for each in (name, other))
   return (
     first.shape == second.shape
     and first.ndim > 0
@@ -509,9 +525,7 @@ def _same(files: _Files, name: str, other: str) -> bool:
   )
 
 
-def _published(
-  folder: pathlib.Path, values: dict, family: Family, names: dict[str, str], files: _Files
-) -> str:
+def _published(folder: paths.Path, values: dict, family: Family, names: dict[str, str], files: _Files) -> str:
   """What `save` needs to write the same folder again, as JSON."""
   dtypes = collections.Counter(files.entries[name].dtype for name in names.values())
   published = {
@@ -544,7 +558,7 @@ def _as_published(name: str, published: dict, family: Family) -> tuple[str, str]
 
 
 def _write_shards(
-  folder: pathlib.Path, plan: dict[str, _Entry], tensor: Callable[[str], np.ndarray], shard_bytes: int
+  folder: paths.Path, plan: dict[str, _Entry], tensor: Callable[[str], np.ndarray], shard_bytes: int
 ) -> None:
   shards, room = [], 0
   for name in sorted(plan, key=lambda name: -jnp.dtype(plan[name].dtype).itemsize):
@@ -567,7 +581,7 @@ def _write_shards(
       }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(folder / file_of(i), "wb") as file:
+    with (folder / file_of(i)).open("wb") as file:
       file.write(len(text).to_bytes(8, "little") + text)
       for name in names:
         file.write(tensor(name).reshape(-1).view(np.uint8).data)
@@ -581,8 +595,8 @@ def _write_shards(
     )
 
 
-def _write_json(path: pathlib.Path, values: dict) -> None:
-  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def _write_json(path: paths.Path, values: dict) -> None:
+  path.write_bytes((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _some(names) -> str:

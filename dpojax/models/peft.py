@@ -9,7 +9,6 @@ grows with it, so that the scale stays.
 import collections
 import json
 import os
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from dpojax.models.config import ModelConfig
 from dpojax.models.families import Family, HuggingFaceError
 from dpojax.models.lora import TARGETS, WHOLE, Lora
 from dpojax.models.tensors import open_tensors, read_json, shown
+from dpojax.runtime import paths
 from dpojax.runtime.disk import disk_errors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 def is_adapter_folder(path: str | os.PathLike) -> bool:
   """Returns whether a path is a folder of PEFT's."""
-  return (pathlib.Path(path) / CONFIG).is_file()
+  return (paths.of(path) / CONFIG).is_file()
 
 
 def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
@@ -51,10 +51,11 @@ def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
   Raises:
     HuggingFaceError: a file is missing or damaged, or the adapter is no plain LoRA.
   """
-  folder = pathlib.Path(folder)
+  folder = paths.of(folder)
   settings = read_settings(folder)
   try:
-    tensors = {name: entry.array(name) for name, entry in open_tensors(folder / TENSORS).items()}
+    entries = open_tensors(folder / TENSORS)
+    tensors = {name: entry.fetch(entry.array(name)) for name, entry in entries.items()}
   except HuggingFaceError as error:
     raise HuggingFaceError(
       f"the adapter {folder} cannot be read ({error}); it needs {CONFIG} and {TENSORS}"
@@ -96,7 +97,7 @@ def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
   return settings["base_model_name_or_path"], changes
 
 
-def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+def read_settings(folder: paths.Path) -> dict[str, Any]:
   """Returns an adapter_config.json, with what is read of it checked.
 
   Raises:
@@ -148,8 +149,8 @@ def save(folder: str | os.PathLike, config: ModelConfig, adapter: dict, lora: Lo
     HuggingFaceError: the folder holds something already, or the adapter has no form in PEFT.
     DiskError: the disk is full or cannot be written.
   """
-  folder = pathlib.Path(folder)
-  if folder.exists() and any(folder.iterdir()):
+  folder = paths.of(folder)
+  if not paths.is_empty(folder):
     raise HuggingFaceError(f"{folder} is not empty; give a folder that is, or a new one")
   if WHOLE in adapter:
     raise HuggingFaceError(
@@ -190,8 +191,8 @@ def save(folder: str | os.PathLike, config: ModelConfig, adapter: dict, lora: Lo
     "inference_mode": True,
   }
   with disk_errors(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    paths.make_folder(folder)
+    (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -2,14 +2,14 @@
 
 The safetensors package says whether a header is one: that dtypes, shapes and offsets agree, and that
 the tensors fill the file without a hole. Its reader copies what it reads; here files are mapped, so that
-a tensor can be read in parts and transposed.
+a tensor can be read in parts and transposed. Those of a bucket are read by ranges.
 """
 
 import json
 import math
 import mmap
 import os
-import pathlib
+import tempfile
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ import numpy as np
 import safetensors
 
 from dpojax.models.families import DTYPES, HuggingFaceError, shown
+from dpojax.models.ranges import Ranges
+from dpojax.runtime import paths
+from dpojax.runtime.disk import reached
 
 LARGEST_JSON = 2**24
 """Bytes of a JSON file; the index of a model of 405 billion parameters has 2**17."""
@@ -31,11 +34,12 @@ class Entry(NamedTuple):
   dtype: str
   shape: tuple[int, ...]
   start: int
-  file: pathlib.Path
+  file: paths.Path
   mapped: mmap.mmap
+  ranges: Ranges | None = None
 
   def array(self, name: str) -> np.ndarray:
-    """Returns the tensor, of which only what is looked at is read.
+    """Returns the tensor, of which only what is looked at is read; of a bucket what was fetched before.
 
     Raises:
       HuggingFaceError: its dtype is not supported.
@@ -48,26 +52,46 @@ class Entry(NamedTuple):
     count = math.prod(self.shape)
     return np.frombuffer(self.mapped, jnp.dtype(self.dtype), count, self.start).reshape(self.shape)
 
+  def fetch(self, view: np.ndarray) -> np.ndarray:
+    """Returns a view of the tensor, with what it needs of a bucket's file in memory.
+
+    Raises:
+      DiskError: the store does not answer.
+    """
+    if self.ranges is not None:
+      with reached(self.file):
+        self.ranges.fetch(view)
+    return view
+
   def forget(self) -> None:
-    """Lets the system take back the memory the tensor was read into."""
+    """Lets the system take back the memory of the tensor; what was fetched of a bucket stays a while."""
+    if self.ranges is not None:
+      return
     first = self.start - self.start % mmap.PAGESIZE
     size = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
     self.mapped.madvise(mmap.MADV_DONTNEED, first, self.start - first + size)
 
 
-def open_tensors(path: pathlib.Path) -> dict[str, Entry]:
+def open_tensors(path: paths.Path) -> dict[str, Entry]:
   """Returns the tensors of a safetensors file by name.
 
   Raises:
     HuggingFaceError: the file is missing, or is no such file, whole and sound.
   """
+  size, header, ranges = 0, b"", None
   try:
-    with open(path, "rb") as file:
-      size = os.fstat(file.fileno()).st_size
-      length = int.from_bytes(file.read(8), "little")
-      header = file.read(length) if length <= min(LARGEST_HEADER, size - 8) else b""
-      with safetensors.safe_open(path, framework="numpy"):
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    if paths.is_remote(path):
+      with reached(path):
+        size, length, header = _head(path)
+      ranges = _checked(path, size, length, header)
+      mapped = ranges.memory
+    else:
+      with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= min(LARGEST_HEADER, size - 8) else b""
+        with safetensors.safe_open(path, framework="numpy"):
+          mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     entries = json.loads(header, object_pairs_hook=_once)
   except FileNotFoundError as error:
     raise HuggingFaceError(
@@ -85,24 +109,45 @@ def open_tensors(path: pathlib.Path) -> dict[str, Entry]:
     name: Entry(
       dtypes.get(entry["dtype"], entry["dtype"]),
       tuple(entry["shape"]),
-      8 + length + entry["data_offsets"][0],
+      8 + len(header) + entry["data_offsets"][0],
       path,
       mapped,
+      ranges,
     )
     for name, entry in entries.items()
   }
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def _head(path: paths.Path) -> tuple[int, int, bytes]:
+  """Returns the size of a bucket's file, that of its header, and the header where it can be one."""
+  size = paths.size(path)
+  length = int.from_bytes(paths.read_ranges(path, [(0, min(8, size))])[0], "little") if size else 0
+  if size < 8 or length > min(LARGEST_HEADER, size - 8):
+    return size, length, b""
+  return size, length, paths.read_ranges(path, [(8, 8 + length)])[0]
+
+
+def _checked(path: paths.Path, size: int, length: int, header: bytes) -> Ranges:
+  """Lets the package check a bucket's file: a file of its header and size, with a hole for the tensors."""
+  with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+    file.write(length.to_bytes(8, "little") + header)
+    file.truncate(size)
+    file.flush()
+    with safetensors.safe_open(file.name, framework="numpy"):
+      return Ranges(path, size)
+
+
+def read_json(path: paths.Path) -> dict[str, Any]:
   """Returns what a JSON file holds, an object.
 
   Raises:
     HuggingFaceError: the file is missing, or is no such file, or is larger than any is.
   """
   try:
-    if path.stat().st_size > LARGEST_JSON:
-      raise HuggingFaceError(f"{path} is larger than {LARGEST_JSON} bytes, as none is; fetch it again")
-    values = json.loads(path.read_bytes())
+    with reached(path):
+      if paths.size(path) > LARGEST_JSON:
+        raise HuggingFaceError(f"{path} is larger than {LARGEST_JSON} bytes, as none is; fetch it again")
+      values = json.loads(path.read_bytes())
   except FileNotFoundError as error:
     raise HuggingFaceError(f"{path} does not exist; give a Hugging Face model folder") from error
   except (OSError, ValueError, RecursionError) as error:
@@ -112,7 +157,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def shards(index: pathlib.Path) -> dict[str, list[str]]:
+def shards(index: paths.Path) -> dict[str, list[str]]:
   """Returns the files that an index names, and the tensors it says are in each.
 
   Raises:

@@ -32,7 +32,6 @@ that `dpojax.sample`, `evaluate` and `export` read, and a killed run continues t
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +48,7 @@ from dpojax.ppo import config as ppo_config
 from dpojax.ppo import losses as ppo_losses
 from dpojax.ppo import step as ppo_step
 from dpojax.ppo.step import Control, Experience, PPOState, Settings
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.stopping import stop_signal
@@ -335,7 +335,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     return _run(workdir_lib.with_template_date(config, workdir), settings, workdir)
 
 
-def _run(config: ml_collections.ConfigDict, settings: Settings, workdir: pathlib.Path) -> dict[str, float]:
+def _run(config: ml_collections.ConfigDict, settings: Settings, workdir: paths.Path) -> dict[str, float]:
   resolve.use_compile_cache(config)
   trainer, train_prompts, held_out, about, data = _set_up(config, settings)
   was_report = workdir_lib.open_report(workdir, data)

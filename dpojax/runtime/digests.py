@@ -7,13 +7,13 @@ read with. It is no signature: who can write the files can write their digests.
 import concurrent.futures
 import json
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Iterable
 
 import xxhash
 
+from dpojax.runtime import paths
+from dpojax.runtime.disk import reached
 from dpojax.runtime.errors import UserError
 
 FILE = "digests.json"
@@ -38,12 +38,12 @@ def of_files(folder: str | os.PathLike, names: Iterable[str]) -> dict[str, str]:
   Raises:
     OSError: one cannot be read.
   """
-  paths = {name: pathlib.Path(folder, name) for name in names}
-  sizes = {name: path.stat().st_size for name, path in paths.items()}
+  files = {name: paths.of(folder) / name for name in names}
   with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+    sizes = dict(zip(files, pool.map(paths.size, files.values())))
     blocks = {
-      name: [pool.submit(_of_block, path, start) for start in range(0, sizes[name], _BLOCK)]
-      for name, path in paths.items()
+      name: [pool.submit(_of_block, path, start, sizes[name]) for start in range(0, sizes[name], _BLOCK)]
+      for name, path in files.items()
     }
     return {
       name: f"{sizes[name]}:{of_bytes(b''.join(block.result() for block in of_file))}"
@@ -61,12 +61,11 @@ def write(
     known: digests of files that need not be read again.
     leave_out: names of files that are yet to change.
   """
-  names = files_under(folder) - {FILE, *leave_out}
+  folder = paths.of(folder)
+  names = paths.files_under(folder) - {FILE, *leave_out}
   known = {name: value for name, value in (known or {}).items() if name in names}
   found = dict(sorted((known | of_files(folder, names - known.keys())).items()))
-  temporary = pathlib.Path(folder, f"{FILE}.tmp")
-  temporary.write_text(json.dumps({"files": found, "digest": _of_digests(found)}, indent=1))
-  os.replace(temporary, pathlib.Path(folder, FILE))
+  paths.write_whole(folder / FILE, json.dumps({"files": found, "digest": _of_digests(found)}, indent=1))
 
 
 def read(folder: str | os.PathLike) -> dict[str, str] | None:
@@ -75,9 +74,10 @@ def read(folder: str | os.PathLike) -> dict[str, str] | None:
   Raises:
     DamageError: the file of digests is itself damaged.
   """
-  path = pathlib.Path(folder, FILE)
+  path = paths.of(folder) / FILE
   try:
-    found = json.loads(path.read_bytes())
+    with reached(path):
+      found = json.loads(path.read_bytes())
     if found["digest"] != _of_digests(found["files"]):
       raise ValueError("its own digest is another")
     return found["files"]
@@ -93,8 +93,9 @@ def check(folder: str | os.PathLike, digests: dict[str, str]) -> None:
   Raises:
     DamageError: one is missing, cannot be read or is not as it was written.
   """
-  for name, want in digests.items():  # sizes first: they cost nothing
-    path, written = pathlib.Path(folder, name), want.partition(":")[0]
+  folder = paths.of(folder)
+  for name, want in {} if paths.is_remote(folder) else digests.items():  # sizes first: they cost nothing here
+    path, written = folder / name, want.partition(":")[0]
     try:
       size = path.stat().st_size
     except OSError as error:
@@ -102,14 +103,15 @@ def check(folder: str | os.PathLike, digests: dict[str, str]) -> None:
     if str(size) != written:
       raise DamageError(f"{path} is damaged ({written} bytes were written, {size} are there)")
   try:
-    found = of_files(folder, digests)
+    with reached(folder):
+      found = of_files(folder, digests)
+  except FileNotFoundError as error:
+    raise DamageError(f"a file of {folder} is missing ({error})") from error
   except OSError as error:
     raise DamageError(f"{folder} cannot be read ({error})") from error
   for name, want in digests.items():
     if found[name] != want:
-      raise DamageError(
-        f"{pathlib.Path(folder, name)} is damaged (its digest is {found[name]}, written was {want})"
-      )
+      raise DamageError(f"{folder / name} is damaged (its digest is {found[name]}, written was {want})")
 
 
 def is_sound(folder: str | os.PathLike, *, without: bool) -> bool:
@@ -119,7 +121,8 @@ def is_sound(folder: str | os.PathLike, *, without: bool) -> bool:
     folder: the folder.
     without: whether one without digests, which an earlier version has written, is believed, aloud.
   """
-  if not pathlib.Path(folder).exists():
+  folder = paths.of(folder)
+  if not folder.exists():
     return False
   try:
     digests = read(folder)
@@ -128,25 +131,22 @@ def is_sound(folder: str | os.PathLike, *, without: bool) -> bool:
     check(folder, digests or {})
   except DamageError as error:
     print(f"{error}: it is made again", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)
+    paths.remove(folder)
     return False
   if digests is None:
     print(f"{folder} was written without digests: it is read unchecked", file=sys.stderr)
   return True
 
 
-def files_under(folder: str | os.PathLike) -> set[str]:
-  """Returns the names of all files under a folder, with / between the parts."""
-  folder = pathlib.Path(folder)
-  return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
 def _of_digests(files: dict[str, str]) -> str:
   return of_bytes(json.dumps(files, sort_keys=True).encode())
 
 
-def _of_block(path: pathlib.Path, start: int) -> bytes:
+def _of_block(path: paths.Path, start: int, size: int) -> bytes:
   """The digest of a part of a file; read and not mapped: a bad sector is an error then, no signal."""
+  if paths.is_remote(path):
+    (data,) = paths.read_ranges(path, [(start, min(start + _BLOCK, size))])
+    return xxhash.xxh3_128_digest(data)
   state, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ))
   with open(path, "rb", buffering=0) as file:
     file.seek(start)

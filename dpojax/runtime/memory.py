@@ -2,14 +2,13 @@
 
 import ctypes
 import os
-import pathlib
 import platform
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from dpojax.runtime import digests
+from dpojax.runtime import digests, paths
 
 _KEPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28))
 """Of glibc's mallopt: one arena for all threads, no buffer mapped alone, none given back at the top, and
@@ -54,7 +53,7 @@ def _set_malloc(settings: Sequence[tuple[int, int]]) -> None:
       libc.mallopt(parameter, value)
 
 
-def compile_folder(root: pathlib.Path) -> pathlib.Path | None:
+def compile_folder(root: paths.Path) -> paths.Path | None:
   """Returns where this process's compiled programs are kept by default, in a folder that machines may share.
 
   None where a folder is set already (JAX_COMPILATION_CACHE_DIR), and where a CPU does not say what it is.
@@ -72,7 +71,7 @@ def compile_folder(root: pathlib.Path) -> pathlib.Path | None:
 def cpu_kind(path: str | os.PathLike = "/proc/cpuinfo") -> str:
   """Returns the architecture, model and instructions of the CPU as Linux tells them, or an empty string."""
   try:
-    first = pathlib.Path(path).read_text().split("\n\n")[0]
+    first = paths.of(path).read_text().split("\n\n")[0]
   except OSError:
     return ""
   told = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
@@ -88,5 +87,7 @@ def cpu_kind(path: str | os.PathLike = "/proc/cpuinfo") -> str:
 
 def keep_compiled(folder: str | os.PathLike) -> None:
   """Lets this process find there what an earlier one compiled, and keep there what it compiles."""
-  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  paths.make_folder(paths.of(folder))
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  if paths.is_remote(folder):  # beside jax's own files XLA would keep some of its own, and knows no buckets
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

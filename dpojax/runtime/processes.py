@@ -18,7 +18,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -27,12 +26,13 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed
 
-from dpojax.runtime import stderr_filter
+from dpojax.runtime import ownership, paths, stderr_filter
 from dpojax.runtime.errors import UserError
 
 _BEAT = 1.0
@@ -76,10 +76,10 @@ def join(coordinator: str, num_processes: int, process_id: int, *, timeout: floa
     _watch = _Watch(timeout)
 
 
-def saves_in(workdir: str | os.PathLike) -> None:
-  """Tells where the run's checkpoints are, for the line that a lost process is told with."""
+def saves_in(workdir: paths.Path, steps: Callable[[], list[int]]) -> None:
+  """Tells where the run's checkpoints are and how to find them, for the line about a lost process."""
   if _watch is not None:
-    _watch.workdir = pathlib.Path(workdir)
+    _watch.workdir, _watch.steps = workdir, steps
 
 
 def agree(what: str, facts: dict[str, Any]) -> None:
@@ -153,9 +153,9 @@ class _Watch:
     state = distributed.global_state
     self._client, self._coordinator = state.client, state.coordinator_address
     self._me, self._count, self._timeout = state.process_id, state.num_processes, timeout
-    self.workdir = None
+    self.workdir, self.steps = None, list
     self._ending, self._left = threading.Lock(), threading.Event()
-    here = Process(socket.gethostname(), os.getpid(), _kernel())
+    here = Process(socket.gethostname(), os.getpid(), ownership.kernel())
     self._client.key_value_set(f"dpojax/process/{self._me}", json.dumps(here))
     self._processes = [
       Process(*json.loads(self._client.blocking_key_value_get(f"dpojax/process/{i}", _FOREVER)))
@@ -218,7 +218,7 @@ class _Watch:
     """Returns in words that a process is lost, or nothing."""
     process, silent = self._processes[i], now - self._seen[i][1]
     name = f"process {i} (pid {process.pid} on {process.host})"
-    if process.kernel == self._processes[self._me].kernel and not _lives(process.pid):
+    if process.kernel == self._processes[self._me].kernel and not ownership.lives(process.pid):
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         if self._me == 0:
           self._read()  # it may have said why
@@ -254,7 +254,13 @@ class _Watch:
   def _saved(self) -> str:
     if self.workdir is None:
       return "nothing is saved yet: start all processes again"
-    steps = [int(path.name) for path in self.workdir.glob("checkpoints/*") if path.name.isdecimal()]
+    found = []
+    looking = threading.Thread(target=lambda: found.append(self.steps()), daemon=True)
+    looking.start()
+    looking.join(_GRACE)  # a store may not answer
+    if not found:
+      return f"what is saved is in {self.workdir}: the same command continues"
+    (steps,) = found
     if not steps:
       return f"no step is saved in {self.workdir} yet: the same command starts again"
     return f"step {max(steps)} is saved in {self.workdir}: the same command continues"
@@ -281,7 +287,7 @@ class _Watch:
   def _all_ended(self) -> bool:
     self._read()
     here = self._processes[self._me].kernel
-    dead = lambda process: process.kernel == here and not _lives(process.pid)
+    dead = lambda process: process.kernel == here and not ownership.lives(process.pid)
     return all(i in self._ended or i in self._silent or dead(self._processes[i]) for i in self._seen)
 
   def end(self, error: BaseException) -> None:
@@ -343,23 +349,6 @@ def _between_processes(error: BaseException | None) -> bool:
 _places = itertools.count()
 _watch: _Watch | None = None
 _filter: subprocess.Popen | None = None
-
-
-def _kernel() -> str:
-  """Returns what names the machine's boot and the space that its pids are of."""
-  try:
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-  except OSError:  # not Linux: no two processes are taken for neighbours
-    return f"{socket.gethostname()} {os.getpid()}"
-
-
-def _lives(pid: int) -> bool:
-  """Returns whether a process of this machine is there and no zombie."""
-  try:
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-  except OSError:
-    return False
 
 
 def _filter_stderr() -> None:

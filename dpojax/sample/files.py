@@ -1,13 +1,12 @@
 """A file of prompts in, a file of samples out, which a killed run goes on with."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ import tqdm
 
 from dpojax.data import records, tokenization
 from dpojax.data.examples import Example
+from dpojax.runtime import appending, paths
 from dpojax.runtime.command import say
-from dpojax.runtime.disk import disk_errors
+from dpojax.runtime.disk import disk_errors, reached
 from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.ownership import owned
 from dpojax.sample.draws import Draw
@@ -66,7 +66,7 @@ def run(
     return _run(
       model,
       prompts,
-      pathlib.Path(out),
+      paths.of(out),
       draw,
       step,
       reference,
@@ -152,12 +152,13 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
   lines = {place: line for place, line in lines.items() if place[0] not in again}
   kept = len(lines)
   with disk_errors(out.parent):
-    _rewrite(out, lines.values())
+    file = appending.Appended(out, _text(lines.values()))
     bar = tqdm.tqdm(
       total=len(ids) * count, initial=kept, unit="sample", file=sys.stderr, disable=not sys.stderr.isatty()
     )
-    with bar, open(out, "a", encoding="utf-8") as file:
+    with bar, contextlib.closing(file):
       for batch in batches:
+        new = []
         for i, samples in zip(batch, generator([ids[i] for i in batch], batch)):
           for k, sample in enumerate(samples):
             place = numbers[i], k
@@ -166,10 +167,10 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
               | told(tokenizer, ids[i], sample),
               ensure_ascii=False,
             )
-            file.write(lines[place] + "\n")
-        file.flush()
+            new.append(lines[place])
+        file.write(_text(new))
         bar.update(len(batch) * count)
-    _rewrite(out, [lines[place] for place in sorted(lines)])
+    paths.write_whole(out, _text(lines[place] for place in sorted(lines)))
   seconds = time.perf_counter() - start
   samples = [json.loads(line) for line in lines.values()]
   new = sum(record["tokens"] for record in samples[kept:])
@@ -207,21 +208,23 @@ def summary(samples: Sequence[dict]) -> dict[str, float]:
   return result
 
 
-def _reopen(out: pathlib.Path, settings: dict) -> dict[tuple[int, int], str]:
+def _reopen(out: paths.Path, settings: dict) -> dict[tuple[int, int], str]:
   """Returns the whole lines of a file by (index, sample), after a check that it is of these settings.
 
   Raises:
     ConfigError: it is of others, or no file of samples.
   """
   about = out.with_suffix(".config.json")
-  if not out.exists():
+  with reached(out):
+    is_there = appending.exists(out)
+  if not is_there:
     with disk_errors(out.parent):
-      out.parent.mkdir(parents=True, exist_ok=True)
+      paths.make_folder(out.parent)
       about.write_text(json.dumps(settings, indent=2) + "\n")
     return {}
   try:
     was = json.loads(about.read_text())
-    lines = out.read_text(encoding="utf-8").split("\n")[:-1]  # texts hold other ends of lines
+    lines = appending.read(out).split("\n")[:-1]  # texts hold other ends of lines
     found = {(record["index"], record["sample"]): line for line in lines for record in [json.loads(line)]}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
@@ -235,7 +238,5 @@ def _reopen(out: pathlib.Path, settings: dict) -> dict[tuple[int, int], str]:
   return found
 
 
-def _rewrite(out: pathlib.Path, lines) -> None:
-  temporary = out.with_name(out.name + ".tmp")
-  temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-  os.replace(temporary, out)
+def _text(lines: Iterable[str]) -> str:
+  return "".join(f"{line}\n" for line in lines)

@@ -4,13 +4,13 @@ import collections
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from dpojax.data import records, tokenization
 from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.truncation import end_kept
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import Generator
@@ -99,7 +99,7 @@ def reading_of(policy: weights.Loaded, out: str | os.PathLike = "") -> tokenizat
   """Returns how prompts are read: as the run's data were; of another model on the day its file was begun."""
   if policy.settings is not None:
     return tokenization.Reading.of(policy.settings.data)
-  about = pathlib.Path(out).with_suffix(".config.json") if out else None
+  about = paths.of(out).with_suffix(".config.json") if out else None
   try:
     kept = json.loads(about.read_text())["reading"]["date"] if about else ""
   except (OSError, ValueError, KeyError, TypeError):

@@ -11,8 +11,6 @@ import itertools
 import json
 import logging
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -28,9 +26,10 @@ from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
 from dpojax.models.tensors import read_json
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.digests import DamageError
-from dpojax.runtime.disk import DiskError, disk_errors
+from dpojax.runtime.disk import DiskError, disk_errors, reached
 from dpojax.runtime.errors import UserError
 from dpojax.training import checkpoint_files
 from dpojax.training import config as config_lib
@@ -93,7 +92,9 @@ class Checkpoints:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    self.folder = paths.absolute(workdir) / "checkpoints"
+    if paths.is_remote(self.folder):
+      checkpoint_files.let_orbax_write_to_buckets()
     self._writing = 0
     # What training makes does not get smaller: compressing took more time than all the rest.
     arrays = lambda: checkpoint_files.Arrays(use_compression=False)
@@ -254,14 +255,14 @@ class Checkpoints:
     if jax.process_index() == 0:
       with disk_errors(self.folder):
         aside = self.folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
+        paths.make_folder(aside)
         name = next(
           name
           for i in itertools.count()
           if not (aside / (name := f"{step}.{i}" if i else str(step))).exists()
         )
         # Moved and not deleted: what is damaged may still be wanted, and only its owner can judge that.
-        os.rename(self.folder / str(step), aside / name)
+        paths.move(self.folder / str(step), aside / name)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
     self._manager.reload()
@@ -295,7 +296,7 @@ class Checkpoints:
       self._saving = None
       removed = self._remove_half_written()
       kind = DiskError if isinstance(error, DiskError) else CheckpointError
-      good = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+      good = checkpoint_files.steps(self.folder)
       raise kind(
         f"step {step} could not be saved: {str(error).strip().splitlines()[0]}. "
         + (f"Step {good[-1]} is the last that is saved" if good else "No step is saved")
@@ -306,10 +307,9 @@ class Checkpoints:
     """Removes what Orbax has not renamed to its step, and returns their names; process 0 does it."""
     if jax.process_index() > 0:
       return []
-    # Orbax writes under this name and renames at the end; what still has it was never whole.
-    found = sorted(self.folder.glob("*.orbax-checkpoint-tmp*"))
+    found = checkpoint_files.half_written(self.folder)
     for path in found:
-      shutil.rmtree(path, ignore_errors=True)
+      paths.remove(path)
     return [path.name for path in found]
 
   def close(self) -> None:
@@ -468,8 +468,10 @@ def load_settings(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
   Raises:
     CheckpointError: the folder is no run's workdir.
   """
-  path = pathlib.Path(workdir) / "config.json"
-  if not path.exists():
+  path = paths.of(workdir) / "config.json"
+  with reached(path):
+    is_there = path.exists()
+  if not is_there:
     raise CheckpointError(f"{workdir} is not the workdir of a run: {path} does not exist")
   try:
     settings = config_lib.from_json(json.dumps(read_json(path)))

@@ -5,7 +5,7 @@ A process digests the arrays it has written itself, and checks those again that 
 
 import dataclasses
 import json
-import pathlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,15 +15,63 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from dpojax.runtime import digests
+from dpojax.runtime import digests, paths
 from dpojax.runtime.digests import DamageError
+from dpojax.runtime.disk import reached
 
 MARK = {"digests": "xxh3_128"}
 """What a checkpoint says of itself if its files have digests: losing these is damage too."""
 
-_CHANGING = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_COMMITTED = "commit_success.txt"
+"""What makes a step whole in a bucket, where no folder can be renamed."""
+
+_CHANGING = ("_CHECKPOINT_METADATA", _COMMITTED)
 """Files of a step that Orbax writes last, and restores nothing from."""
+
+
+def steps(folder: paths.Path) -> list[int]:
+  """Returns the steps under a folder that are whole, ascending."""
+  return sorted(
+    int(path.name)
+    for path in folder.glob("*")
+    if path.name.isdecimal() and (not paths.is_remote(folder) or (path / _COMMITTED).exists())
+  )
+
+
+def half_written(folder: paths.Path) -> list[paths.Path]:
+  """Returns what stands under a folder and was not brought to its end."""
+  if not paths.is_remote(folder):
+    # Orbax writes under this name and renames at the end; what still has it was never whole.
+    return sorted(folder.glob("*.orbax-checkpoint-tmp*"))
+  return sorted(path for path in folder.glob("*") if not (path / _COMMITTED).exists())
+
+
+def let_orbax_write_to_buckets() -> None:
+  """Lets Orbax write to s3:// as it does to gs://: where it names a place to TensorStore, both are known.
+
+  In a bucket a step, and each of its items, is whole once its commit file is there. Tried on Orbax 0.12.8.
+  """
+  gcs_utils._GCS_PATH_PREFIX = tuple(paths.STORES)
+  tensorstore_utils._use_gcs_driver = paths.is_remote
+  tensorstore_utils._normalize_path = lambda path: re.sub(r"^(gs|s3):/+", r"\1://", os.path.normpath(path))
+  gcs_utils.get_kvstore_for_gcs = _store_of
+
+
+def _store_of(path: str) -> dict[str, Any]:
+  """Returns what TensorStore calls a place in a bucket."""
+  scheme, _, name = path.partition("://")
+  bucket, _, key = name.partition("/")
+  place = {"bucket": bucket, "path": key}
+  if scheme == "gs":
+    return {"driver": "gcs", **place}
+  if server := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+    place |= {"endpoint": server, "aws_region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
+  if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it looks for them in files and asks the machine
+    place["aws_credentials"] = {"type": "environment"}
+  return {"driver": "s3", **place}
 
 
 class Arrays(ocp.PyTreeCheckpointHandler):
@@ -32,7 +80,7 @@ class Arrays(ocp.PyTreeCheckpointHandler):
   async def async_save(self, directory: Any, *args, **kwargs) -> list:
     """Starts writing; the digests are there when the futures are done."""
     futures = await super().async_save(directory, *args, **kwargs)
-    return [_Then(futures, lambda: _write_own(pathlib.Path(getattr(directory, "path", directory))))]
+    return [_Then(futures, lambda: _write_own(paths.of(getattr(directory, "path", directory))))]
 
 
 @ocp.args.register_with_handler(Arrays, for_save=True)
@@ -47,7 +95,7 @@ class Restore(ocp.args.PyTreeRestore):
   """What `Arrays` is to read a tree into."""
 
 
-def tree_of(folder: pathlib.Path) -> Any:
+def tree_of(folder: paths.Path) -> Any:
   """Returns the metadata of the arrays of an item, as a tree."""
   return Arrays().metadata(epath.Path(folder)).tree
 
@@ -68,24 +116,24 @@ class _Then:
       future.cancel()
 
 
-def _write_own(folder: pathlib.Path) -> None:
+def _write_own(folder: paths.Path) -> None:
   """Writes the digests of what this process has written of an item."""
   process = jax.process_index()
-  names = {name for name in digests.files_under(folder) if _writer(name) == process}
+  names = {name for name in paths.files_under(folder) if _writer(name) == process}
   (folder / f"digests_{process}.json").write_text(json.dumps(digests.of_files(folder, names)))
 
 
-def seal(folder: pathlib.Path, step: int) -> None:
+def seal(folder: paths.Path, step: int) -> None:
   """Writes the digests of all files of a step that is written but not yet in its place."""
   unfinished = next(path for path in folder.iterdir() if path.name.split(".")[0] == str(step))
   known: dict[str, Any] = {}
-  for path in unfinished.glob("*/digests_*.json"):
+  for path in sorted(unfinished.glob("*/digests_*.json")):
     known |= {f"{path.parent.name}/{name}": value for name, value in json.loads(path.read_text()).items()}
     path.unlink()
   digests.write(unfinished, known=known, leave_out=_CHANGING)
 
 
-def check(folder: pathlib.Path, items: Iterable[str], *, together: bool) -> bool:
+def check(folder: paths.Path, items: Iterable[str], *, together: bool) -> bool:
   """Checks the files of some items of a step; returns False where it was written without digests.
 
   Args:
@@ -125,9 +173,10 @@ def _writer(name: str) -> int | None:
   return int(found[1]) if found else None
 
 
-def _is_marked(about: pathlib.Path) -> bool:
+def _is_marked(about: paths.Path) -> bool:
   try:
-    return "digests" in json.loads(about.read_bytes())
+    with reached(about):
+      return "digests" in json.loads(about.read_bytes())
   except (OSError, ValueError, TypeError, RecursionError) as error:
     raise DamageError(f"{about} is damaged or missing ({error})") from error
 

@@ -1,12 +1,12 @@
 """What a run tells while it trains."""
 
-import pathlib
 import sys
 
 import ml_collections
 import numpy as np
 import tqdm
 
+from dpojax.runtime import paths
 from dpojax.runtime.command import is_main, say
 from dpojax.training.metrics import MetricsWriter
 
@@ -17,7 +17,7 @@ class Log:
   `last` holds the last metrics of each split, `evaluations` those of each evaluation by step.
   """
 
-  def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict, first: int):
+  def __init__(self, workdir: paths.Path, config: ml_collections.ConfigDict, first: int):
     self.last: dict[str, dict[str, float]] = {}
     self.evaluations: dict[int, dict[str, float]] = {}
     self._steps = config.steps

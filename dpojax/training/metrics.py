@@ -1,13 +1,21 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and Weights & Biases if asked."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and Weights & Biases if asked.
 
+TensorBoard's files are written on this machine, and copied from time to time where the workdir is in a
+bucket.
+"""
+
+import concurrent.futures
 import json
 import os
 import pathlib
+import tempfile
 import time
+from collections.abc import Callable
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 
+from dpojax.runtime import appending, paths
 from dpojax.runtime.disk import disk_errors
 
 
@@ -26,14 +34,13 @@ class MetricsWriter:
 
     A run that was killed and continues from a checkpoint at `after_step` writes them again.
     """
-    self.path = pathlib.Path(workdir) / "metrics.jsonl"
-    lines = read_metrics(workdir)
-    kept = [line for line in lines if line["step"] <= after_step]
-    temporary = self.path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, self.path)
-    self._file = open(self.path, "a", buffering=1)
-    self._events = event_file_writer.EventFileWriter(str(pathlib.Path(workdir) / "tensorboard"))
+    self.path = paths.of(workdir) / "metrics.jsonl"
+    with disk_errors(self.path.parent):
+      lines = read_metrics(workdir)
+      kept = [line for line in lines if line["step"] <= after_step]
+      self._file = appending.Appended(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+    self._copied = _Copied(self.path.parent / "tensorboard")
+    self._events = event_file_writer.EventFileWriter(str(self._copied.here))
     if kept or lines:
       restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._events.add_event(event_pb2.Event(step=after_step + 1, wall_time=time.time(), session_log=restart))
@@ -43,11 +50,11 @@ class MetricsWriter:
 
       self._wandb = wandb.init(
         project=wandb_project,
-        dir=str(workdir),
+        dir=str(paths.scratch() if paths.is_remote(workdir) else workdir),
         config=settings,
-        name=pathlib.Path(workdir).name,
+        name=self.path.parent.name,
         resume="allow",
-        id=pathlib.Path(workdir).absolute().as_posix().replace("/", "-")[-100:],
+        id=paths.absolute(workdir).as_posix().replace("/", "-").replace(":", "-")[-100:],
       )
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
@@ -64,23 +71,62 @@ class MetricsWriter:
     self._events.add_event(
       event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=values))
     )
+    with disk_errors(self.path.parent):
+      self._copied.from_time_to_time(self._events.flush)
     if self._wandb is not None:
       self._wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
   def close(self) -> None:
     self._file.close()
     self._events.close()
+    self._copied.close()
     if self._wandb is not None:
       self._wandb.finish()
 
 
+_COPY_EVERY = 60.0
+"""Seconds; on this machine TensorBoard's own writer waits twice as long before it writes."""
+
+
+class _Copied:
+  """A folder of a workdir that is written on this machine, and copied where the workdir is in a bucket."""
+
+  def __init__(self, folder: paths.Path):
+    self._folder, self._remote, self._last = folder, paths.is_remote(folder), time.monotonic()
+    self.here = pathlib.Path(tempfile.mkdtemp(dir=paths.scratch())) if self._remote else folder
+    self._thread = concurrent.futures.ThreadPoolExecutor(1) if self._remote else None
+    self._copying = None
+
+  def from_time_to_time(self, flush: Callable[[], None]) -> None:
+    """Starts to copy it, by a thread of its own, if that is due.
+
+    Raises:
+      Exception: the copy before could not be made.
+    """
+    if not self._remote or time.monotonic() - self._last < _COPY_EVERY:
+      return
+    if self._copying is not None:
+      if not self._copying.done():
+        return
+      self._copying.result()
+    flush()
+    self._last = time.monotonic()
+    self._copying = self._thread.submit(paths.upload, self.here, self._folder)
+
+  def close(self) -> None:
+    """Copies what is there, for the last time."""
+    if self._remote:
+      self._thread.shutdown()
+      paths.upload(self.here, self._folder)
+
+
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-  return read_lines(pathlib.Path(workdir) / "metrics.jsonl")
+  return read_lines(paths.of(workdir) / "metrics.jsonl")
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
+def read_lines(path: paths.Path) -> list[dict]:
   """Returns the lines of a JSONL file, none if it is not there; one cut off by a kill is left out."""
-  if not path.exists():
+  if not appending.exists(path):
     return []
-  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+  return [json.loads(line) for line in appending.read(path).splitlines(keepends=True) if line.endswith("\n")]

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import sys
 import uuid
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from array_record.python import array_record_module
 from jax.experimental import multihost_utils
 
 from dpojax.data import loader
-from dpojax.runtime import digests
-from dpojax.runtime.disk import disk_errors
+from dpojax.runtime import digests, paths
+from dpojax.runtime.disk import disk_errors, reached
 from dpojax.runtime.errors import UserError
 from dpojax.runtime.ownership import owned
 from dpojax.training.micro_batches import MicroBatches
@@ -78,7 +77,7 @@ def stored_log_probs(
   data = subset.data
   identity = identity | {"version": _VERSION, "data": data.fingerprint}
   digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-  folder = pathlib.Path(folder).expanduser() / digest
+  folder = paths.of(folder) / digest
   is_main, several = jax.process_index() == 0, jax.process_count() > 1
   shape = (len(data), data.lengths.shape[1] - 1)
   # nan marks what is not stored yet; a log-prob is never nan, or the run would have stopped at it.
@@ -120,23 +119,27 @@ def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
       fresh = []
 
 
-def _prepare(folder: pathlib.Path, identity: dict[str, Any]) -> None:
+def _prepare(folder: paths.Path, identity: dict[str, Any]) -> None:
   with disk_errors(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(folder)
     about = folder / "about.json"
     was = _told(about)
     if was is None:
-      # Under another name first: a kill between two writes must not leave half a file that is believed.
-      temporary = folder / f"about.{uuid.uuid4().hex}.tmp"
-      temporary.write_text(json.dumps(identity, indent=1, sort_keys=True))
-      os.replace(temporary, about)
+      text = json.dumps(identity, indent=1, sort_keys=True)
+      if paths.is_remote(folder):
+        about.write_text(text)
+      else:
+        # Under another name first: a kill between two writes must not leave half a file that is believed.
+        temporary = folder / f"about.{uuid.uuid4().hex}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, about)
   if was not in (None, json.loads(json.dumps(identity))):
     raise StoreError(
       f"{about} tells of other weights, data or truncation than its folder's name; delete {folder}"
     )
 
 
-def _told(about: pathlib.Path) -> dict | None:
+def _told(about: paths.Path) -> dict | None:
   """What a store tells of itself; None where it tells nothing that can be read."""
   try:
     return json.loads(about.read_bytes())
@@ -151,13 +154,15 @@ def _record(shape: tuple[int, ...]) -> np.dtype:
   return np.dtype([("position", "<i8"), ("log_probs", "<f4", shape)])
 
 
-def _read(folder: pathlib.Path, values: np.ndarray) -> None:
+def _read(folder: paths.Path, values: np.ndarray) -> None:
   """Fills in what is stored; a file that is not as it was written is removed, aloud."""
   kind = _record(values.shape[1:])
   for path in sorted(folder.glob("*.array_record")):
     _, *digest, _ = path.name.split(".")  # files of earlier versions have none in their names
+    with reached(path):
+      here = paths.fetched(path)
     try:
-      reader = array_record_module.ArrayRecordReader(str(path))
+      reader = array_record_module.ArrayRecordReader(here)
       raw = b"".join(reader.read_all())
       reader.close()
       if digest and digest != [_digest(folder, raw)]:
@@ -169,16 +174,17 @@ def _read(folder: pathlib.Path, values: np.ndarray) -> None:
       path.unlink()
 
 
-def _digest(folder: pathlib.Path, raw: bytes) -> str:
+def _digest(folder: paths.Path, raw: bytes) -> str:
   """Of a file's records, and of the store it belongs to."""
   return digests.of_bytes(folder.name.encode() + raw)
 
 
-def _write(folder: pathlib.Path, positions: list[int], values: np.ndarray) -> None:
+def _write(folder: paths.Path, positions: list[int], values: np.ndarray) -> None:
   """Writes a file under another name and renames it: what stands there is complete."""
   records = np.empty(len(positions), _record(values.shape[1:]))
   records["position"], records["log_probs"] = positions, values[positions]
-  temporary = folder / f"{uuid.uuid4().hex}.tmp"
+  remote = paths.is_remote(folder)
+  temporary = (paths.scratch() if remote else folder) / f"{uuid.uuid4().hex}.tmp"
   with disk_errors(folder):
     try:
       writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:256")
@@ -186,6 +192,10 @@ def _write(folder: pathlib.Path, positions: list[int], values: np.ndarray) -> No
         writer.write(record.tobytes())
       writer.close()
       digest = _digest(folder, records.tobytes())
-      os.replace(temporary, folder / f"{min(positions):09d}-{max(positions):09d}.{digest}.array_record")
+      path = folder / f"{min(positions):09d}-{max(positions):09d}.{digest}.array_record"
+      if remote:
+        path.write_bytes(temporary.read_bytes())
+      else:
+        os.replace(temporary, path)
     finally:
       temporary.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from dpojax.kernels.platform import platform
 from dpojax.models import config as model_config
 from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
@@ -158,14 +158,14 @@ def _held_out(train: loader.Subset, count: int) -> tuple[loader.Subset, loader.S
   return rest, held_out
 
 
-def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
+def cache_dir(config: ml_collections.ConfigDict) -> paths.Path:
   """Returns the folder that prepared data and stored references are kept in."""
-  return pathlib.Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
+  return paths.of(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
 
 
-def default_cache_dir() -> pathlib.Path:
+def default_cache_dir() -> paths.Path:
   """Returns the folder of everything that is kept between runs, where a config names none."""
-  return pathlib.Path(os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax")).expanduser()
+  return paths.of(os.environ.get("DPOJAX_CACHE", "~/.cache/dpojax"))
 
 
 def use_compile_cache(config: ml_collections.ConfigDict | None = None) -> None:
@@ -174,8 +174,8 @@ def use_compile_cache(config: ml_collections.ConfigDict | None = None) -> None:
   if folder == "auto":
     folder = compile_folder(default_cache_dir() if config is None else cache_dir(config))
   if folder:
-    with disk_errors(pathlib.Path(folder)):
-      keep_compiled(pathlib.Path(folder).expanduser().absolute())
+    with disk_errors(folder):
+      keep_compiled(paths.absolute(folder))
 
 
 def make_devices(

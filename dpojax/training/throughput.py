@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dpojax.data.loader import Batch
+from dpojax.runtime import paths
 
 
 class Chip(NamedTuple):
@@ -144,7 +144,8 @@ class Profile:
   def __init__(self, steps: range, workdir: str | os.PathLike):
     """Traces these steps, none where there are none; on several hosts each writes its own."""
     self._steps, self._running = steps, False
-    self._folder = pathlib.Path(workdir) / "tensorboard"
+    self._folder = paths.of(workdir) / "tensorboard"
+    self._here = paths.scratch() / "trace" if paths.is_remote(workdir) and steps else self._folder
 
   def before(self, step: int, state: Any) -> None:
     """Starts or ends the trace where this step is the first, or the first one after it.
@@ -158,11 +159,13 @@ class Profile:
       self._stop()
     elif step in self._steps and not self._running:
       jax.block_until_ready(state)
-      jax.profiler.start_trace(str(self._folder))
+      jax.profiler.start_trace(str(self._here))
       self._running = True
 
   def _stop(self) -> None:
     jax.profiler.stop_trace()
+    if self._here is not self._folder:
+      paths.upload(self._here, self._folder)
     self._running = False
 
   def __enter__(self):

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import json
 import os
-import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +11,17 @@ from typing import Any
 import jax
 import ml_collections
 
-from dpojax.runtime import processes
+from dpojax.runtime import paths, processes
 from dpojax.runtime.command import is_main
-from dpojax.runtime.disk import DiskError, disk_errors
+from dpojax.runtime.disk import DiskError, disk_errors, reached
 from dpojax.runtime.ownership import owned
-from dpojax.training import checkpoint, resolve
+from dpojax.training import checkpoint, checkpoint_files, resolve
 from dpojax.training import config as config_lib
 from dpojax.training.checkpoint import CheckpointError
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Iterator[pathlib.Path]:
+def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Iterator[paths.Path]:
   """Makes the workdir, owns it, and writes config.json or checks that the run there is the same.
 
   Of several processes the first does it for all, after they have compared configs and versions.
@@ -33,31 +32,29 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
     ConfigError: it holds a run of another config.
     DiskError: the disk is full or cannot be written.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = paths.absolute(workdir)
   path = workdir / "config.json"
   with contextlib.ExitStack() as held:
 
     def open_it():
       with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(workdir)
       held.enter_context(owned(workdir / "run", f"the workdir {workdir}"))
       with disk_errors(workdir):
         dated = with_template_date(config, workdir)
         if path.exists():
           config_lib.check_continues(checkpoint.load_settings(workdir), dated)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config_lib.to_json(dated))
-        os.replace(temporary, path)
+        paths.write_whole(path, config_lib.to_json(dated))
 
     processes.agree("config", config_lib.shared(config) | processes.versions())
     if is_main():
       open_it()
     processes.meet("workdir")
-    processes.saves_in(workdir)
+    processes.saves_in(workdir, lambda: checkpoint_files.steps(workdir / "checkpoints"))
     yield workdir
 
 
-def with_template_date(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def with_template_date(config: ml_collections.ConfigDict, workdir: paths.Path) -> ml_collections.ConfigDict:
   """Returns the config with a day for chat templates: its own, that of the run in the workdir, or today."""
   if config.data.template_date:
     return config
@@ -69,22 +66,23 @@ def with_template_date(config: ml_collections.ConfigDict, workdir: pathlib.Path)
   return config
 
 
-def open_report(workdir: pathlib.Path, data: resolve.Data) -> dict:
+def open_report(workdir: paths.Path, data: resolve.Data) -> dict:
   """Returns what data_report.json in the workdir says, or nothing, and writes it there if it is not."""
   path = workdir / "data_report.json"
   try:
-    return json.loads(path.read_text())
+    with reached(path):
+      return json.loads(path.read_text())
   except (OSError, ValueError):
     pass
   if data.report is not None and is_main():
     with disk_errors(workdir):
-      path.write_text(json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
+      paths.write_whole(path, json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
   return {}
 
 
-def check_space(workdir: pathlib.Path, state: Any, config: ml_collections.ConfigDict) -> None:
-  """Refuses to start when not even one checkpoint fits the disk."""
-  if not config.checkpoint_every:
+def check_space(workdir: paths.Path, state: Any, config: ml_collections.ConfigDict) -> None:
+  """Refuses to start when not even one checkpoint fits the disk; a bucket has room."""
+  if not config.checkpoint_every or paths.is_remote(workdir):
     return
   saved = (state, state.params) if config.reference.sync_every else state
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
@@ -96,7 +94,7 @@ def check_space(workdir: pathlib.Path, state: Any, config: ml_collections.Config
     )
 
 
-def check_same(was: dict, now: dict, workdir: pathlib.Path, of_data: str = "") -> None:
+def check_same(was: dict, now: dict, workdir: paths.Path, of_data: str = "") -> None:
   """Refuses to continue a run of another model, of other ids, or beside another reference.
 
   Args:

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import pathlib
 import sys
 import urllib.error
 import urllib.request
@@ -22,7 +21,7 @@ from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 from dpojax.data.files import Path, digest, local_files
-from dpojax.runtime import digests
+from dpojax.runtime import mirror, paths
 from dpojax.runtime.disk import DiskError
 from dpojax.runtime.ownership import owned
 
@@ -120,7 +119,7 @@ def prepare(
       f"data.columns.{next(iter(columns))} is set but data.path is empty; columns are read of local files: "
       f"fetch those of {source} and name them"
     )
-  root = pathlib.Path(data_dir or DATA_DIR).expanduser()
+  root = paths.of(data_dir or DATA_DIR)
   builder_class = BUILDERS[source]
   made_otherwise = [form] * bool(form) + knobs_lib.columns_text(columns)
   if path:
@@ -164,24 +163,26 @@ def _published(builder_class: type, name: str) -> tfds.core.BuilderConfig:
   return configs[name]
 
 
-def _build(builder_class: type, config: tfds.core.BuilderConfig, root: pathlib.Path):
+def _build(builder_class: type, config: tfds.core.BuilderConfig, root: paths.Path):
   """Returns the builder with its data on disk, whichever process has put them there."""
-  make = lambda: builder_class(config=config, data_dir=root, file_format="array_record")
+  here = mirror.local(root)
+  make = lambda: builder_class(config=config, data_dir=here, file_format="array_record")
   # Before TFDS reads what is there.
   folder = root / builder_class.name / config.name / str(builder_class.VERSION)
-  is_there = lambda: digests.is_sound(folder, without=not isinstance(config, base.LocalFiles))
+  is_there = lambda: mirror.is_sound(folder, without=not isinstance(config, base.LocalFiles))
   if is_there():
     return make()
   builder = make()
   try:
-    with owned(builder.data_path, f"the prepared data {builder.data_path}", wait=True):
+    with owned(folder, f"the prepared data {folder}", wait=True):
       if is_there():  # another process has made it while this one waited
         return make()
       if not isinstance(config, base.LocalFiles):
         _check_reachable(builder)
       builder.download_and_prepare(
-        download_dir=root / "downloads", download_config=tfds.download.DownloadConfig(compute_stats="skip")
+        download_dir=here / "downloads", download_config=tfds.download.DownloadConfig(compute_stats="skip")
       )
+      mirror.push(folder)
   except DataError:
     raise
   except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
