@@ -35,6 +35,8 @@ ORDER = {
     "appending",
     "command_line",
     "commands",
+    "paths",
+    "appending",
     "disk",
     "digests",
     "mirror",
@@ -177,6 +179,7 @@ def test_a_path_that_a_user_gives_goes_through_one_door():
   of_this_machine = {
     "runtime.paths": "the door",
     "runtime.mirror": "copies on this machine",
+    "runtime.command_line": "configs, which are code",
     "runtime.ownership": "/proc",
     "training.parallel": "/sys",
     "training.metrics": "TensorBoard's files before they are copied",

@@ -149,7 +149,7 @@ def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_s
 
 def test_every_fifth_request_that_fails_loses_nothing(store, forks, whole):
   proxy = stores.Proxy(store.port, every=5)
-  given = dict(root=store.root, name="fifth", sampled=False, checkpoint_every=4)
+  given = dict(root=store.root, name="fifth", sampled=False, checkpoint_every=8)
   outcome = forks.outcome(forks.start("dpo", store.environment(proxy.port), **given), seconds=400)
   proxy.shutdown()
   proxy.server_close()

@@ -51,7 +51,7 @@ def write_lines(records: Sequence[dict[str, Any]], out: str | os.PathLike) -> No
 
 
 def _write(text: str, out: str | os.PathLike) -> None:
-  out = paths.of(out)
-  with disk_errors(out.parent):
-    paths.make_folder(out.parent)
-    paths.write_whole(out, text)
+  path = paths.of(out)
+  with disk_errors(path.parent):
+    paths.make_folder(path.parent)
+    paths.write_whole(path, text)

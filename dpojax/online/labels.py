@@ -1,7 +1,6 @@
 """Who says which answer is better: a reward model, a function, or a server whose answers are kept."""
 
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import ml_collections
 from dpojax.data.examples import Example
 from dpojax.evaluate import compare, judging, scorers
 from dpojax.online import config as online_config
+from dpojax.runtime import paths
 from dpojax.training import parallel
 
 _AT_ONCE = 64
@@ -41,9 +41,7 @@ class Labeller(NamedTuple):
   close: Callable[[], None] = lambda: None
 
 
-def make_labeller(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: parallel.Mesh
-) -> Labeller:
+def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, devices: parallel.Mesh) -> Labeller:
   """Returns who `online.judge` names.
 
   Args:

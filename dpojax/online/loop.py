@@ -23,7 +23,6 @@ import contextlib
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +36,7 @@ from dpojax.online import config as online_config
 from dpojax.online import pairs, rounds
 from dpojax.online.labels import Labeller, make_labeller
 from dpojax.plan import needs
+from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.stopping import stop_signal
 from dpojax.sample.current import Current
@@ -91,7 +91,7 @@ def run(
     return _run(workdir_lib.with_template_date(config, workdir), workdir, data, labeller, callback)
 
 
-def _run(config, workdir: pathlib.Path, data, labeller, callback) -> dict[str, float]:
+def _run(config, workdir: paths.Path, data, labeller, callback) -> dict[str, float]:
   settings, training = config.online, online_config.of_training(config)
   resolve.use_compile_cache(training)
   devices = resolve.make_devices(training)

@@ -12,8 +12,6 @@ whose comparison it leaves out.
 
 import contextlib
 import json
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +26,7 @@ from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
 from dpojax.online import pairs
 from dpojax.online.labels import Answer, Labeller
-from dpojax.runtime import digests
+from dpojax.runtime import appending, digests, paths
 from dpojax.runtime.command import say
 from dpojax.runtime.digests import DamageError
 from dpojax.runtime.disk import disk_errors
@@ -68,7 +66,7 @@ class Rounds:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     prompts: Prompts,
     labeller: Labeller,
     current: Current,
@@ -104,7 +102,7 @@ class Rounds:
     """
     folder = self._workdir / "rounds" / str(number)
     with disk_errors(self._workdir):
-      folder.mkdir(parents=True, exist_ok=True)
+      paths.make_folder(folder)
     self._check_weights(folder, checkpoint.fingerprint(params))
     if not (folder / "round.json").exists():
       began = time.perf_counter()
@@ -168,7 +166,7 @@ class Rounds:
     generator.renew()
     return self._samples(folder), new
 
-  def _samples(self, folder: pathlib.Path) -> list[list[Line]]:
+  def _samples(self, folder: paths.Path) -> list[list[Line]]:
     """The samples of each prompt of the round, in their order."""
     lines = sorted(read_lines(folder / "samples.jsonl"), key=lambda line: (line["index"], line["sample"]))
     size = self._config.online.num_samples
@@ -219,7 +217,7 @@ class Rounds:
     seed = ((self._config.seed * 2**20 + number) * self._count + asked[0][0]) * len(samples[0]) + asked[0][1]
     return self._labeller.ask(list(zip(answers(asked), answers([(i, k + 1) for i, k in asked]))), seed)
 
-  def _said(self, folder: pathlib.Path) -> list[list]:
+  def _said(self, folder: paths.Path) -> list[list]:
     """What was said of each prompt's samples, as `pairs.paired` takes it."""
     said = {(line["index"], line["sample"]): line["said"] for line in read_lines(folder / "labels.jsonl")}
     result = []
@@ -233,7 +231,7 @@ class Rounds:
 
   # What is kept.
 
-  def _check_weights(self, folder: pathlib.Path, weights: str) -> None:
+  def _check_weights(self, folder: paths.Path, weights: str) -> None:
     """Keeps the digest of the weights that a round is sampled from, or holds them to it."""
     about = folder / "weights.json"
     if not about.exists():
@@ -244,13 +242,13 @@ class Rounds:
         "made with, or remove that folder, and those of later rounds, to sample again"
       )
 
-  def _finish(self, folder: pathlib.Path, number: int, rate: float) -> None:
+  def _finish(self, folder: paths.Path, number: int, rate: float) -> None:
     """Writes the comparisons in text, and then counts and digests."""
     samples, said = self._samples(folder), self._said(folder)
     paired = pairs.paired(self._config.online.pairing, said)
     texts = self._workdir / "comparisons"
     with disk_errors(self._workdir):
-      texts.mkdir(exist_ok=True)
+      paths.make_folder(texts)
     _write(
       texts / f"round_{number}.jsonl",
       "".join(
@@ -349,26 +347,18 @@ def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: M
 
 
 @contextlib.contextmanager
-def _appending(path: pathlib.Path) -> Iterator[tuple[list[Line], Callable[[list[Line]], None]]]:
+def _appending(path: paths.Path) -> Iterator[tuple[list[Line], Callable[[list[Line]], None]]]:
   """Yields the whole lines of a file, without one that was cut off, and a function that adds to them."""
   lines = read_lines(path)
   with disk_errors(path.parent):
-    _write(path, "".join(map(_line, lines)))
-    with open(path, "a", encoding="utf-8") as file:
-
-      def add(more: list[Line]) -> None:
-        file.write("".join(map(_line, more)))
-        file.flush()
-
-      yield lines, add
+    with contextlib.closing(appending.Appended(path, "".join(map(_line, lines)))) as file:
+      yield lines, lambda more: file.write("".join(map(_line, more)))
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file under another name and renames it: what stands there is complete."""
+def _write(path: paths.Path, text: str) -> None:
+  """Writes a file: what stands there is complete."""
   with disk_errors(path.parent):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    paths.write_whole(path, text)
 
 
 def _line(record: dict) -> str:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import pathlib
 import re
 import threading
 import time
@@ -19,7 +17,7 @@ from dpojax.plan import needs as needs_lib
 from dpojax.plan import program
 from dpojax.plan.needs import Needs
 from dpojax.plan.topology import Topology
-from dpojax.runtime import digests
+from dpojax.runtime import digests, paths
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
 from dpojax.training import resolve
@@ -130,16 +128,14 @@ def _explained(topology: Topology) -> Iterator[None]:
     ) from error
 
 
-def _read(path: pathlib.Path) -> dict | None:
+def _read(path: paths.Path) -> dict | None:
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError):  # none, or one whose writer was killed: it is made again
     return None
 
 
-def _write(path: pathlib.Path, found: dict) -> None:
+def _write(path: paths.Path, found: dict) -> None:
   with disk_errors(path.parent):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(found))
-    os.replace(temporary, path)
+    paths.make_folder(path.parent)
+    paths.write_whole(path, json.dumps(found))

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import pathlib
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +53,7 @@ def _set_malloc(settings: Sequence[tuple[int, int]]) -> None:
       libc.mallopt(parameter, value)
 
 
-def compile_folder(root: pathlib.Path) -> pathlib.Path | None:
+def compile_folder(root: paths.Path) -> paths.Path | None:
   """Returns where this process's compiled programs are kept by default, in a folder that machines may share.
 
   None where a folder is set already (JAX_COMPILATION_CACHE_DIR), and where a CPU does not say what it is.
@@ -72,7 +71,7 @@ def compile_folder(root: pathlib.Path) -> pathlib.Path | None:
 def cpu_kind(path: str | os.PathLike = "/proc/cpuinfo") -> str:
   """Returns the architecture, model and instructions of the CPU as Linux tells them, or an empty string."""
   try:
-    first = pathlib.Path(path).read_text().split("\n\n")[0]
+    first = paths.of(path).read_text().split("\n\n")[0]
   except OSError:
     return ""
   told = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)

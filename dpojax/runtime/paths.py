@@ -83,7 +83,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  temporary = path.with_name(f"{path.name}.tmp")
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write it too
   temporary.write_bytes(data)
   os.replace(temporary, path)
 
