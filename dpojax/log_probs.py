@@ -7,6 +7,7 @@ it is meant; `dpojax.kernels.head_on_cpu` is the same for a CPU's cache, `dpojax
 what needs the whole next-token distribution.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def token_log_probs(
   head = head if isinstance(head, (Head, CutHead)) else Head(head, bias, soft_cap)
   weights, bias = head.weights, head.bias
   is_cut = isinstance(head, CutHead)
-  width = weights.shape[-1] * (jax.lax.axis_size(head.axis) if is_cut else 1)
+  width = weights.shape[-1] * (jax.lax.axis_size(head.axis) if isinstance(head, CutHead) else 1)
   if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != width:
     raise ValueError(
       f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
@@ -92,7 +93,7 @@ def token_log_probs(
   if on_cpu:
     values = head_on_cpu.chunked_log_probs(*split, chunks.count, chunks.cuts)
   else:
-    chunked = cut_head.chunked_log_probs if is_cut else _chunked_log_probs
+    chunked: Callable = cut_head.chunked_log_probs if is_cut else _chunked_log_probs
     values = chunked(*split, -(-chunks.count // chunks.cuts))
   values = chunks.join(values, target.shape)
   return values if where is None else jnp.where(where, values, 0)

@@ -17,14 +17,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from etils import epath
 
 from dpojax.runtime.errors import UserError
 
-Path = pathlib.Path | epath.Path
+Path: TypeAlias = pathlib.Path | epath.Path
 
 STORES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}
 """Of each scheme: the package that speaks to the store, and the extra that installs it."""

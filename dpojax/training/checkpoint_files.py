@@ -64,7 +64,7 @@ def _store_of(path: str) -> dict[str, Any]:
   """Returns what TensorStore calls a place in a bucket."""
   scheme, _, name = path.partition("://")
   bucket, _, key = name.partition("/")
-  place = {"bucket": bucket, "path": key}
+  place: dict[str, Any] = {"bucket": bucket, "path": key}
   if scheme == "gs":
     return {"driver": "gcs", **place}
   if server := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):

@@ -94,8 +94,8 @@ class _Copied:
   def __init__(self, folder: paths.Path):
     self._folder, self._remote, self._last = folder, paths.is_remote(folder), time.monotonic()
     self.here = pathlib.Path(tempfile.mkdtemp(dir=paths.scratch())) if self._remote else folder
-    self._thread = concurrent.futures.ThreadPoolExecutor(1) if self._remote else None
-    self._copying = None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)  # which starts none before it has to copy
+    self._copying: concurrent.futures.Future | None = None
 
   def from_time_to_time(self, flush: Callable[[], None]) -> None:
     """Starts to copy it, by a thread of its own, if that is due.
