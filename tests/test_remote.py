@@ -93,12 +93,18 @@ def store(request, forks):
 
 
 @pytest.fixture(scope="module")
-def whole(forks):
-  """What the run comes to in folders of this machine, left alone."""
+def disk(forks):
+  """A folder with the same world."""
   here = forks.folder / "world"
   here.mkdir()
   forks.outcome(forks.start("make_world", {}, root=str(here), here=str(here)))
-  return forks.outcome(forks.start("dpo", {}, root=str(here)))
+  return str(here)
+
+
+@pytest.fixture(scope="module")
+def whole(forks, disk):
+  """What the run comes to in that folder, left alone."""
+  return forks.outcome(forks.start("dpo", {}, root=disk))
 
 
 def test_a_killed_run_in_a_bucket_comes_to_the_bits_of_one_on_disk(store, forks, whole):
@@ -117,7 +123,9 @@ def test_a_killed_run_in_a_bucket_comes_to_the_bits_of_one_on_disk(store, forks,
   assert re.search(rf"continuing from step [24] of {store.root}/dpo", resumed[1].read_text())
 
 
-def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_share_a_disk(store, forks):
+def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_share_a_disk(
+  store, forks, disk
+):
   port = stores.free_port()
   two = lambda i: {
     "parallel.strategy": "mesh",
@@ -127,10 +135,7 @@ def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_s
     "parallel.process_id": i,
   }
   outcomes = {}
-  for where, root, environment in (
-    ("disk", str(forks.folder / "world"), {}),
-    ("bucket", store.root, store.environment()),
-  ):
+  for where, root, environment in (("disk", disk, {}), ("bucket", store.root, store.environment())):
     name = f"two_{store.scheme}"
     started = [
       forks.start(
