@@ -198,8 +198,8 @@ def test_the_whole_step_for_four_chips_exchanges_what_fsdp_needs_and_no_more(nam
   assert sum(by_kind.values()) <= 1.2 * needed
   weights = lambda kind: [each for each in compiled.costs.collectives if each.kind == kind and each.dims]
   assert {each.dtype for each in weights("reduce-scatter")} == {"f32"}
-  # What we sum whole are norms and numbers; what changes places are vectors of tokens, not heads. Sums without
-  # a name the compiler has put there itself; their bytes count above.
+  # What we sum whole are norms and numbers; what changes places are vectors of tokens, not heads. Sums
+  # without a name the compiler has put there itself; their bytes count above.
   whole = [each for each in weights("all-reduce") if each.name]
   assert max(np.prod(each.dims) for each in whole) <= 2 * SIZES["layers"] * SIZES["width"]
   assert not [each for each in weights("all-to-all") if "attention" in each.name]
