@@ -99,9 +99,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.close_connection = True  # as if there were no server
       self.connection.shutdown(socket.SHUT_RDWR)
       return
-    if self.headers.get("Expect"):
-      self.send_response_only(100)
-      self.end_headers()
     if "chunked" in self.headers.get("Transfer-Encoding", ""):
       body = b""
       while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -133,7 +130,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
     self.send_header("Content-Length", length)
     self.end_headers()
-    self.wfile.write(body)
+    if self.command != "HEAD":
+      self.wfile.write(body)
 
   def log_message(self, *_):
     pass
