@@ -152,9 +152,12 @@ def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_s
   assert outcomes["bucket"] == outcomes["disk"]
 
 
-def test_every_fifth_request_that_fails_loses_nothing(store, forks, whole):
+def test_every_fifth_request_that_fails_loses_nothing(store, forks, disk, whole):
   proxy = stores.Proxy(store.port, every=5)
-  given = dict(root=store.root, name="fifth", sampled=False, checkpoint_every=8)
+  # What speaks to a store waits a second and more after each: programs are read from the disk.
+  given = dict(
+    root=store.root, name="fifth", sampled=False, checkpoint_every=8, compile_cache=f"{disk}/compiled"
+  )
   outcome = forks.outcome(forks.start("dpo", store.environment(proxy.port), **given), seconds=400)
   proxy.shutdown()
   proxy.server_close()
@@ -162,9 +165,9 @@ def test_every_fifth_request_that_fails_loses_nothing(store, forks, whole):
   assert proxy.failed > 10
 
 
-def test_a_store_that_is_away_for_ten_seconds_loses_nothing(store, forks, whole):
+def test_a_store_that_is_away_for_ten_seconds_loses_nothing(store, forks, disk, whole):
   proxy = stores.Proxy(store.port)
-  given = dict(root=store.root, name="away", sampled=False, slow=0.1)
+  given = dict(root=store.root, name="away", sampled=False, slow=0.1, compile_cache=f"{disk}/compiled")
   run = forks.start("dpo", store.environment(proxy.port), **given)
   await_line(run, "step 3/")
   proxy.away_until = time.monotonic() + 10
