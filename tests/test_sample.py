@@ -273,7 +273,7 @@ def test_what_cannot_be_drawn_is_refused(runs, prompts, tmp_path):
 
 def test_an_error_of_the_command_is_one_line(tmp_path):
   result = subprocess.run(
-    [sys.executable, "-m", "dpojax.sample", f"--workdir={tmp_path}", "--prompts=x", "--out=y"],
+    [sys.executable, "-m", "dpojax.sample", f"--workdir={tmp_path}", "--prompts=x", f"--out={tmp_path}/y"],
     cwd=conftest.ROOT,
     capture_output=True,
     text=True,
