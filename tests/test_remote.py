@@ -45,7 +45,7 @@ class Forks:
     log = self.folder / f"log{self._count}"
     return self._ask(run=run, given=given, environment=environment, log=str(log)), log
 
-  def wait(self, started, seconds=120):
+  def wait(self, started, seconds=300):
     """Returns the exit code of a run and what it said."""
     pid, log = started
     code = self._ask(wait=pid, seconds=seconds)
@@ -54,7 +54,7 @@ class Forks:
       self._ask(wait=pid, seconds=10)
     return code, log.read_text()
 
-  def outcome(self, started, seconds=120):
+  def outcome(self, started, seconds=300):
     """Returns what a run came to, which has to end well."""
     code, said = self.wait(started, seconds)
     assert code == 0, said[-6000:]
@@ -67,7 +67,7 @@ class Forks:
     self._process.wait()
 
 
-def await_line(started, pattern, seconds=120):
+def await_line(started, pattern, seconds=300):
   until = time.monotonic() + seconds
   while not re.search(pattern, said := started[1].read_text() if started[1].exists() else ""):
     assert time.monotonic() < until and "error: " not in said, said[-6000:]
