@@ -4,6 +4,7 @@ python -m tests.remote_runs: reads a JSON object a line, {"run", "given", "envir
 answers with the pid of the child, or {"wait", "seconds"} and its exit code, null while it goes on.
 """
 
+import asyncio
 import ctypes
 import hashlib
 import json
@@ -13,12 +14,14 @@ import signal
 import sys
 import time
 import traceback
+import types
 
 import numpy as np
+from gcsfs import retry
 
 from dpojax import train
 from dpojax.export import writer
-from dpojax.runtime import ownership, paths
+from dpojax.runtime import paths
 from dpojax.runtime.command import command, is_main
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
@@ -52,9 +55,11 @@ def make_world(root, here):
   train.run(config, f"{root}/sft")
 
 
-def dpo(root, *, slow=0.0, name="dpo", sampled=True, lease=60.0, **changes):
+def dpo(root, *, slow=0.0, name="dpo", sampled=True, impatient=False, **changes):
   """DPO from that SFT with a stored reference; then samples and an export, and digests of all that."""
-  ownership.LEASE = lease
+  if impatient:  # gcsfs waits for one to two seconds after each request that failed
+    sleep = asyncio.sleep
+    retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: sleep(seconds / 20))
   advance = Log.advance
   Log.advance = lambda *args: (time.sleep(slow), advance(*args))
   defaults = {
