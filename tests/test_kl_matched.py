@@ -82,9 +82,7 @@ def test_methods_are_tuned_alike_and_none_is_above_the_optimum(tmp_path, capsys)
   every = kl_matched.contenders(SIZES)
   assert {len(contender.candidates()) for contender in every.values()} == {6}
   assert not {contender.knob[0] for contender in every.values()} & set(kl_matched.OF_RUN)
-  run = lambda: kl_matched.run_exact(
-    tmp_path, SIZES, (kl_matched.DPO,), world_sizes=enumerable.Sizes(layers=1)
-  )
+  run = lambda: kl_matched.run_exact(tmp_path, SIZES, (kl_matched.DPO,))
   lines = run()
   assert len(lines) == 2 * 4 and all(0 < line["share"] < 1 for line in lines)
   tuned = sweep.read_table(tmp_path / "tuning" / "dpo")

@@ -6,6 +6,7 @@ And what several processes tell the log of the first of them when one of them fa
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,13 @@ sys.exit(max(task.wait() for task in tasks))
 SCONTROL = """#!/usr/bin/env bash
 echo "$@" >> "$REQUEUED"
 """
+
+
+def tool(name):
+  """A command that pip put beside this Python, whether or not its environment is active."""
+  return shutil.which(
+    name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+  )
 
 
 def free_port():
@@ -150,7 +158,7 @@ def test_what_stops_any_host_reaches_the_log_of_the_first_with_the_stack_traces_
 )
 def test_a_script_is_sound_bash_and_clean(script):
   assert subprocess.run(["bash", "-n", script]).returncode == 0
-  done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+  done = subprocess.run([tool("shellcheck"), script], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
@@ -181,7 +189,7 @@ def test_the_tasks_of_skypilot_are_sound_bash_and_give_each_node_its_number():
 
 def test_the_container_is_clean_and_copies_what_is_there():
   file = conftest.ROOT / "Dockerfile"
-  done = subprocess.run(["hadolint", file], capture_output=True, text=True)
+  done = subprocess.run([tool("hadolint"), file], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
   ignored = (conftest.ROOT / ".dockerignore").read_text().split()
   copies = [shlex.split(line)[1:-1] for line in file.read_text().splitlines() if line.startswith("COPY ")]

@@ -223,7 +223,7 @@ LEVELS = st.floats(-8, 8, width=32)
   ),
 )
 def test_a_likelier_chosen_and_a_less_likely_rejected_response_never_cost(name, chosen, rejected, more, beta):
-  knobs = {"mappo": {"gap": 0.4}, "h_dpo": {"alpha": 0.8}}.get(name, {})
+  knobs = {"mappo": {"gap": 0.4}, "h_dpo": {"alpha": 0.8}, "odpo": {"margin": 0.3}}.get(name, {})
   loss = losses.h_dpo_loss if name == "h_dpo" else losses.PAIRWISE_LOSSES[name]
   zero = Pair(jnp.float32(0), jnp.float32(0))
   at = lambda w, l: float(loss(Pair(jnp.float32(w), jnp.float32(l)), zero, beta=beta, **knobs))
