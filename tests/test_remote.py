@@ -154,9 +154,14 @@ def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_s
 
 def test_every_fifth_request_that_fails_loses_nothing(store, forks, disk, whole):
   proxy = stores.Proxy(store.port, every=5)
-  # What speaks to a store waits a second and more after each: programs are read from the disk.
+  # Programs are read from the disk: of the seconds that clients wait after each failure there are enough.
   given = dict(
-    root=store.root, name="fifth", sampled=False, checkpoint_every=8, compile_cache=f"{disk}/compiled"
+    root=store.root,
+    name="fifth",
+    sampled=False,
+    impatient=True,
+    checkpoint_every=8,
+    compile_cache=f"{disk}/compiled",
   )
   outcome = forks.outcome(forks.start("dpo", store.environment(proxy.port), **given), seconds=400)
   proxy.shutdown()
