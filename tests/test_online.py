@@ -365,10 +365,7 @@ SERVER = {"online.judge": "http://127.0.0.1:1/v1", "online.judge_model": "m"}
     ({"online.judge": ""}, "config.online.judge is empty"),
     ({"online.juge": "a"}, "config.online.juge is not a key; did you mean judge"),
     ({"online.judge": "tests.test_online:kinder"}, "gives no scores; set pairing='choice'"),
-    (
-      {"online.judge": "http://127.0.0.1:1/v1", "online.judge_model": "m", "online.pairing": "choice"},
-      "num_samples is 3",
-    ),
+    ({**SERVER, "online.pairing": "choice"}, "num_samples is 3"),
     ({"online.pairing": "ranking"}, "set loss='dpo_plackett_luce'"),
     ({"online.steps_per_round": 4}, "config.steps is 6 and online.offline_steps 0"),
     ({"online.prompts_per_round": 15}, "fewer than batch_size=16"),
