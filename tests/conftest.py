@@ -45,6 +45,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(config, items):
+  if "buckets" not in config.getoption("markexpr"):  # minutes beside servers: `.ci/run buckets`
+    slow = [item for item in items if item.get_closest_marker("buckets")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
   if importlib.util.find_spec("libtpu") is None:  # its wheel is 137 MB: `.ci/run topology` has it
     without = [item for item in items if item.get_closest_marker("topology")]
     config.hook.pytest_deselected(items=without)

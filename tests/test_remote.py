@@ -107,6 +107,7 @@ def whole(forks, disk):
   return forks.outcome(forks.start("dpo", {}, root=disk))
 
 
+@pytest.mark.buckets
 def test_a_killed_run_in_a_bucket_comes_to_the_bits_of_one_on_disk(store, forks, whole):
   run = forks.start("dpo", store.environment(), root=store.root, slow=1.5)
   await_line(run, "step 5/")
@@ -123,6 +124,7 @@ def test_a_killed_run_in_a_bucket_comes_to_the_bits_of_one_on_disk(store, forks,
   assert re.search(rf"continuing from step [24] of {store.root}/dpo", resumed[1].read_text())
 
 
+@pytest.mark.buckets
 def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_share_a_disk(
   store, forks, disk
 ):
@@ -152,6 +154,7 @@ def test_two_processes_that_share_only_the_bucket_come_to_the_bits_of_two_that_s
   assert outcomes["bucket"] == outcomes["disk"]
 
 
+@pytest.mark.buckets
 def test_every_fifth_request_that_fails_loses_nothing(store, forks, disk, whole):
   proxy = stores.Proxy(store.port, every=5)
   # Programs are read from the disk: of the seconds that clients wait after each failure there are enough.
@@ -170,6 +173,7 @@ def test_every_fifth_request_that_fails_loses_nothing(store, forks, disk, whole)
   assert proxy.failed > 10
 
 
+@pytest.mark.buckets
 def test_a_store_that_is_away_for_ten_seconds_loses_nothing(store, forks, disk, whole):
   proxy = stores.Proxy(store.port)
   given = dict(root=store.root, name="away", sampled=False, slow=0.1, compile_cache=f"{disk}/compiled")
