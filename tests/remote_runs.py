@@ -17,7 +17,6 @@ import traceback
 import types
 
 import numpy as np
-from gcsfs import retry
 
 from dpojax import train
 from dpojax.export import writer
@@ -58,6 +57,9 @@ def make_world(root, here):
 def dpo(root, *, slow=0.0, name="dpo", sampled=True, impatient=False, **changes):
   """DPO from that SFT with a stored reference; then samples and an export, and digests of all that."""
   if impatient:  # gcsfs waits for one to two seconds after each request that failed
+    paths.filesystem(root)  # which sets up what is imported here, in the child: grpc does not outlive a fork
+    from gcsfs import retry
+
     sleep = asyncio.sleep
     retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: sleep(seconds / 20))
   advance = Log.advance
