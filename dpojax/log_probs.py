@@ -23,10 +23,10 @@ from dpojax.kernels.head import (
   logits_of_chunk,
   target_logits,
   through_head,
-  wide,
   wide_zeros,
 )
 from dpojax.kernels.platform import arrays_are_cut, at_most, platform
+from dpojax.kernels.precision import wide_of
 
 
 class SequenceLogProbs(NamedTuple):
@@ -71,8 +71,9 @@ def token_log_probs(
   """
   head = head if isinstance(head, (Head, CutHead)) else Head(head, bias, soft_cap)
   weights, bias = head.weights, head.bias
-  is_cut = isinstance(head, CutHead)
-  width = weights.shape[-1] * (jax.lax.axis_size(head.axis) if isinstance(head, CutHead) else 1)
+  is_cut, width = False, weights.shape[-1]
+  if isinstance(head, CutHead):  # of which a device holds some columns
+    is_cut, width = True, width * jax.lax.axis_size(head.axis)
   if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != width:
     raise ValueError(
       f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
@@ -110,7 +111,7 @@ def _forward(hidden, head, target, count):
     return normaliser.at[c].set(jax.nn.logsumexp(logits_of_chunk(hidden[c], head), axis=-1))
 
   with at_most(target.shape[0]):
-    normaliser = jax.lax.fori_loop(0, count, one_chunk, jnp.zeros(target.shape, wide(hidden)))
+    normaliser = jax.lax.fori_loop(0, count, one_chunk, jnp.zeros(target.shape, wide_of(hidden.dtype)))
   # A target's own logit is one dot product, which is cheaper than to look it up among a chunk's logits.
   values = target_logits(hidden, head, target) - normaliser
   return values, (hidden, head, target, count, normaliser)
@@ -131,7 +132,7 @@ def _backward(residuals, cotangent):
     return hidden_grad.at[c].set(gradient), head_grad
 
   # The head's gradient is summed over all chunks in float32: in bfloat16 late chunks would be rounded away.
-  zeros = jnp.zeros(hidden.shape, wide(hidden)), jax.tree.map(wide_zeros, head)
+  zeros = jnp.zeros(hidden.shape, wide_of(hidden.dtype)), jax.tree.map(wide_zeros, head)
   with at_most(target.shape[0]):
     hidden_grad, head_grad = jax.lax.fori_loop(0, count, one_chunk, zeros)
   head_grad = jax.tree.map(lambda grad, x: grad.astype(jnp.result_type(x)), head_grad, head)
@@ -213,7 +214,7 @@ def sequence_log_prob(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> 
       f"logits [T, V] {logits.shape}, tokens [T] {tokens.shape} and mask [T] {mask.shape} "
       "do not belong together"
     )
-  logits = logits[:-1].astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits[:-1].astype(wide_of(logits.dtype))
   chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
   values = chosen - jax.nn.logsumexp(logits, axis=-1)
   return jnp.sum(values, where=mask[1:].astype(bool))

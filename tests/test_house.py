@@ -49,6 +49,8 @@ ORDER = {
   ],
   "kernels": [
     "platform",
+    "precision",
+    "gathering",
     "attention",
     "blockwise",
     "fused",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.data.packing import Rows
+from dpojax.kernels.precision import wide_of
 from dpojax.log_probs import predicting_states, sum_by_slots
 from dpojax.models.transformer import Outputs
 
@@ -24,7 +25,7 @@ def ches(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
     chosen, rejected: [..., D] sums of the hidden states from which each token of the response is predicted,
       behind the final norm.
   """
-  chosen, rejected = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (chosen, rejected))
+  chosen, rejected = (x.astype(wide_of(x.dtype)) for x in (chosen, rejected))
   return jnp.sum(chosen * (rejected - chosen), axis=-1)
 
 
@@ -59,7 +60,7 @@ def of_rows(outputs: Outputs, rows: Rows, *, num_responses: int) -> Similarity:
   comparisons = rows.example.shape[-1]
   slots = comparisons * num_responses
   states = predicting_states(outputs.hidden, rows.source)
-  states = states.astype(jnp.promote_types(states.dtype, jnp.float32))
+  states = states.astype(wide_of(states.dtype))
   sums = jax.vmap(lambda values, slot: jax.ops.segment_sum(values, slot, num_segments=slots + 1)[:-1])(
     states, rows.slot
   ).reshape(len(rows.slot), comparisons, num_responses, -1)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from dpojax.kernels.precision import wide_of
+
 KEPT = "attention"
 """The name of what forms of attention that are computed in blocks leave for their gradients."""
 
@@ -70,7 +72,7 @@ def attention(
   key_heads = k.shape[2]
   # Grouped queries: G query heads read one key head, so keys are never repeated.
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
-  wide = jnp.promote_types(q.dtype, jnp.float32)
+  wide = wide_of(q.dtype)
   scores = jnp.einsum("rqmgh,rtmh->rmgqt", q, k, preferred_element_type=wide)
   scores = scores * (scale or head_size**-0.5)
   if soft_cap:
@@ -122,7 +124,7 @@ def cached_attention(
   """
   rows, length, heads, head_size = q.shape
   key_heads = parts[0].k.shape[1]
-  wide = jnp.promote_types(q.dtype, jnp.float32)
+  wide = wide_of(q.dtype)
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
   q = jnp.moveaxis(q, 1, 3).reshape(rows, key_heads, -1, head_size)
 

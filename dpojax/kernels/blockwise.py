@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dpojax.kernels.attention import TokenIds, kept, visible
 from dpojax.kernels.platform import ROWS, arrays_are_cut, at_most, cut_axes, platform
+from dpojax.kernels.precision import wide_of
 
 BLOCK = 64
 """Tokens of a block. Half a comparison of HH: smaller blocks skip more, larger ones multiply better."""
@@ -179,11 +180,6 @@ def _visits(ids: TokenIds, form: Form) -> tuple[jax.Array, jax.Array]:
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, ids, form):
   return _forward(q, k, v, ids, form)[0]
-
-
-def wide_of(dtype) -> jnp.dtype:
-  """Returns what products of a dtype are summed in: float32 at least."""
-  return jnp.promote_types(dtype, jnp.float32)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

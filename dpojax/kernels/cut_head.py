@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpojax.kernels.head import Head, shaped, wide
+from dpojax.kernels.gathering import gather
+from dpojax.kernels.head import Head, shaped
 from dpojax.kernels.platform import at_most
+from dpojax.kernels.precision import wide_of
 
 TOKENS, WORDS = 2048, 8192
 """Of the logits that are held at once, 64 MiB."""
@@ -39,28 +41,7 @@ class CutHead:
 
   def gathered(self, dtype: Any) -> Head:
     """Returns the whole head, in a dtype; for what needs all logits of a token at once."""
-    return Head(
-      _gathered(self.weights, self.axis, jnp.dtype(dtype), self.weights.dtype), self.bias, self.soft_cap
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(weights, axis, dtype, given):
-  return jax.lax.all_gather(weights.astype(dtype), axis, axis=1, tiled=True)
-
-
-def _scattered(axis, dtype, given, _, cotangent):
-  summed = jax.lax.psum_scatter(cotangent.astype(_wide(given)), axis, scatter_dimension=1, tiled=True)
-  return (summed.astype(given),)
-
-
-_gathered.defvjp(
-  lambda weights, axis, dtype, given: (_gathered(weights, axis, dtype, given), None), _scattered
-)
-
-
-def _wide(dtype) -> jnp.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
+    return Head(gather(self.weights, self.axis, 1, dtype), self.bias, self.soft_cap)
 
 
 def without_gradient(head: jax.Array | Head | CutHead) -> jax.Array | Head | CutHead:
@@ -121,7 +102,7 @@ def _block(b, weights, bias, dtype, form):
 
 def _logits(hidden, whole, bias, soft_cap, new):
   """Logits [t, parts, n] of a block; of words that an earlier block had, none."""
-  logits = jnp.einsum("td,pvd->tpv", hidden, whole, preferred_element_type=wide(hidden))
+  logits = jnp.einsum("td,pvd->tpv", hidden, whole, preferred_element_type=wide_of(hidden.dtype))
   # XLA would rather make this product again for each that reads it than keep it.
   logits = jax.lax.optimization_barrier(logits)
   logits = shaped(logits, Head(whole, bias, soft_cap))
@@ -133,7 +114,7 @@ def _blocks(weights, form) -> int:
 
 
 def _forward(hidden, weights, bias, soft_cap, target, count, form):
-  kind = wide(hidden)
+  kind = wide_of(hidden.dtype)
 
   def of_block(b, carry):
     _, words, new, whole, block_bias = _block(b, weights, bias, hidden.dtype, form)
@@ -162,7 +143,7 @@ def _forward(hidden, weights, bias, soft_cap, target, count, form):
 
 def _backward(form, residuals, cotangent):
   hidden, weights, bias, soft_cap, target, count, normaliser = residuals
-  size, sum_dtype = weights.shape[0] // form.parts, _wide(weights.dtype)
+  size, sum_dtype = weights.shape[0] // form.parts, wide_of(weights.dtype)
 
   def of_block(b, carry):
     hidden_grad, weights_grad, bias_grad = carry
@@ -186,7 +167,7 @@ def _backward(form, residuals, cotangent):
       return hidden_grad.at[c].add(part), whole_grad, block_bias_grad
 
     zeros = jnp.zeros(() if form.frozen else whole.shape, sum_dtype)
-    bias_zeros = None if block_bias is None else jnp.zeros(block_bias.shape, _wide(block_bias.dtype))
+    bias_zeros = None if block_bias is None else jnp.zeros(block_bias.shape, wide_of(block_bias.dtype))
     with at_most(target.shape[0]):
       hidden_grad, whole_grad, block_bias_grad = jax.lax.fori_loop(
         0, count, of_chunk, (hidden_grad, zeros, bias_zeros)
@@ -199,9 +180,9 @@ def _backward(form, residuals, cotangent):
     return hidden_grad, weights_grad, bias_grad
 
   carry = (
-    jnp.zeros(hidden.shape, wide(hidden)),
+    jnp.zeros(hidden.shape, wide_of(hidden.dtype)),
     jnp.zeros((form.parts, size, weights.shape[1]), sum_dtype),
-    None if bias is None else jnp.zeros((form.parts, size), _wide(bias.dtype)),
+    None if bias is None else jnp.zeros((form.parts, size), wide_of(bias.dtype)),
   )
   hidden_grad, weights_grad, bias_grad = jax.lax.fori_loop(0, _blocks(weights, form), of_block, carry)
   return (

@@ -17,9 +17,9 @@ from dpojax.kernels.head import (
   logits_of_chunk,
   over_chunks,
   through_head,
-  wide,
   wide_zeros,
 )
+from dpojax.kernels.precision import wide_of
 
 
 def _chunks(shape: tuple[int, ...], head: Head, where: jax.Array | None, chunk_size: int | None) -> Chunks:
@@ -126,7 +126,7 @@ def _chunked_kl(hidden, head, reference, reference_head, count, cuts):
 
 
 def _kl_forward(hidden, head, reference, reference_head, count, cuts):
-  dtype = wide(hidden)
+  dtype = wide_of(hidden.dtype)
 
   def one_chunk(c, read, written, carry):
     kl, ours, theirs = written
@@ -143,7 +143,7 @@ def _kl_forward(hidden, head, reference, reference_head, count, cuts):
 
 def _kl_backward(cuts, residuals, cotangent):
   hidden, head, reference, reference_head, count, ours, theirs = residuals
-  dtype, weights = wide(hidden), head.weights.astype(hidden.dtype)
+  dtype, weights = wide_of(hidden.dtype), head.weights.astype(hidden.dtype)
 
   def one_chunk(c, read, hidden_grad, head_grad):
     hidden, reference, our, their, cotangent = (x[c] for x in read)

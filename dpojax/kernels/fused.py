@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 
 from dpojax.kernels import platform as platform_lib
 from dpojax.kernels.attention import TokenIds, kept, visible
-from dpojax.kernels.blockwise import NEVER, visible_blocks, visits, wide_of
+from dpojax.kernels.blockwise import NEVER, visible_blocks, visits
+from dpojax.kernels.precision import wide_of
 
 PLATFORMS = ("gpu", "tpu")
 

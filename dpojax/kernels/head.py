@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.kernels.platform import arrays_are_cut, at_most, platform
+from dpojax.kernels.precision import wide_of
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once when no chunk size is given: 2**24 float32 values, 64 MiB."""
@@ -49,26 +50,19 @@ def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
   """
   head = as_head(head)
   logits = jnp.einsum(
-    "vd,...d->v...",
-    head.weights.astype(hidden.dtype),
-    hidden,
-    preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+    "vd,...d->v...", head.weights.astype(hidden.dtype), hidden, preferred_element_type=wide_of(hidden.dtype)
   )
   return shaped(jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1), head)
 
 
-def wide(x: jax.Array) -> jnp.dtype:
-  return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def wide_zeros(x) -> jax.Array:
-  return jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))
+  return jnp.zeros(jnp.shape(x), wide_of(jnp.result_type(x)))
 
 
 def logits_of_chunk(hidden: jax.Array, head: Head) -> jax.Array:
   """Logits [..., V] of the head in the dtype of the hidden states, accumulated in float32."""
   logits = jnp.einsum(
-    "...d,vd->...v", hidden, head.weights.astype(hidden.dtype), preferred_element_type=wide(hidden)
+    "...d,vd->...v", hidden, head.weights.astype(hidden.dtype), preferred_element_type=wide_of(hidden.dtype)
   )
   return shaped(logits, head)
 
@@ -87,7 +81,7 @@ def target_logits(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Array
   # Ids are checked before any step: no mode that looks at each of them is needed.
   weights = head.weights.at[target].get(mode="promise_in_bounds").astype(hidden.dtype)
   bias = None if head.bias is None else head.bias[target]
-  logits = jnp.einsum("ctd,ctd->ct", hidden, weights, preferred_element_type=wide(hidden))
+  logits = jnp.einsum("ctd,ctd->ct", hidden, weights, preferred_element_type=wide_of(hidden.dtype))
   return shaped(logits, Head(weights, bias, head.soft_cap))
 
 
@@ -104,7 +98,7 @@ def through_head(logits_grad, logits, hidden, head, weights, head_grad) -> tuple
   weights_grad = head_grad.weights + jnp.einsum(
     "tv,td->vd", logits_grad, hidden, preferred_element_type=head_grad.weights.dtype
   )
-  hidden_grad = jnp.einsum("tv,vd->td", logits_grad, weights, preferred_element_type=wide(hidden))
+  hidden_grad = jnp.einsum("tv,vd->td", logits_grad, weights, preferred_element_type=wide_of(hidden.dtype))
   return hidden_grad, Head(weights_grad, bias_grad, head_grad.soft_cap)
 
 

@@ -18,9 +18,9 @@ from dpojax.kernels.head import (
   over_chunks,
   target_logits,
   through_head,
-  wide,
   wide_zeros,
 )
+from dpojax.kernels.precision import wide_of
 
 _LANES = 128
 
@@ -77,7 +77,7 @@ def chunked_log_probs(hidden, head, target, count, cuts):
 
 def _forward(hidden, head, target, count, cuts):
   number, _, block_of = _blocks(head)
-  dtype = wide(hidden)
+  dtype = wide_of(hidden.dtype)
 
   def one_block(b, sums):
     _, new, part = block_of(b)
@@ -105,7 +105,7 @@ def _forward(hidden, head, target, count, cuts):
 def _backward(cuts, residuals, cotangent):
   hidden, head, target, count, normaliser = residuals
   number, block, block_of = _blocks(head)
-  dtype = wide(hidden)
+  dtype = wide_of(hidden.dtype)
 
   def one_block(b, carry):
     hidden_grad, head_grad = carry

@@ -27,6 +27,7 @@ import numpy as np
 from dpojax.models import families, peft, ranges, tensors, transformer
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import DTYPES, Family, HuggingFaceError, Tensor
+from dpojax.models.sharding import path_of
 from dpojax.models.tensors import read_json
 from dpojax.runtime import paths
 from dpojax.runtime.disk import disk_errors
@@ -179,7 +180,7 @@ def load(name: str | os.PathLike, *, place: Place | None = None, dtype: str = "f
     return array
 
   def placed(path, leaf):
-    path = _path(path)
+    path = path_of(path)
     stack = stacks[path]
 
     def read(index: Index) -> np.ndarray:
@@ -247,7 +248,7 @@ def save(
   if dtype:
     values = {key: value for key, value in values.items() if key != "dtype"} | {"torch_dtype": dtype}
   family = families.family_of(values)
-  arrays = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  arrays = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   stacks = _stacks(config, family)
   if arrays.keys() != stacks.keys():
     raise HuggingFaceError(
@@ -429,10 +430,6 @@ def _shapes_of(config: ModelConfig) -> Any:
   return jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
 
 
-def _path(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _whole(path: str, leaf: jax.ShapeDtypeStruct, read: Read) -> np.ndarray:
   return read((slice(None),) * len(leaf.shape))
 
@@ -440,7 +437,7 @@ def _whole(path: str, leaf: jax.ShapeDtypeStruct, read: Read) -> np.ndarray:
 def _stacks(config: ModelConfig, family: Family) -> dict[str, _Stack]:
   stacks, period = {}, len(config.layer_windows)
   for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(config)):
-    path = _path(path)
+    path = path_of(path)
     head, _, name = path.partition("/")
     layers, layered = [0], head == "layers"
     if layered:

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from dpojax.kernels import gathering
 from dpojax.kernels.cut_head import CutHead
 from dpojax.kernels.head import Head
 from dpojax.kernels.platform import ROWS
+from dpojax.kernels.precision import wide_of
 
 WEIGHTS = "fsdp"
 """The one of them that weights are cut over too."""
@@ -81,10 +83,15 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> Partiti
   )
 
 
+def path_of(keys: tuple) -> str:
+  """Returns the path of a leaf, as jax tells its keys, separated by /."""
+  return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
 def leaves_by_path(tree: Any) -> Iterator[tuple[str, Any]]:
   """Yields the leaves of a tree with their paths, separated by /."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+    yield path_of(path), leaf
 
 
 def cut(*trees: Any, sizes: dict[str, int]) -> contextlib.AbstractContextManager:
@@ -122,7 +129,7 @@ def whole(tree: Any, dtype: Any) -> Any:
   cuts = dict(_cuts.value or ())
 
   def one(path, leaf):
-    end = end_of(jax.tree_util.keystr(path, simple=True, separator="/"))
+    end = end_of(path_of(path))
     return gather(leaf, cuts[end], dtype) if end in cuts else leaf
 
   return jax.tree_util.tree_map_with_path(one, tree)
@@ -133,20 +140,7 @@ def gather(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
   Its gradient is summed in float32 at least, each device its part of it.
   """
-  return checkpoint_name(_gather(weight, weight.ndim + axis, jnp.dtype(dtype), weight.dtype), GATHERED)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(weight, axis, dtype, given):
-  return jax.lax.all_gather(weight.astype(dtype), WEIGHTS, axis=axis, tiled=True)
-
-
-def _scatter(axis, dtype, given, _, cotangent):
-  wide = cotangent.astype(jnp.promote_types(given, jnp.float32))
-  return (jax.lax.psum_scatter(wide, WEIGHTS, scatter_dimension=axis, tiled=True).astype(given),)
-
-
-_gather.defvjp(lambda weight, axis, dtype, given: (_gather(weight, axis, dtype, given), None), _scatter)
+  return checkpoint_name(gathering.gather(weight, WEIGHTS, weight.ndim + axis, dtype), GATHERED)
 
 
 def embedded(table: jax.Array, ids: jax.Array, end: str, dtype: Any) -> jax.Array:
@@ -173,7 +167,7 @@ def _lookup(table, ids, dtype):
 
 def _lookup_backward(dtype, shape, given, everyone, cotangent):
   columns = jax.lax.all_to_all(cotangent, WEIGHTS, split_axis=2, concat_axis=0, tiled=True)
-  wide = jnp.promote_types(given, jnp.float32)
+  wide = wide_of(given)
   return jnp.zeros(shape, wide).at[everyone].add(columns.astype(wide)).astype(given), None
 
 
@@ -199,7 +193,7 @@ def summed_over_rows(gradients: Any, whole_shapes: Any, sizes: dict[str, int]) -
   """Returns gradients of one device's rows summed over those of all; of cut weights each keeps its part."""
 
   def one(path, gradient, like):
-    spec = spec_of(jax.tree_util.keystr(path, simple=True, separator="/"), like.shape, sizes)
+    spec = spec_of(path_of(path), like.shape, sizes)
     axes = ("data",) if sizes[WEIGHTS] > 1 and WEIGHTS in spec else ROWS
     return jax.lax.psum(gradient, axes)
 

@@ -15,6 +15,7 @@ from dpojax.kernels.attention import KEPT, Keys, TokenIds, cached_attention
 from dpojax.kernels.backends import attend
 from dpojax.kernels.cut_head import CutHead
 from dpojax.kernels.head import Head
+from dpojax.kernels.precision import wide_of
 from dpojax.models import rotary, sharding
 from dpojax.models.config import ModelConfig
 
@@ -71,7 +72,7 @@ class Norm(nn.Module):
     config, size = self.config, x.shape[-1:]
     offset = config.norm == "rms_offset"
     scale = self.param("scale", nn.initializers.zeros if offset else nn.initializers.ones, size)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(wide_of(x.dtype))
     if config.norm == "layer":
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     # As einsum, whose gradient sums products six times as fast as XLA's CPU backend otherwise does.

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from dpojax.models import hf, lora
 from dpojax.models.config import ModelConfig
 from dpojax.models.families import HuggingFaceError
+from dpojax.models.sharding import path_of
 from dpojax.models.tensors import read_json
 from dpojax.runtime import paths
 from dpojax.runtime.command import say
@@ -488,7 +489,7 @@ def fingerprint(params: Any) -> str:
   """Returns a digest of paths, shapes, dtypes and every bit, the same under any sharding."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = path_of(path)
     sums = _host_checksum(leaf) if isinstance(leaf, np.ndarray) else jax.device_get(_checksum(leaf))
     digest.update(f"{name} {leaf.shape} {leaf.dtype} {sums.tolist()}\n".encode())
   return digest.hexdigest()

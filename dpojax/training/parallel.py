@@ -136,7 +136,7 @@ class Mesh:
   def shardings(self, tree: Any) -> Any:
     """Returns the sharding of each leaf, from the end of its path and its shape."""
     return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: self._sharding(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
+      lambda path, leaf: self._sharding(sharding.path_of(path), leaf), tree
     )
 
   def _sharding(self, name: str, leaf: Any) -> NamedSharding:
@@ -155,7 +155,7 @@ class Mesh:
 
     def specs(tree):
       def of(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = sharding.path_of(path)
         axes = sharding.spec_of(name, leaf.shape, sizes)
         return PartitionSpec(*(axis if axis in inside else None for axis in axes))
 
