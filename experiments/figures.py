@@ -93,6 +93,20 @@ def over_seeds(lines: Sequence[dict], axis: str, metric: str) -> Spread:
   return Spread(np.array(values), *np.transpose(of))
 
 
+def show_against(table: Sequence[dict], axis: str, shown: Sequence[tuple[str, str, str]]) -> None:
+  """Prints means and standard errors over seeds, a line a value of the axis.
+
+  Args:
+    table: lines of a sweep.
+    axis: its key.
+    shown: split, metric and heading of each column.
+  """
+  columns = [over_seeds(last_lines(table, split), axis, metric) for split, metric, _ in shown]
+  print(f"\n| {axis} | " + " | ".join(name for *_, name in shown) + " |\n|---|" + "---|" * len(shown))
+  for i, value in enumerate(columns[0].values):
+    print(f"| {value:g} | " + " | ".join(f"{c.mean[i]:.3f} +- {c.error[i]:.3f}" for c in columns) + " |")
+
+
 def against_axis(table: Sequence[dict], axis: str, path: pathlib.Path) -> None:
   """Draws the last step's metrics of a sweep against its axis, with the error over seeds."""
   there = [(last_lines(table, split), metric, name) for split, metric, name in AGAINST_AXIS]

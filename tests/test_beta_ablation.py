@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments import figures
 from experiments.paper import beta_ablation, beta_real
 from tests import worlds
 
@@ -32,7 +33,7 @@ def test_the_beta_ablation_in_small_tells_of_every_beta(tmp_path, capsys):
     betas=(0.1, 5.0),
     seeds=(0, 1),
   )
-  beta_ablation.show(table)
+  figures.show_against(table, "beta", beta_ablation.SHOWN)
   out = capsys.readouterr().out
   assert "| 0.1 | " in out and "| 5 | " in out
   first = [line for line in table if line["split"] == "measured" and line["step"] == 0]
@@ -47,7 +48,7 @@ def test_beta_on_a_chat_model_in_small_tells_of_every_beta_and_goes_on(chat_mode
     pairs, chat_model, tmp_path / "run", beta_real.SMALL, betas=(0.1, 0.5), seeds=(0,)
   )
   table = run()
-  beta_real.show(table)
+  figures.show_against(table, "beta", beta_real.SHOWN)
   out = capsys.readouterr().out
   assert "| 0.1 | " in out and "| 0.5 | " in out
   first, last = (

@@ -154,10 +154,8 @@ def all_of(data: Tokenized) -> Subset:
 
 def last_of_each_prompt(subset: Subset) -> Subset:
   """Returns the last comparison of each prompt: the paper's SFT has one example a prompt."""
-  number = _prompt_numbers(subset)
-  last = np.zeros(number.max(initial=-1) + 1, int)
-  last[number] = np.arange(len(number))  # of several, the last assignment stays
-  return _take(subset, np.sort(last))
+  _, last = np.unique(prompt_numbers(subset)[::-1], return_index=True)
+  return _take(subset, np.sort(len(subset) - 1 - last))
 
 
 def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
@@ -174,25 +172,15 @@ def hold_out(subset: Subset, count: int) -> tuple[Subset, Subset]:
   return _take(subset, np.sort(order[cut:]).astype(int)), _take(subset, np.sort(order[:cut]).astype(int))
 
 
-def _prompt_numbers(subset: Subset) -> np.ndarray:
+def prompt_numbers(subset: Subset) -> np.ndarray:
   """Returns a number of each comparison's prompt, [N], the same where the prompts are."""
-  digests = subset.data.prompts()[subset.index]
-  _, number, counts = np.unique(digests, return_inverse=True, return_counts=True)
-  # Eight bytes say that two prompts differ, not that they are the same: one of 10**6 data sets of ten million
-  # prompts has two that only look alike.
-  shared = np.nonzero(counts[number] > 1)[0]
-  seen: dict[tuple[int, bytes], int] = {}
-  taken: dict[int, int] = {}
-  fresh = len(counts)
-  for i in shared:
+  _, number, counts = np.unique(subset.data.prompts()[subset.index], return_inverse=True, return_counts=True)
+  # Eight bytes of a digest say that two prompts differ, not that they are the same: where they are shared,
+  # the ids decide.
+  others: dict[bytes, int] = {}
+  for i in np.nonzero(counts[number] > 1)[0]:
     ids = subset.comparison(int(i))[0].astype(np.int32).tobytes()
-    key = int(number[i]), ids
-    if key not in seen:
-      if key[0] in taken:  # another prompt of the same eight bytes
-        seen[key], fresh = fresh, fresh + 1
-      else:
-        seen[key] = taken[key[0]] = key[0]
-    number[i] = seen[key]
+    number[i] = others.setdefault(ids, len(counts) + len(others))
   return number
 
 

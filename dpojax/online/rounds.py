@@ -100,7 +100,7 @@ class Rounds:
       CheckpointError: the round was begun by other weights.
       Stopped: it was asked to stop.
     """
-    folder = self._workdir / "rounds" / str(number)
+    folder = self._folder(number)
     with disk_errors(self._workdir):
       paths.make_folder(folder)
     self._check_weights(folder, checkpoint.fingerprint(params))
@@ -109,7 +109,7 @@ class Rounds:
       lines, new = self._sample(folder, number, params, reference, stop_asked)
       seconds = time.perf_counter() - began
       self._label(folder, number, lines, stop_asked)
-      self._finish(folder, number, new / seconds)
+      self._finish(folder, number, lines, new / seconds)
     return self.read(number)
 
   def read(self, number: int) -> Made:
@@ -118,16 +118,24 @@ class Rounds:
     Raises:
       DamageError: its files are not as they were written.
     """
-    folder = self._workdir / "rounds" / str(number)
+    folder, metrics = self._folder(number), self._metrics_of(number)
+    samples = self._samples(folder)
+    return Made(samples, pairs.paired(self._config.online.pairing, self._said(folder, samples)), metrics)
+
+  def _folder(self, number: int) -> paths.Path:
+    return self._workdir / "rounds" / str(number)
+
+  def _metrics_of(self, number: int) -> dict[str, float]:
+    """Returns what was counted of a round, whose files are held to their digests."""
+    folder = self._folder(number)
     try:
       kept = json.loads((folder / "round.json").read_text())
       digests.check(folder, kept["digests"])
+      return kept["metrics"]
     except (OSError, ValueError, KeyError, TypeError, DamageError) as error:
       raise DamageError(
         f"round {number} cannot be read ({error}); bring {folder} back, or take another workdir"
       ) from error
-    samples, said = self._samples(folder), self._said(folder)
-    return Made(samples, pairs.paired(self._config.online.pairing, said), kept["metrics"])
 
   def answer(self, line: Line) -> Answer:
     """Returns a sample as the labeller is shown it."""
@@ -217,11 +225,11 @@ class Rounds:
     seed = ((self._config.seed * 2**20 + number) * self._count + asked[0][0]) * len(samples[0]) + asked[0][1]
     return self._labeller.ask(list(zip(answers(asked), answers([(i, k + 1) for i, k in asked]))), seed)
 
-  def _said(self, folder: paths.Path) -> list[list]:
+  def _said(self, folder: paths.Path, samples: list[list[Line]]) -> list[list]:
     """What was said of each prompt's samples, as `pairs.paired` takes it."""
     said = {(line["index"], line["sample"]): line["said"] for line in read_lines(folder / "labels.jsonl")}
     result = []
-    for i, of in enumerate(self._samples(folder)):
+    for i, of in enumerate(samples):
       texts = [line["response"] for line in of]
       if self._labeller.compares:
         result.append([said.get((i, k), "tie") for k in range(0, len(of), 2)])
@@ -242,9 +250,9 @@ class Rounds:
         "made with, or remove that folder, and those of later rounds, to sample again"
       )
 
-  def _finish(self, folder: paths.Path, number: int, rate: float) -> None:
+  def _finish(self, folder: paths.Path, number: int, samples: list[list[Line]], rate: float) -> None:
     """Writes the comparisons in text, and then counts and digests."""
-    samples, said = self._samples(folder), self._said(folder)
+    said = self._said(folder, samples)
     paired = pairs.paired(self._config.online.pairing, said)
     texts = self._workdir / "comparisons"
     with disk_errors(self._workdir):
@@ -259,7 +267,7 @@ class Rounds:
     labels = len(read_lines(folder / "labels.jsonl"))
     metrics = self._metrics(samples, said, paired) | {
       "round": number,
-      "labels": labels + (self.read(number - 1).metrics["labels"] if number > 1 else 0),
+      "labels": labels + (self._metrics_of(number - 1)["labels"] if number > 1 else 0),
       "samples_per_second": rate,
     }
     names = ["samples.jsonl", "labels.jsonl"]
@@ -330,7 +338,7 @@ def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: M
     say(f"{len(ids)} prompts of {settings.prompts}, {cut} of them cut to {room} tokens")
     return Prompts(examples, ids)
   subset = loader.without_mismatched(data.train)
-  _, first = np.unique(subset.data.prompts()[subset.index], return_index=True)
+  _, first = np.unique(loader.prompt_numbers(subset), return_index=True)
   lengths, first = subset.lengths[:, 0], np.sort(first)
   kept = first[(lengths[first] >= 1) & (lengths[first] <= room)].tolist()
   say(

@@ -4,6 +4,7 @@ A config is told as absl and ml_collections do it, `--config=FILE[:arg] --config
 path or the name of one that is installed with dpojax: `--config=dpo:hh` is `configs/dpo.py:hh` from anywhere.
 """
 
+import importlib
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -68,6 +69,22 @@ def define_config() -> None:
 def define_workdir() -> None:
   """Defines --workdir, of the commands that train."""
   flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+
+def start_run(module: str, about: str) -> None:
+  """Parses --config and --workdir, and calls `run` of a module, which is not imported before: see `start`."""
+  define_config()
+  define_workdir()
+  flags.mark_flag_as_required("workdir")
+
+  def main():
+    from dpojax.runtime.command import command
+
+    loop = importlib.import_module(module)
+    with command():
+      loop.run(flags.FLAGS.config, flags.FLAGS.workdir)
+
+  start(main, about)
 
 
 def start(main: Callable[[], None], about: str) -> None:

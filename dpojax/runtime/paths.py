@@ -234,6 +234,5 @@ def _prepare(scheme: str) -> None:
     settings.setdefault("config_kwargs", {"retries": {"mode": "standard", "max_attempts": _ATTEMPTS}})
   elif server := os.environ.get("STORAGE_EMULATOR_HOST"):
     os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", server)
-    os.environ.setdefault(
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "0"
-    )  # it would ask the cloud for the bucket's kind
+    # gcsfs would ask the cloud, and not that server, for the bucket's kind.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "0")

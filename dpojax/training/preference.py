@@ -77,7 +77,10 @@ class Responses(NamedTuple):
 
   def everything(self, values: jax.Array) -> jax.Array:
     """[R, P] -> [R * P] of all devices that a mapped axis spreads rows over."""
-    return _whole_step(values, axis_name=self.axis_name)
+    values = values.reshape(-1)
+    if self.axis_name is None:
+      return values
+    return jax.lax.all_gather(values, self.axis_name, tiled=True)
 
   def ours(self, values: jax.Array) -> jax.Array:
     """[R * P] of all devices -> this device's [R, P]."""
@@ -108,7 +111,7 @@ class Reading(NamedTuple):
 
 
 def pairwise(
-  function: Callable, responses: Responses, reading: Reading, knobs: dict, *more: Pair
+  function: Callable, responses: Responses, reading: Reading, knobs: dict, *more: Pair | jax.Array
 ) -> jax.Array:
   """(policy, reference, *more, **knobs) -> loss of each pair, elementwise."""
   policy, reference = map(pair_of, reading(responses))
@@ -133,11 +136,10 @@ def with_mixed(function: Callable, responses: Responses, reading: Reading, knobs
 
 def with_sampled(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """`pairwise` with the log-prob of the response that the reference sampled, which the data tell."""
-  policy, reference = map(pair_of, reading(responses))
-  rejected = knobs["sampled_rejected"] > 0.5
-  sampled = jnp.where(rejected, policy.rejected, policy.chosen)
+  policy = pair_of(reading(responses)[0])
+  sampled = jnp.where(knobs["sampled_rejected"] > 0.5, policy.rejected, policy.chosen)
   rest = {name: value for name, value in knobs.items() if name != "sampled_rejected"}
-  return jnp.where(responses.pairs, function(policy, reference, sampled, **rest) * responses.weights, 0)
+  return pairwise(function, responses, reading, rest, sampled)
 
 
 def reference_free(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
@@ -533,14 +535,6 @@ def step_mean(values: jax.Array, where: jax.Array, *, axis_name: str | tuple[str
   if axis_name is not None:
     mean = jax.lax.psum(mean, axis_name)
   return mean.total / jnp.maximum(mean.count, 1)
-
-
-def _whole_step(values: jax.Array, *, axis_name: str | tuple[str, ...] | None) -> jax.Array:
-  """[R, P] -> [R * P] of all devices that a mapped axis spreads rows over."""
-  values = values.reshape(-1)
-  if axis_name is None:
-    return values
-  return jax.lax.all_gather(values, axis_name, tiled=True)
 
 
 def _scored(rows: Rows, num_responses: int) -> jax.Array:

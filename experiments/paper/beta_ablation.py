@@ -132,21 +132,6 @@ def chosen_texts(pairs: str) -> list[str]:
     raise DataError(f"--pairs {pairs} cannot be read ({error!r}); give a file of Anthropic HH") from error
 
 
-def show(table: list[dict]) -> None:
-  """Prints means and standard errors over seeds, a line a beta."""
-  print("\n| beta | " + " | ".join(name for *_, name in SHOWN) + " |")
-  print("|---|" + "---|" * len(SHOWN))
-  columns = [
-    figures.over_seeds(figures.last_lines(table, split), "beta", metric) for split, metric, _ in SHOWN
-  ]
-  for i, beta in enumerate(columns[0].values):
-    print(
-      f"| {beta:g} | "
-      + " | ".join(f"{column.mean[i]:.3f} +- {column.error[i]:.3f}" for column in columns)
-      + " |"
-    )
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--pairs", required=True)
@@ -164,7 +149,7 @@ def main():
       seeds=[int(s) for s in arguments.seeds.split(",")],
     )
     figures.against_axis(table, "beta", workdir / "beta.png")
-  show(table)
+  figures.show_against(table, "beta", SHOWN)
   print(f"\nwritten: {workdir}/sweep/table.jsonl and {workdir}/beta.png")
 
 

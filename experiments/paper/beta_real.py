@@ -118,16 +118,6 @@ def config_of(pairs: str, model: str, workdir: pathlib.Path, sizes: Sizes):
   return config
 
 
-def show(table: list[dict]) -> None:
-  """Prints means and standard errors over seeds, a line a beta."""
-  columns = [
-    figures.over_seeds(figures.last_lines(table, split), "beta", metric) for split, metric, _ in SHOWN
-  ]
-  print("\n| beta | " + " | ".join(name for *_, name in SHOWN) + " |\n|---|" + "---|" * len(SHOWN))
-  for i, beta in enumerate(columns[0].values):
-    print(f"| {beta:g} | " + " | ".join(f"{c.mean[i]:.3f} +- {c.error[i]:.3f}" for c in columns) + " |")
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--pairs", default="", help="by default Anthropic HH in the folder DPOJAX_DATA")
@@ -148,7 +138,7 @@ def main():
       seeds=[int(seed) for seed in arguments.seeds.split(",")],
     )
     figures.against_axis(table, "beta", workdir / "beta.png")
-  show(table)
+  figures.show_against(table, "beta", SHOWN)
   print(f"\nwritten: {workdir}/sweep/table.jsonl and {workdir}/beta.png")
 
 
