@@ -132,7 +132,9 @@ def same_trajectory(args: argparse.Namespace, settings: dict) -> None:
     "max_length": 2 * longest,  # nothing is cut: a prompt may have half of it
     "row_length": max(3 * longest, 256),
   }
-  side = lambda name, settings, folder: run_side(name, settings, folder, {})
+  # On an accelerator JAX multiplies float32 at less than its precision unless it is asked to; torch does not.
+  exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+  side = lambda name, settings, folder: run_side(name, settings, folder, exact)
   text = trajectory.table(trajectory.run(given, args.out / "trajectory", side), settings["beta"])
   (args.out / "trajectory.md").write_text(text)
   print(text, flush=True)

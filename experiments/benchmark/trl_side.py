@@ -85,7 +85,7 @@ def run(settings: dict) -> dict:
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         weight_decay=0.0,
         bf16=settings["dtype"] == "bfloat16",
-        gradient_checkpointing=settings.get("remat", False),
+        gradient_checkpointing=settings.get("remat", "none") != "none",
         precompute_ref_log_probs=settings.get("stored", False),
         use_cpu=not on_gpu,
         logging_steps=1,

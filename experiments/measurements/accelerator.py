@@ -1,13 +1,15 @@
 """All that an accelerator has to say of dpojax, in one sitting: attention, head, a 1B step, one real run.
 
 python -m experiments.measurements.accelerator --data=HH.jsonl.gz --tokenizer=GPT2 --out=runs/accelerator
-    [--model=SMOLLM2] [--stages=smoke,attention,head,benchmark,run] [--limit=500]
+    [--model=SMOLLM2] [--stages=smoke,attention,head,benchmark,run,displacement,trajectory,beta] [--limit=500]
 
-Each stage is a command of its own, whose output goes to --out/STAGE.log; one that fails or takes too
-long leaves the others alone. `run` is DPO of --model on the pairs or, without one, SFT and DPO of 124M
-random weights. Compiled programs are kept in --out/compiled, so that a second sitting starts where the
-first one stopped. Matrix products are left to cuBLAS: XLA otherwise tries its own kernels for each of
-them, which is minutes of compiling. Prints the last lines of each, and the seconds it took.
+Each stage is a command of its own, whose output goes to --out/STAGE.log; one that fails or takes too long
+leaves the others alone. `run` is DPO of --model on the pairs or, without one, SFT and DPO of 124M random
+weights; the last three are of --model: `experiments.paper.displacement`, the benchmark's trajectory beside
+TRL, and `experiments.paper.beta_real` on all pairs. Compiled programs are kept in --out/compiled, so that a
+second sitting starts where the first one stopped. Matrix products are left to cuBLAS: XLA otherwise tries
+its own kernels for each of them, which is minutes of compiling. Prints the last lines of each, and the
+seconds it took.
 """
 
 import argparse
@@ -89,6 +91,37 @@ def commands(data: str, tokenizer: str, model: str, out: pathlib.Path) -> dict[s
       ]
     ],
     "run": real if model else made,
+    "displacement": [["experiments.paper.displacement", f"--model={model}", f"--workdir={out}/displacement"]],
+    "trajectory": [
+      [
+        "experiments.benchmark",
+        "--case=smollm2",
+        f"--data={data}",
+        f"--model={model}",
+        "--rounds=0",
+        "--trajectory-batch=8",
+        "--trajectory-length=256",
+        f"--out={out}/trajectory",
+      ]
+    ],
+    "beta": [
+      [
+        "experiments.paper.beta_real",
+        f"--pairs={data}",
+        f"--model={model}",
+        "--dtype=bfloat16",
+        "--longest=512",
+        "--longest_prompt=256",
+        "--row_length=2048",
+        "--batch_size=32",
+        "--steps=54",
+        "--held_out=256",
+        "--sampled=64",
+        "--samples=4",
+        "--max_new_tokens=64",
+        f"--workdir={out}/beta_real",
+      ]
+    ],
   }
 
 

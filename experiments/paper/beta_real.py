@@ -1,7 +1,7 @@
 """Beta on a published model and real pairs: what is learnt, what it costs, and what becomes of the text.
 
 python -m experiments.paper.beta_real [--pairs=FILE] [--model=FOLDER] [--workdir=runs/beta_real]
-    [--betas=0.01,0.05,0.1,0.2,0.5] [--seeds=0,1] [--small]
+    [--betas=0.01,0.05,0.1,0.2,0.5] [--seeds=0,1] [--small] [--steps=N and other fields of `Sizes`]
 
 LoRA DPO at every beta and seed, side by side, with one stored reference. A seed is the order of the pairs and
 the adapter's random start. KL and length are of samples to held-out prompts; perplexity is that of held-out
@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
   longest_prompt: int = 96
   longest: int = 160
   row_length: int = 512
+  dtype: str = "float32"
 
 
 SMALL = Sizes(steps=2, batch_size=4, held_out=8, sampled=3, samples=1, max_new_tokens=4, row_length=256)
@@ -114,6 +115,7 @@ def config_of(pairs: str, model: str, workdir: pathlib.Path, sizes: Sizes):
   config.data.max_length, config.data.max_prompt_length = sizes.longest, sizes.longest_prompt
   config.row_length, config.batch_size = sizes.row_length, sizes.batch_size
   config.reference.mode = "stored"
+  config.model.dtype = sizes.dtype
   config.steps = config.eval_every = config.checkpoint_every = sizes.steps
   return config
 
@@ -126,14 +128,17 @@ def main():
   parser.add_argument("--betas", default="0.01,0.05,0.1,0.2,0.5")
   parser.add_argument("--seeds", default="0,1")
   parser.add_argument("--small", action="store_true", help="a smoke test")
+  for name, default in Sizes()._asdict().items():
+    parser.add_argument(f"--{name}", type=type(default), help=f"by default {default}")
   arguments = parser.parse_args()
+  given = {name: value for name, value in vars(arguments).items() if name in Sizes._fields and value}
   workdir = arguments.workdir.absolute()
   with command(workdir):
     table = run(
       chat_pairs.find(arguments.pairs),
       arguments.model or smollm2.model_folder(workdir / "model"),
       workdir,
-      SMALL if arguments.small else Sizes(),
+      (SMALL if arguments.small else Sizes())._replace(**given),
       betas=[float(beta) for beta in arguments.betas.split(",")],
       seeds=[int(seed) for seed in arguments.seeds.split(",")],
     )

@@ -1,14 +1,16 @@
 """Does a beta that moves, a reference that moves, or a repaired loss beat plain DPO at the same KL?
 
-python -m experiments.paper.kl_matched --workdir=runs/kl_matched [--sentences=FILE]
+python -m experiments.paper.kl_matched --workdir=runs/kl_matched [--sentences=FILE] [--worlds=enumerable,text]
+    [--methods=DPO,TR-DPO]
 
 In the enumerable world, where the best reward at every KL is known, and with --sentences on real text.
 Every method is tuned alike: as many candidates as every other, learning rates times values of a knob of its
 own, at a seed that nothing else uses; then it is trained at several betas and at five seeds or more. Methods
 are compared where they are as far from the reference, each seed read off between its own points. A killed
-run continues with the first stage that is not finished. Writes kl_matched.jsonl and kl_matched.png, and
-prints a table a world: a method beats plain DPO where its difference, over seeds, is above two standard
-errors.
+run continues with the first stage that is not finished; --methods trains these alone, so that several
+processes share the work once the worlds are made (by --methods=DPO), and a last call without it writes
+kl_matched.jsonl and kl_matched.png, and prints a table a world: a method beats plain DPO where its
+difference, over seeds, is above two standard errors.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import jax
 import numpy as np
 
 from dpojax import losses
+from dpojax.runtime.errors import ConfigError
 from dpojax.training import step as step_lib
 from experiments import figures, sweep
 from experiments.command import command
@@ -461,12 +464,25 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/kl_matched"))
   parser.add_argument("--sentences", default="", help="file of sentences, for the comparison on text")
+  parser.add_argument("--worlds", default="enumerable,text", help="the latter only with --sentences")
+  parser.add_argument("--methods", default="", help="train these alone and write no table, by default all")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
+  worlds, names = arguments.worlds.split(","), list(filter(None, arguments.methods.split(",")))
   with command(folder):
-    lines = run_exact(folder / "enumerable", Sizes())
-    if arguments.sentences:
-      lines += run_text(folder / "text", arguments.sentences, Text())
+    known = {*contenders(Sizes()), *text_methods(Text().sizes.dpo_steps)}
+    if set(names) - known or set(worlds) - set(WORLDS):
+      raise ConfigError(
+        f"--worlds={arguments.worlds} and --methods={arguments.methods}: worlds are {', '.join(WORLDS)}; "
+        f"methods {', '.join(sorted(known))}"
+      )
+    lines = []
+    if "enumerable" in worlds:
+      lines += run_exact(folder / "enumerable", Sizes(), names)
+    if "text" in worlds and arguments.sentences:
+      lines += run_text(folder / "text", arguments.sentences, Text(), names)
+    if names:
+      return
     sweep.write_lines(folder / "kl_matched.jsonl", lines)
     plot(lines, folder / "kl_matched.png")
   show(lines)

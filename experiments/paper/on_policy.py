@@ -1,13 +1,15 @@
 """DPO on the policy's own samples beside offline DPO and PPO, at equal numbers of gold labels.
 
-python -m experiments.paper.on_policy --workdir=runs/on_policy
+python -m experiments.paper.on_policy --workdir=runs/on_policy [--labels=256,1024,4096] [--seeds=0,1,2]
+python -m experiments.paper.on_policy --workdir=runs/on_policy --lines=A/on_policy.jsonl,B/on_policy.jsonl
 
 In the enumerable world, where every method aims at the same known optimum, pi_ref exp(r / beta) / Z. A gold
 label is a comparison of two answers, drawn from Bradley-Terry; PPO-GT's is the reward of one answer. Offline:
 all pairs are of the reference's samples. Iterative: four rounds, each of the present policy's. On-policy: a
 round every 64 pairs. PPO: a reward model is learned from the pairs of offline DPO, an eighth of which choose
 its step. A killed run continues with the first unfinished one. Writes on_policy.jsonl, a line a run with its
-exact win rates by temperature, and on_policy.png.
+exact win rates by temperature, and on_policy.png. Runs of other labels or seeds in workdirs of their own are
+put together by --lines.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from dpojax.online import loop as online
 from dpojax.online.labels import Labeller
 from dpojax.ppo import loop as ppo
 from dpojax.training import resolve
-from dpojax.training.metrics import read_metrics
+from dpojax.training.metrics import read_lines, read_metrics
 from experiments import figures, sweep
 from experiments.command import command
 from experiments.measurements import measure
@@ -63,10 +65,10 @@ LEARNED = dataclasses.replace(GT, steps=40, prompts_per_step=32, num_samples=16,
 """PPO that is paid a learned reward, of which it may ask as often as it likes."""
 
 
-def run(world: World, table: Table, seeds: Sequence[int]) -> list[Line]:
-  """Trains every method at its betas and labels; returns where each run ended."""
+def run(world: World, table: Table, seeds: Sequence[int], counts: Sequence[int] = LABELS) -> list[Line]:
+  """Trains every method at its betas on so many labels each; returns where each run ended."""
   lines, policies = [], enumerable.Policies(world.model.config, world.prompts)
-  for labels in LABELS:
+  for labels in counts:
     betas = BETAS if labels == MIDDLE else (BETA,)
     ours = world._replace(data=lambda config, labels=labels: offline_pairs(config, table, world, labels))
     kind = f"offline_{labels}"
@@ -314,15 +316,23 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/on_policy"))
   parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--labels", default=",".join(map(str, LABELS)))
+  parser.add_argument("--lines", default="", help="files of runs that have ended; nothing else is run")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
+  seeds, counts = ([int(each) for each in of.split(",")] for of in (arguments.seeds, arguments.labels))
   with command(folder):
     world, table = enumerable.make(folder)
-    lines = run(world, table, [int(seed) for seed in arguments.seeds.split(",")])
+    if arguments.lines:
+      lines = [line for path in arguments.lines.split(",") for line in read_lines(pathlib.Path(path))]
+    else:
+      lines = run(world, table, seeds, counts)
     sweep.write_lines(folder / "on_policy.jsonl", lines)
-    plot(lines, table, folder / "on_policy.png")
+    drawn = set(LABELS) <= {line["labels"] for line in lines}
+    if drawn:
+      plot(lines, table, folder / "on_policy.png")
   show(lines)
-  print(f"\nwritten: {folder}/on_policy.jsonl and on_policy.png")
+  print(f"\nwritten: {folder}/on_policy.jsonl" + (" and on_policy.png" if drawn else ""))
 
 
 if __name__ == "__main__":
