@@ -31,11 +31,11 @@ from dpojax.runtime.errors import ConfigError, UserError
 from dpojax.runtime.stopping import stop_signal
 from dpojax.training import checkpoint, objectives, resolve, weights
 from dpojax.training import config as config_lib
+from dpojax.training import programs as programs_lib
 from dpojax.training import step as step_lib
 from dpojax.training import workdir as workdir_lib
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.log import Log
-from dpojax.training.micro_batches import MicroBatches
 from dpojax.training.throughput import Profile, Throughput
 
 
@@ -109,7 +109,7 @@ class Start(NamedTuple):
 
   model: ModelConfig
   objective: objectives.Objective
-  train_step: Callable
+  programs: programs_lib.Programs
   state: step_lib.TrainState
   reference: Any
   about: dict[str, Any]
@@ -131,8 +131,9 @@ def place(config: ml_collections.ConfigDict, data: resolve.Data, batches: Batche
   """Reads the weights and puts them on the devices; no other copy of them is left when it returns."""
   setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_shard)
   resolve.check_ids(setup.model, config, data)
-  _check_metrics(setup, batches.train, config, devices.axis_name)
-  tx, train_step = resolve.make_train_step(config, setup.objective, devices)
+  if config.checkpoint_best:
+    _check_best(setup, batches.train, config, devices.axis_name)
+  programs = programs_lib.make(config, setup.model, setup.objective, devices)
   about = {
     "model": setup.model.as_dict(),
     "data": data.fingerprint,
@@ -149,12 +150,12 @@ def place(config: ml_collections.ConfigDict, data: resolve.Data, batches: Batche
       config, setup, reference, about["reference"], [batches.train, batches.held_out], devices
     )
     reference = reference if config.lora.rank else None  # an adapter's is its base as well
-  state = devices.place(step_lib.init_state(setup.params, tx))
+  state = devices.place(step_lib.init_state(setup.params, programs.tx))
   memory.fit_memory_to(state)
   return Start(
     setup.model,
     setup.objective,
-    train_step,
+    programs,
     state,
     reference,
     about,
@@ -171,7 +172,7 @@ def check_memory(config: ml_collections.ConfigDict, start: Start, batches: Batch
     return
   stored = config.reference.mode == "stored" and start.objective.needs_reference
   rows = needs.largest_rows(batches.train, start.objective.num_responses, devices, stored=stored)
-  needs.check_fits(start.train_step.compile(start.state, start.reference, rows))
+  needs.check_fits(start.programs.train_step.compile(start.state, start.reference, rows))
 
 
 def continue_from(
@@ -216,14 +217,9 @@ class Loop:
   ):
     self.config, self.workdir, self.devices, self.batches = config, workdir, devices, batches
     self.checkpoints, self.log, self.about = checkpoints, log, start.about
-    self.objective, self.train_step = start.objective, start.train_step
+    self.objective, self.programs = start.objective, start.programs
     self.state, self.reference, self.metrics = start.state, start.reference, {}
     self.throughput = Throughput(start.flops)
-    self.evaluate = make_evaluate(start.objective, devices, resolve.micro_batches_of(config, devices))
-    self.evaluated = resolve.make_evaluated(config, devices)
-    self.move_reference = devices.lift(
-      step_lib.make_reference_step(alpha=config.reference.sync_alpha), donate_state=True
-    )
     every = config.reference.sync_every
     self.reference_moves_after = lambda step: every and step % every == 0
     self.watch = watching.make_watcher(
@@ -235,13 +231,13 @@ class Loop:
     batches = (
       self.batches.held_out.evaluation() if self.config.eval_every else self.batches.train.training(0, 1)
     )
-    metrics = self.evaluate(self.state.params, self.reference, batches, self.state.step)
+    metrics = self.programs.evaluate(self.state.params, self.reference, batches, self.state.step)
     if self.objective.needs_reference:
       check_agreement(metrics, self.config)
     if self.config.eval_every:
       self.log.write(0, "eval", metrics)
     if self.watch is not None:
-      self.log.write(0, "samples", self.watch(0, self.evaluated(self.state), self.reference))
+      self.log.write(0, "samples", self.watch(0, self.programs.evaluated(self.state), self.reference))
 
   def take_steps(
     self, batches: Iterator[loader.Batch], profile: Profile, stop_asked: Callable[[int], bool]
@@ -255,10 +251,10 @@ class Loop:
   def step(self, batch: loader.Batch, rows: Any, waited: float) -> None:
     """Takes a step; `waited` are the seconds its rows have kept the loop."""
     with self.throughput.on_device():
-      self.state, self.metrics = self.train_step(self.state, self.reference, rows)
+      self.state, self.metrics = self.programs.train_step(self.state, self.reference, rows)
     self.checkpoints.check()  # a save that failed since the last step ends the run now, not at the next save
     if self.reference_moves_after(batch.step + 1):
-      self.reference, _ = self.move_reference(self.reference, self.state)
+      self.reference, _ = self.programs.move_reference(self.reference, self.state)
     self.log.advance()
     self.throughput.advance(batch, waited)
 
@@ -276,13 +272,16 @@ class Loop:
       log.write(
         step,
         "eval",
-        self.evaluate(
-          self.evaluated(self.state), self.reference, self.batches.held_out.evaluation(), self.state.step
+        self.programs.evaluate(
+          self.programs.evaluated(self.state),
+          self.reference,
+          self.batches.held_out.evaluation(),
+          self.state.step,
         ),
       )
       self.throughput.start()
     if self.watch is not None and due(config.sample_every):
-      log.write(step, "samples", self.watch(step, self.evaluated(self.state), self.reference))
+      log.write(step, "samples", self.watch(step, self.programs.evaluated(self.state), self.reference))
       self.throughput.start()
     if saving:
       self._save(step)
@@ -396,38 +395,15 @@ def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict
     )
 
 
-def make_evaluate(
-  objective: objectives.Objective, devices, micro_batches: MicroBatches = MicroBatches()
-) -> Callable:
-  """Returns `evaluate(params, reference, batches, step)`: an objective's metrics over their comparisons.
-
-  `step` is placed, as that of a state; an objective that moves is evaluated as it is there.
-  """
-  eval_step = devices.lift(
-    step_lib.make_eval_step(objective, micro_batches=micro_batches, axis_name=devices.axis_name),
-    donate_state=False,
-  )
-
-  def evaluate(params, reference, batches: Iterator[loader.Batch], step) -> dict[str, float]:
-    sums = {}
-    for batch in batches:
-      part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows), step)
-      for name, mean in jax.device_get(devices.collect(part)).items():
-        sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
-    return {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
-
-  return evaluate
-
-
-def _check_metrics(setup: resolve.Setup, train_loader: loader.Loader, config, axis_name: str | None) -> None:
-  """Traces the objective once, and refuses to rank checkpoints by a metric it does not have."""
+def _check_best(setup: resolve.Setup, train_loader: loader.Loader, config, axis_name: str | None) -> None:
+  """Refuses to rank checkpoints by a metric that the objective does not have; it is traced for it."""
   rows = next(train_loader.training(0, 1)).rows
   if config.reference.mode == "stored":
     shape = (*rows.example.shape, setup.objective.num_responses)
     rows = rows._replace(reference=np.zeros(shape, np.float32))
   evaluate = jax.vmap(setup.objective.evaluate, in_axes=(None, None, 0), axis_name=axis_name)
   _, metrics = jax.eval_shape(evaluate, setup.params, setup.reference, jax.tree.map(lambda x: x[None], rows))
-  if config.checkpoint_best and config.checkpoint_best not in metrics:
+  if config.checkpoint_best not in metrics:
     raise ConfigError(
       f"config.checkpoint_best is {config.checkpoint_best!r}; it must be one of {', '.join(metrics)}"
     )

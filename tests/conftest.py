@@ -23,6 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import train
 from dpojax.models import hf
+from dpojax.training import programs as programs_lib
 from tests import chats, fast, made_data, servers, worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -96,8 +97,9 @@ def data_folder(request, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
-  """Lets go of a file's compiled programs: thousands of them run out of memory mappings."""
-  yield
+  """Shares a file's compiled programs, and lets go of them: thousands of them run out of memory mappings."""
+  with programs_lib.shared():
+    yield
   jax.clear_caches()
 
 

@@ -3,14 +3,13 @@
 python -m experiments.paper.kl_matched --workdir=runs/kl_matched [--sentences=FILE] [--worlds=enumerable,text]
     [--methods=DPO,TR-DPO]
 
-In the enumerable world, where the best reward at every KL is known, and with --sentences on real text.
-Every method is tuned alike: as many candidates as every other, learning rates times values of a knob of its
-own, at a seed that nothing else uses; then it is trained at several betas and at five seeds or more. Methods
-are compared where they are as far from the reference, each seed read off between its own points. A killed
-run continues with the first stage that is not finished; --methods trains these alone, so that several
-processes share the work once the worlds are made (by --methods=DPO), and a last call without it writes
-kl_matched.jsonl and kl_matched.png, and prints a table a world: a method beats plain DPO where its
-difference, over seeds, is above two standard errors.
+In the enumerable world, where the best reward at every KL is known, and with --sentences on real text. Every
+method is tuned alike: as many candidates as every other, learning rates times values of a knob of its own, at
+a seed that nothing else uses; then it is trained at several betas and at five seeds or more. Methods are
+compared where they are as far from the reference, each seed read off between its own points. A killed run
+continues with the first stage that is not finished; --methods trains these alone, so that several processes
+share the work, and a last call without it writes kl_matched.jsonl and kl_matched.png, and prints a table a
+world: a method beats plain DPO where its difference, over seeds, is above two standard errors.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import numpy as np
 
 from dpojax import losses
 from dpojax.runtime.errors import ConfigError
+from dpojax.runtime.ownership import owned
 from dpojax.training import step as step_lib
 from experiments import figures, sweep
 from experiments.command import command
@@ -276,7 +276,10 @@ def text_methods(steps: int) -> dict[str, dict[str, Any]]:
 
 def run_text(folder: pathlib.Path, sentences: str, text: Text, names: Sequence[str] = ()) -> list[Line]:
   """Tunes and trains every method on text; returns what was measured along training, one line each."""
-  made = sentiment.make(folder, sentences, text.sizes)
+  with owned(
+    folder, "the world of film reviews", wait=True
+  ):  # of several processes one at a time makes or reads it
+    made = sentiment.make(folder, sentences, text.sizes)
   # What is held out is not looked at: samples to prefixes of their own measure.
   common = {"eval_every": 0, "log_every": text.sizes.dpo_steps, "checkpoint_every": text.sizes.dpo_steps}
   common |= {"data.cache_dir": str(folder / "prepared"), "optimizer.warmup_steps": 10}

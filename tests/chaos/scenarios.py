@@ -25,7 +25,7 @@ from dpojax.runtime.command import command, is_main
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator
-from dpojax.training import checkpoint, reference, throughput
+from dpojax.training import checkpoint, programs, reference, throughput
 from dpojax.training.log import Log
 from dpojax.training.metrics import read_metrics
 from tests import worlds
@@ -278,7 +278,7 @@ def watch_phases(path, slow):
   for name in ("save", "wait"):
     told(checkpoint.Checkpoints, name, "saving")
   told(checkpoint.Checkpoints, "restore", "restoring")
-  make_evaluate, advance = train.make_evaluate, Log.advance
+  make_evaluate, advance = programs.make_evaluate, Log.advance
 
   def telling_evaluate(*args, **kwargs):
     evaluate = make_evaluate(*args, **kwargs)
@@ -294,5 +294,5 @@ def watch_phases(path, slow):
     time.sleep(slow)
     advance(*args, **kwargs)
 
-  train.make_evaluate, Log.advance = telling_evaluate, slowly
+  programs.make_evaluate, Log.advance = telling_evaluate, slowly
   reference._FLUSH = 1
