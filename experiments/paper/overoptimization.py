@@ -51,7 +51,7 @@ class Plan(NamedTuple):
   text: sentiment.Sizes = sentiment.Sizes(
     vocabulary=600,
     sft_steps=300,
-    prefixes=1200,
+    prefixes=1000,
     held_out_pairs=64,
     held_out=128,
     samples=4,
@@ -60,15 +60,15 @@ class Plan(NamedTuple):
   )
   betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.25, 0.5, 1.0)
   seeds: tuple[int, ...] = (0, 1)
-  looks: int = 12
-  learning_rate: float = 1e-3
+  looks: int = 10
+  learning_rate: float = 2e-3
   at_once: int = 0
 
 
 SMALL = Plan(
   sentiment.Sizes(
     vocabulary=320,
-    sft_steps=40,
+    sft_steps=20,
     prefixes=80,
     held_out_pairs=8,
     held_out=16,
@@ -140,6 +140,7 @@ def _stage(folder: pathlib.Path, sentences: str, plan: Plan, size: Size, loss: s
     "steps": steps,
     "optimizer.learning_rate": plan.learning_rate,
     "optimizer.warmup_steps": 10,
+    "rows_at_once": 4,  # steps of any number of rows are one program
     # What is held out is not looked at: samples to prefixes of their own measure.
     "eval_every": 0,
     "log_every": steps // plan.looks,
@@ -234,12 +235,12 @@ def fit_law(distances: Sequence[float], gains: Sequence[float], runs: Sequence) 
     if len(without)
     else (math.nan, math.nan)
   )
-  residuals = gains - columns @ [a, b]
+  residuals, spread = gains - columns @ [a, b], np.sum((gains - gains.mean()) ** 2)
   return Fit(
     float(a),
     float(b),
     *map(float, errors),
-    float(1 - np.sum(residuals**2) / np.sum((gains - gains.mean()) ** 2)),
+    float(1 - np.sum(residuals**2) / spread) if spread else math.nan,
     float(np.sqrt(np.mean(residuals**2))),
   )
 
@@ -318,7 +319,7 @@ def beta_of(lines: Sequence[Line]) -> Beta:
 
 
 def show(lines: Sequence[Line]) -> None:
-  """Prints the law of each size and loss, what became of each beta, and the gain by KL without a law."""
+  """Prints the law of each size and loss, what became of each beta, and the gain by KL."""
   points = points_of(lines)
   print(
     "\n| size | loss | pairs, seen once | SFT loss | reference's reward | a | b | R^2 | RMSE | "
@@ -351,7 +352,7 @@ def show(lines: Sequence[Line]) -> None:
       )
   edges = edges_of(points)
   print(
-    "\n| gain by KL, no law: loss | size | "
+    "\n| mean gain by KL (points; how far above the law): loss | size | "
     + " | ".join(f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:]))
     + " |\n|---|---|"
     + "---|" * (len(edges) - 1)
@@ -390,12 +391,16 @@ def edges_of(points: dict[tuple[str, str], Points]) -> list[float]:
 
 
 def binned(of: Points, edges: Sequence[float]) -> list[str]:
-  """Returns the mean gain of the points between edges of KL, its error over points, and how many they are."""
+  """Returns, between edges of KL, mean gain, its error over points, their number and mean residual."""
   texts = []
   for low, high in zip(edges, edges[1:]):
-    inside = of.gains[(of.distances**2 >= low) & (of.distances**2 < high)]
-    mean, error = measure.mean_and_error(inside) if len(inside) else (math.nan, math.nan)
-    texts.append(f"{mean:+.3f} +- {error:.3f} ({len(inside)})" if len(inside) else "-")
+    inside = (of.distances**2 >= low) & (of.distances**2 < high)
+    mean, error = measure.mean_and_error(of.gains[inside]) if inside.any() else (math.nan, math.nan)
+    texts.append(
+      f"{mean:+.3f} +- {error:.3f} ({inside.sum()}; {of.residuals[inside].mean():+.3f})"
+      if inside.any()
+      else "-"
+    )
   return texts
 
 
