@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from dpojax.runtime.errors import ConfigError
 from experiments.measurements import measure
 from experiments.paper import overoptimization, sentiment
 from tests import worlds
@@ -84,13 +85,15 @@ def test_gains_by_kl_are_means_of_points():
   assert edges == [0, 0.5, 1, 2, 4, 8, 16, 32]
   (of,) = points.values()
   texts = overoptimization.binned(of, edges)
-  assert texts[0].startswith("+0.10") and texts[-1].endswith("(4; +0.000)") or texts[-1].endswith("(4; -0.000)")
+  assert (
+    texts[0].startswith("+0.10") and texts[-1].endswith("(4; +0.000)") or texts[-1].endswith("(4; -0.000)")
+  )
   assert all("(2; " in text for text in texts[:-1])
 
 
 @pytest.mark.parametrize("text", ["64", "x", "64x0", "0x1", "30x1", "64x2x1"])
 def test_a_size_that_is_none_is_named(text):
-  with pytest.raises(ValueError, match="give WIDTHxLAYERS"):
+  with pytest.raises(ConfigError, match="give WIDTHxLAYERS"):
     overoptimization.size_of(text)
 
 

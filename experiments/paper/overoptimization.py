@@ -19,12 +19,12 @@ overoptimization.jsonl and overoptimization.png of all stages that are finished,
 import argparse
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.ownership import owned
 from dpojax.training.metrics import read_metrics
 from experiments import figures, sweep
@@ -97,11 +97,11 @@ def size_of(text: str) -> Size:
   """Returns the size of "WIDTHxLAYERS".
 
   Raises:
-    ValueError: it is none.
+    ConfigError: it is none.
   """
   width, _, layers = text.partition("x")
   if not (width.isdecimal() and layers.isdecimal() and int(width) % 4 == 0 < int(width) and int(layers)):
-    raise ValueError(f"size is {text!r}; give WIDTHxLAYERS, a width of two even heads, as in 64x2")
+    raise ConfigError(f"size is {text!r}; give WIDTHxLAYERS, a width of two even heads, as in 64x2")
   return Size(int(width), int(layers))
 
 
@@ -134,7 +134,7 @@ def _stage(folder: pathlib.Path, sentences: str, plan: Plan, size: Size, loss: s
   batch = plan.text.batch_size
   steps = pairs // batch // plan.looks * plan.looks  # all of one epoch, less what would break the looks
   if not steps:
-    raise ValueError(f"{pairs} pairs are fewer than {plan.looks} batches of {batch}; take more prefixes")
+    raise ConfigError(f"{pairs} pairs are fewer than {plan.looks} batches of {batch}; take more prefixes")
   changes = {
     "loss": loss,
     "steps": steps,
@@ -445,16 +445,12 @@ def main():
   parser.add_argument("--make_only", action="store_true", help="make the worlds, and train nothing in them")
   parser.add_argument("--small", action="store_true", help="a smoke test")
   arguments = parser.parse_args()
-  losses = arguments.losses.split(",")
-  if unknown := set(losses) - set(LOSSES):
-    sys.exit(f"error: --losses has {', '.join(sorted(unknown))}; give some of {', '.join(LOSSES)}")
-  try:
-    sizes = [size_of(each) for each in arguments.sizes.split(",")]
-  except ValueError as error:
-    sys.exit(f"error: --sizes: {error}")
   folder = arguments.workdir.absolute()
   plan = SMALL if arguments.small else Plan()
   with command(folder):
+    losses, sizes = arguments.losses.split(","), [size_of(each) for each in arguments.sizes.split(",")]
+    if set(losses) - set(LOSSES):
+      raise ConfigError(f"--losses={arguments.losses}; give some of {', '.join(LOSSES)}")
     if arguments.make_only:
       for size in sizes:
         make_world(folder, arguments.sentences, size, plan)
