@@ -91,6 +91,13 @@ TESTS = {
     "test_export_of_an_import_is_the_folder_bit_for_bit",
     "test_reading_and_writing_hold_one_tensor_at_a_time",
   ),
+  "test_overoptimization": (
+    "test_the_fit_recovers_a_and_b_and_the_hump_is_where_the_law_is_highest",
+    "test_errors_are_those_of_leaving_out_a_run",
+    "test_a_hump_is_told_with_whether_it_was_measured",
+    "test_the_fall_is_from_the_step_that_another_seed_calls_best",
+    "test_gains_by_kl_are_means_of_points",
+  ),
   "test_packing": (
     "test_a_plan_is_a_function_of_seed_and_epoch",
     "test_every_step_holds_exactly_batch_size_comparisons_and_no_row_overflows",
