@@ -85,7 +85,7 @@ def commands(data: str, tokenizer: str, model: str, out: pathlib.Path) -> dict[s
         "--scan-layers",
         "--steps=7",
         "--sides=dpojax,trl",
-        "--micro=32,64",
+        "--micro=8,16,32",
         "--peer-steps=2",
         f"--out={out}/benchmark",
       ]
