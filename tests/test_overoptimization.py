@@ -59,10 +59,15 @@ def made_lines(a, b, *, kls=KLS, noise=0.0, beta=0.1):
 
 @pytest.mark.parametrize(
   "a, b, said",
-  [(0.2, 0.1, "7.39; 6 of 16 points past it"), (0.1, -0.1, "none"), (0.4, 0.1, "403, beyond the 30.0")],
+  [
+    (0.2, 0.1, "7.39; 6 of 16 points past it"),
+    (0.1, -0.1, "none"),
+    (0.4, 0.1, "403, beyond the 30.0"),
+    (1, 1.5e-3, "inf"),
+  ],
 )
 def test_a_hump_is_told_with_whether_it_was_measured(a, b, said):
-  """exp(2 (a / b - 1)) is e^2 = 7.39 and e^6 = 403."""
+  """exp(2 (a / b - 1)) is e^2 = 7.39 and e^6 = 403; the last is no float."""
   (points,) = overoptimization.points_of(made_lines(a, b)).values()
   assert points.reference == 0.5 and len(points.lines) == 16
   assert overoptimization.hump_text(points).startswith(said)

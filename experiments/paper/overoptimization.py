@@ -1,7 +1,8 @@
 """Does the true reward fall again as the policy leaves the reference, and by which law?
 
 python -m experiments.paper.overoptimization --workdir=runs/overoptimization --sentences=FILE
-    [--sizes=32x1,64x2,128x3] [--losses=dpo,ipo,hinge] [--make_only] [--small]
+    [--sizes=32x1,64x2,128x3] [--losses=dpo,ipo,hinge]
+    [--learning_rate=2e-3] [--make_only] [--small]
 
 After Rafailov et al. 2024 (arXiv 2406.02900): losses, betas and model sizes (width x layers) in the
 sentiment world, each run measured along one epoch, in which a pair is seen once at most (a completion
@@ -375,7 +376,7 @@ def hump_text(of: Points) -> str:
   if math.isnan(hump):
     return "none (b <= 0)"
   if hump > farthest:
-    return f"{hump**2:.3g}, beyond the {farthest**2:.1f} measured"
+    return f"{hump * hump:.3g}, beyond the {farthest**2:.1f} measured"
   past = of.distances > hump
   return (
     f"{hump**2:.2f}; {past.sum()} of {len(past)} points past it, "
@@ -442,11 +443,14 @@ def main():
   parser.add_argument("--sentences", required=True, help="file of sentences")
   parser.add_argument("--sizes", default=SIZES, help="WIDTHxLAYERS, separated by commas")
   parser.add_argument("--losses", default=",".join(LOSSES))
+  parser.add_argument("--learning_rate", type=float, default=0.0, help="of all; by default the plan's")
   parser.add_argument("--make_only", action="store_true", help="make the worlds, and train nothing in them")
   parser.add_argument("--small", action="store_true", help="a smoke test")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()
   plan = SMALL if arguments.small else Plan()
+  if arguments.learning_rate:
+    plan = plan._replace(learning_rate=arguments.learning_rate)
   with command(folder):
     losses, sizes = arguments.losses.split(","), [size_of(each) for each in arguments.sizes.split(",")]
     if set(losses) - set(LOSSES):
