@@ -121,7 +121,7 @@ def _run(config, workdir: paths.Path, data, labeller, callback) -> dict[str, flo
     loop.throughput.start()
     loop.take_steps(batches.train.training(first, max(first, offline)), profile, stop_asked)
     if callback is not None and first <= offline:
-      callback(offline, loop.evaluated(loop.state))
+      callback(offline, loop.programs.evaluated(loop.state))
     for number in range(1, online_config.rounds_of(config) + 1):
       before = offline + (number - 1) * settings.steps_per_round
       done = max(0, first - before)
@@ -132,7 +132,7 @@ def _run(config, workdir: paths.Path, data, labeller, callback) -> dict[str, flo
       steps = of_round.training(done, settings.steps_per_round)
       loop.take_steps((batch._replace(step=before + batch.step) for batch in steps), profile, stop_asked)
       if callback is not None:
-        callback(before + settings.steps_per_round, loop.evaluated(loop.state))
+        callback(before + settings.steps_per_round, loop.programs.evaluated(loop.state))
     checkpoints.close()
   return log.last.get("eval", log.last.get("train", {}))
 
@@ -191,7 +191,7 @@ class _Own:
       loop.check_finite()
       try:
         made = self._rounds.make(
-          number, loop.evaluated(loop.state), loop.reference, lambda: stop_asked(before)
+          number, loop.programs.evaluated(loop.state), loop.reference, lambda: stop_asked(before)
         )
       except rounds.Stopped:
         loop.stop(before)
