@@ -23,13 +23,13 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import numpy as np
 
 from configs import smollm2
-from dpojax import train
 from dpojax.data import tokenization
 from dpojax.evaluate import confidence
 from dpojax.models import from_gguf
 from dpojax.runtime.command import say
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
+from dpojax.train import loop as train
 from dpojax.training.metrics import read_lines, read_metrics
 from experiments import chat_pairs, figures, page, sweep
 from experiments.command import command

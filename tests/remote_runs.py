@@ -18,12 +18,12 @@ import types
 
 import numpy as np
 
-from dpojax import train
 from dpojax.export import writer
 from dpojax.runtime import paths
 from dpojax.runtime.command import command, is_main
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
+from dpojax.train import loop as train
 from dpojax.training import checkpoint, throughput
 from dpojax.training.log import Log
 from dpojax.training.metrics import read_metrics

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 
-from dpojax import train
 from dpojax.runtime import processes
 from dpojax.runtime.command import command
+from dpojax.train import loop as train
 from dpojax.training.log import Log
 from tests import worlds
 

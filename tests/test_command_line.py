@@ -57,22 +57,85 @@ def run(*arguments, cwd):
   )
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "ppo", "online"])
-def test_help_is_had_without_jax(command, tmp_path):
+HEAVY = {
+  "jax",
+  "flax",
+  "optax",
+  "orbax",
+  "transformers",
+  "tensorflow_datasets",
+  "grain",
+  "pyarrow",
+  "tensorboard",
+}
+
+DATA = ("--config.data.path=x", "--config.model.checkpoint=x")
+
+
+@pytest.mark.parametrize(
+  "command, told, arguments",
+  [
+    *[
+      (command, flag, ("--help",))
+      for command, flag in {
+        **dict.fromkeys(("train", "sample", "evaluate", "export", "ppo", "online"), "--workdir"),
+        "plan": "--topology",
+        "models.from_gguf": "--out",
+        "runtime.commands": "from-gguf",
+      }.items()
+    ],
+    ("train", "error: --config is 'nothing'", ("--config=nothing", "--workdir=x")),
+    ("train", "--workdir is missing", ("--config=dpo",)),
+    (
+      "train",
+      "error: config.betta is not a key; did you mean beta?",
+      ("--config=dpo", "--config.betta=1", "--workdir=x"),
+    ),
+    ("train", "error: config.beta.x is not a key", ("--config", "dpo", "--config.beta.x=1", "--workdir=x")),
+    ("train", "error: config.data.path is empty", ("--config=dpo", "--workdir=x", DATA[1])),
+    (
+      "train",
+      "error: config.beta is -1.0; it must be positive",
+      ("--config=dpo", "--workdir=x", *DATA, "--config.beta=-1"),
+    ),
+    ("plan", "error: config.tokenizer is empty", ("--config=dpo", DATA[0])),
+    ("ppo", "error: config.ppo.reward is empty", ("--config=ppo", "--workdir=x", *DATA)),
+    (
+      "ppo",
+      "error: config.ppo.clip is -1.0",
+      ("--config=ppo", "--workdir=x", *DATA, "--config.ppo.reward=x", "--config.ppo.clip=-1"),
+    ),
+    ("online", "error: config.online.judge is empty", ("--config=online", "--workdir=x", *DATA)),
+    ("sample", "error: --top_p is 2.0", ("--workdir=x", "--prompts=x", "--out=y", "--top_p=2")),
+    ("evaluate", "error: give --workdir", ("--out=x",)),
+    ("export", "--base for --lora", ("--workdir=x", "--out=y", "--base=z")),
+  ],
+)
+def test_help_and_what_a_user_can_mend_at_once_are_told_without_anything_heavy(
+  command, told, arguments, tmp_path
+):
   lines = (
     "import atexit, runpy, sys",
-    "atexit.register(lambda: print('jax' in sys.modules))",
-    "sys.argv = ['x', '--help']",
-    f"runpy.run_module('dpojax.{command}', run_name='__main__')",
+    f"atexit.register(lambda: print('heavy:', sorted({HEAVY!r} & sys.modules.keys())))",
+    f"sys.argv = ['x', *{arguments!r}]",
+    f"runpy.run_module('dpojax.{command}', run_name='__main__', alter_sys=True)",
+    *["from dpojax.runtime import commands; commands.main()"] * (command == "runtime.commands"),
   )
   done = run("-c", "\n".join(lines), cwd=tmp_path)
-  assert "--workdir" in done.stdout and done.stdout.endswith("False\n")
+  assert told in done.stdout + done.stderr, done
+  assert done.stdout.endswith("heavy: []\n") and "Traceback" not in done.stderr, done
+
+
+def test_a_defect_in_a_config_is_shown_whole(tmp_path):
+  (tmp_path / "mine.py").write_text("def get_config():\n  return None.keys\n")
+  done = run("-m", "dpojax.train", "--config=mine.py", "--config.beta=1", "--workdir=x", cwd=tmp_path)
+  assert done.returncode == 1 and "mine.py" in done.stderr and "return None.keys" in done.stderr
 
 
 def test_the_help_of_train_tells_its_flags_and_an_unknown_config_the_known_ones(tmp_path):
   told = run(
     "-c",
-    "from dpojax import train; import sys; sys.argv = ['dpojax-train', '--help']; train.cli()",
+    "from dpojax.train import __main__; import sys; sys.argv = ['dpojax-train', '--help']; __main__.cli()",
     cwd=tmp_path,
   )
   assert all(flag in told.stdout for flag in ("--config", "--workdir", "--[no]dry_run")), told

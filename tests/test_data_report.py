@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-from dpojax import train
 from dpojax.data import report, templates
 from dpojax.data.examples import DataError
 from dpojax.evaluate import scorers
@@ -18,6 +17,7 @@ from dpojax.ppo import config as ppo_config
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import make_mesh
 from dpojax.sample.prompts import encode, reading_of
+from dpojax.train import loop as train
 from dpojax.training import checkpoint, resolve, weights
 from tests import chats, conftest, worlds
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import train
 from dpojax.data import packing
 from dpojax.evaluate import judging
 from dpojax.online import config as online_config
@@ -16,6 +15,7 @@ from dpojax.online import loop, pairs, rounds
 from dpojax.runtime.digests import DamageError
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import Generator
+from dpojax.train import loop as train
 from dpojax.training import checkpoint, resolve, throughput
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.metrics import read_metrics

@@ -11,7 +11,7 @@ from dpojax.kernels.platform import at_most, built_for, platform
 from dpojax.plan import compiling, needs, program, roofline, topology
 from dpojax.training import config as config_lib
 from dpojax.training import parallel, resolve, step
-from dpojax.training.throughput import CHIPS
+from dpojax.training.chips import CHIPS
 from tests import worlds
 
 LENGTHS = np.random.default_rng(0).integers(20, 60, (2000, 3))

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax import train
 from dpojax.models import hf, transformer
 from dpojax.runtime import digests, disk
 from dpojax.runtime.errors import UserError
+from dpojax.train import loop as train
 from dpojax.training import checkpoint, metrics, preference, throughput
 from dpojax.training import config as config_lib
 from dpojax.training import workdir as workdir_lib

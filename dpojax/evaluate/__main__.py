@@ -16,6 +16,7 @@ of an OpenAI-compatible server, whose answers are kept: started again, nothing i
 """
 
 import argparse
+import sys
 
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import add_draw_arguments, draw_of
@@ -49,14 +50,17 @@ def main():
   of_files.add_argument("--form", default="", help="of pairs' records (docs/data.md); by default recognised")
   of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
-  from dpojax.evaluate import compare, measure, report  # here, for --help needs no jax
+  try:
+    _check(options)
+    draw = draw_of(options)
+  except ConfigError as error:
+    sys.exit(f"error: {error}")
+  from dpojax.evaluate import compare, measure, report  # here, for --help and an error above need no jax
   from dpojax.runtime.command import command, say
   from dpojax.training import resolve
 
   with command():
     resolve.use_compile_cache()
-    if bool(options.workdir) == bool(options.ours):
-      raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")
     if options.workdir:
       result = measure.evaluate_run(
         options.workdir,
@@ -65,16 +69,13 @@ def main():
         pairs=options.pairs,
         scorer=options.scorer,
         num_prompts=options.num_prompts,
-        draw=draw_of(options),
+        draw=draw,
         batch_size=options.batch_size,
         fsdp=options.fsdp,
         tensor=options.tensor,
         pair_scores=options.pair_scores,
       )
     else:
-      for flag in ("theirs", "judge"):
-        if not getattr(options, flag):
-          raise ConfigError(f"--{flag} is missing; give it beside --ours")
       result = compare.compare_files(
         options.ours,
         options.theirs,
@@ -95,6 +96,15 @@ def main():
   for name, value, interval in rows:
     print(f"{name:{width}}  {value}{'   95 %: ' + interval if interval else ''}")
   say(f"written to {options.out}")
+
+
+def _check(options: argparse.Namespace) -> None:
+  """Refuses flags that say neither what is measured nor what is compared."""
+  if bool(options.workdir) == bool(options.ours):
+    raise ConfigError("give --workdir to measure a run, or --ours, --theirs and --judge to compare")
+  for flag in ("theirs", "judge") if options.ours else ():
+    if not getattr(options, flag):
+      raise ConfigError(f"--{flag} is missing; give it beside --ours")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,16 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+from typing import TYPE_CHECKING
 
-from dpojax.data import gguf as gguf_tokenizer
-from dpojax.data import tokenization
-from dpojax.models import gguf, hf
-from dpojax.models.families import HuggingFaceError
+from dpojax.models.families import DTYPES, HuggingFaceError
 from dpojax.runtime import paths
-from dpojax.runtime.command import command
-from dpojax.runtime.disk import disk_errors
+
+if TYPE_CHECKING:
+  from dpojax.models import gguf
 
 
-def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "float32") -> gguf.File:
+def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "float32") -> "gguf.File":
   """Writes a folder from a GGUF file and returns the file; an interrupted folder is never left there.
 
   Raises:
@@ -34,6 +33,13 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "
     DataError: its tokenizer is not supported.
     DiskError: the disk is full or cannot be written.
   """
+  from dpojax.data import (
+    gguf as gguf_tokenizer,
+  )  # here, for --help and an error of the command line need no jax
+  from dpojax.data import tokenization
+  from dpojax.models import gguf, hf
+  from dpojax.runtime.disk import disk_errors
+
   out = paths.of(out)
   if not paths.is_empty(out):
     raise HuggingFaceError(f"{out} is not empty; give a folder that is, or a new one")
@@ -93,8 +99,11 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("source", help="a .gguf file, or an installed package that carries one")
   parser.add_argument("--out", required=True, help="folder to write, empty or new")
-  parser.add_argument("--dtype", default="float32", choices=list(hf.DTYPES), help="of all tensors")
+  parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of all tensors")
   options = parser.parse_args()
+  from dpojax.models import gguf  # here, for --help and an error of the command line need no jax
+  from dpojax.runtime.command import command
+
   with command():
     file = convert(options.source, options.out, dtype=options.dtype)
   types = file.types()

@@ -8,7 +8,7 @@ from dpojax.runtime import command_line
 
 def cli():
   """Trains as the command line says: `dpojax-online`, and `python -m dpojax.online`."""
-  command_line.start_run("dpojax.online.loop", __doc__)
+  command_line.start_run("dpojax.online", __doc__)
 
 
 if __name__ == "__main__":

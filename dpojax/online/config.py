@@ -4,7 +4,6 @@ import re
 
 import ml_collections
 
-from dpojax.evaluate import scorers
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
 from dpojax.training import config as config_lib
@@ -78,6 +77,19 @@ def settled(config: ml_collections.ConfigDict, of_two: bool | None = None) -> ml
   return config
 
 
+def check_values(config: ml_collections.ConfigDict) -> None:
+  """Refuses what needs no jax to be refused: the part of `settled` that a command line does first.
+
+  Raises:
+    ConfigError: naming the key, the value and the fix.
+  """
+  config_lib.check_group(config, "online", defaults())
+  _check(config)
+  if config.steps > config.online.offline_steps:
+    _check_judge(config)
+  config_lib.check_values(of_training(config))
+
+
 def of_training(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Returns the config of `dpojax.train`'s part of the run."""
   config = config.copy_and_resolve_references()
@@ -123,6 +135,8 @@ def is_url(judge: str) -> bool:
 
 def compares(judge: str) -> bool:
   """Returns whether a judge is shown two answers, rather than one that it gives a score."""
+  from dpojax.evaluate import scorers  # here, for keys and values are checked without jax
+
   if is_url(judge) or not scorers.is_function(judge):
     return is_url(judge)
   return scorers.arity(scorers.load_function(judge, ("prompt", "response"), ("prompt", "A", "B"))) == 3

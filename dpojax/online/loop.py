@@ -29,7 +29,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from dpojax import train
 from dpojax.data import loader, tokenization, tokenized
 from dpojax.models.config import ModelConfig
 from dpojax.online import config as online_config
@@ -40,7 +39,8 @@ from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.stopping import stop_signal
 from dpojax.sample.current import Current
-from dpojax.train import TrainingError
+from dpojax.train import loop as train
+from dpojax.train.loop import TrainingError
 from dpojax.training import config as config_lib
 from dpojax.training import resolve, weights
 from dpojax.training import workdir as workdir_lib

@@ -17,7 +17,7 @@ from dpojax.runtime.errors import ConfigError
 from dpojax.training import config as config_lib
 from dpojax.training import parallel, resolve
 from dpojax.training import step as step_lib
-from dpojax.training.throughput import CHIPS
+from dpojax.training.chips import CHIPS
 
 SMALLER = (
   "lower rows_at_once (1 is least), set model.remat='full', parallel.strategy='mesh' with a larger "

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpojax.plan.needs import Needs, Step, parts_of, seen_keys
 from dpojax.plan.program import Costs
-from dpojax.training.throughput import CHIPS
+from dpojax.training.chips import CHIPS
 
 PRODUCTS = {"_forward_kernel": 2, "_query_kernel": 3, "_key_kernel": 4}
 """Matrix products of queries with keys that `kernels.fused` makes in each kernel."""

@@ -35,7 +35,7 @@ class Topology(NamedTuple):
 
   Attributes:
     name: as it was asked for.
-    chip: of `throughput.CHIPS`.
+    chip: of `chips.CHIPS`.
     platform: what kernels are built for, 'tpu' or 'gpu'.
     devices: jax's, in the order of the compiler; they hold no arrays.
     compiler: its versions, a part of what results are kept by.

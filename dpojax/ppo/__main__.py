@@ -8,7 +8,7 @@ from dpojax.runtime import command_line
 
 def cli():
   """Trains as the command line says: `dpojax-ppo`, and `python -m dpojax.ppo`."""
-  command_line.start_run("dpojax.ppo.loop", __doc__)
+  command_line.start_run("dpojax.ppo", __doc__)
 
 
 if __name__ == "__main__":

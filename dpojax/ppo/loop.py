@@ -47,14 +47,15 @@ from dpojax.models.config import ModelConfig
 from dpojax.ppo import config as ppo_config
 from dpojax.ppo import losses as ppo_losses
 from dpojax.ppo import step as ppo_step
-from dpojax.ppo.step import Control, Experience, PPOState, Settings
+from dpojax.ppo.config import Settings
+from dpojax.ppo.step import Control, Experience, PPOState
 from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.stopping import stop_signal
 from dpojax.sample import rollouts, sampler
 from dpojax.sample.rollouts import Reward
-from dpojax.train import TrainingError
+from dpojax.train.loop import TrainingError
 from dpojax.training import checkpoint, parallel, resolve, weights
 from dpojax.training import config as config_lib
 from dpojax.training import step as step_lib

@@ -3,11 +3,9 @@
 Rows are those of `rollouts`: a prompt each, `[R, K, T]` the tokens of its samples.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,109 +13,11 @@ import jax.numpy as jnp
 from dpojax import losses
 from dpojax.data.packing import Rows
 from dpojax.ppo import losses as ppo_losses
+from dpojax.ppo.config import Settings
 from dpojax.sample import rollouts
 from dpojax.training import step as step_lib
 from dpojax.training.objectives import Apply, Objective, mean_where
 from dpojax.training.step import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How PPO runs.
-
-  Attributes:
-    steps: rollouts.
-    prompts_per_step, num_samples: prompts of a rollout and samples of each, together 1024.
-    max_new_tokens: of a sample.
-    epochs, minibatches: passes over a rollout, and the updates of each.
-    beta: what a nat of log pi - log pi_ref costs, in units of the (normalised) score; with
-      `target_kl` where it starts.
-    target_kl: nats of a whole response that beta is steered towards; 0 leaves beta alone.
-    kl_gain: how fast, see `ppo_losses.adapted_beta`.
-    normalize_rewards: scores less their mean over their deviation, both of all seen so far.
-    whiten_advantages: mean 0 and deviation 1 over the tokens of a rollout.
-    gamma, lam: discount, and the decay of generalised advantages.
-    clip, value_clip: how far ratios and values count, see `ppo_losses`.
-    optimizer: a name in `step.OPTIMIZERS` that averages no params.
-    learning_rate, critic_learning_rate: of the two networks.
-    warmup_steps: updates over which they rise.
-    schedule: a name in `step.SCHEDULES`.
-    max_grad_norm: gradients are clipped to it; 0 is none.
-    weight_decay: of adamw.
-    rows_at_once: prompts, with their samples, a device computes at once; 0 is all.
-    prompts_at_once: prompts that are sampled to at once; 0 is all of a rollout.
-    chunk_size: see `log_probs.token_log_probs`; 0 goes by memory.
-    seed: of samples, the order of prompts, and minibatches.
-  """
-
-  steps: int = 100
-  prompts_per_step: int = 128
-  num_samples: int = 8
-  max_new_tokens: int = 64
-  epochs: int = 4
-  minibatches: int = 4
-  beta: float = 0.1
-  target_kl: float = 0.0
-  kl_gain: float = 0.1
-  normalize_rewards: bool = True
-  whiten_advantages: bool = True
-  gamma: float = 1.0
-  lam: float = 0.95
-  clip: float = 0.2
-  value_clip: float = 0.2
-  optimizer: str = "adamw"
-  learning_rate: float = 1e-5
-  critic_learning_rate: float = 1e-5
-  warmup_steps: int = 0
-  schedule: str = "constant"
-  max_grad_norm: float = 1.0
-  weight_decay: float = 0.0
-  rows_at_once: int = 0
-  prompts_at_once: int = 0
-  chunk_size: int = 0
-  seed: int = 0
-
-  def check(self) -> None:
-    """Refuses values that cannot run.
-
-    Raises:
-      ValueError: naming the setting, its value and the fix.
-    """
-    for name in ("steps", "prompts_per_step", "num_samples", "max_new_tokens", "epochs", "minibatches"):
-      _refuse(name, getattr(self, name), getattr(self, name) >= 1, "it must be at least 1")
-    for name in (
-      "beta",
-      "target_kl",
-      "kl_gain",
-      "warmup_steps",
-      "max_grad_norm",
-      "weight_decay",
-      "rows_at_once",
-      "prompts_at_once",
-      "chunk_size",
-      "seed",
-    ):
-      _refuse(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "it must be at least 0")
-    for name in ("clip", "value_clip", "learning_rate", "critic_learning_rate"):
-      _refuse(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "it must be positive")
-    for name in ("gamma", "lam"):
-      _refuse(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "it must be in [0, 1]")
-    optimizers = tuple(name for name in step_lib.OPTIMIZERS if name not in step_lib.AVERAGES)
-    for name, allowed in (("optimizer", optimizers), ("schedule", step_lib.SCHEDULES)):
-      _refuse(name, getattr(self, name), getattr(self, name) in allowed, f"it must be one of {allowed}")
-    if self.target_kl and not self.beta:
-      raise ValueError("beta is 0 and target_kl set, but beta is steered by factors; give it a start")
-    for name in ("minibatches", "prompts_at_once"):
-      parts = getattr(self, name)
-      if parts and self.prompts_per_step % parts:
-        raise ValueError(
-          f"{name} is {parts} and prompts_per_step {self.prompts_per_step}; the one must divide the other"
-        )
-
-
-def _refuse(name: str, value: Any, sound: bool, rule: str) -> None:
-  if not sound:
-    raise ValueError(f"{name} is {value!r}; {rule}")
 
 
 class Control(NamedTuple):

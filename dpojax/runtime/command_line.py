@@ -4,13 +4,14 @@ A config is told as absl and ml_collections do it, `--config=FILE[:arg] --config
 path or the name of one that is installed with dpojax: `--config=dpo:hh` is `configs/dpo.py:hh` from anywhere.
 """
 
+import difflib
 import importlib
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dpojax.runtime.errors import UserError
 
@@ -71,16 +72,20 @@ def define_workdir() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
-def start_run(module: str, about: str) -> None:
-  """Parses --config and --workdir, and calls `run` of a module, which is not imported before: see `start`."""
+def start_run(room: str, about: str) -> None:
+  """Parses --config and --workdir, and calls `run` of a room's `loop`; see `start`.
+
+  The loop is not imported before its `config` has had the values of the keys checked.
+  """
   define_config()
   define_workdir()
   flags.mark_flag_as_required("workdir")
 
   def main():
+    importlib.import_module(f"{room}.config").check_values(flags.FLAGS.config)
     from dpojax.runtime.command import command
 
-    loop = importlib.import_module(module)
+    loop = importlib.import_module(f"{room}.loop")
     with command():
       loop.run(flags.FLAGS.config, flags.FLAGS.workdir)
 
@@ -100,10 +105,41 @@ def start(main: Callable[[], None], about: str) -> None:
     if len(arguments) > 1:
       raise app.UsageError(f"unknown argument {arguments[1]}")
     logging.set_verbosity(logging.WARNING)
-    main()
+    try:
+      main()
+    except UserError as error:
+      sys.exit(f"error: {error}")
 
   try:
     arguments = with_config_path(sys.argv)
   except CommandLineError as error:
     sys.exit(f"error: {error}")
-  app.run(checked, argv=arguments)
+  app.run(checked, argv=arguments, flags_parser=_parsed)
+
+
+def _parsed(arguments: list[str]) -> list[str]:
+  """Parses the flags as absl does; a key that the config does not have is told in one line."""
+  try:
+    return app.parse_flags_with_usage(arguments)
+  except (AttributeError, KeyError, TypeError):  # of such a key; or of a defect in the config's own code
+    given = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+      name, equals, value = argument.lstrip("-").partition("=")
+      given[name] = value if equals else following
+    overrides = [each.removeprefix("config.") for each in given if each.startswith("config.")]
+    if not (overrides and given.get("config")):
+      raise
+    known = list(_keys(flags.FLAGS["config"].parser.parse(given["config"])))
+    unknown = [key for key in overrides if key not in known]
+    if not unknown:
+      raise
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    sys.exit(f"error: config.{unknown[0]} is not a key" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _keys(config: ConfigDict, before: str = "") -> Iterator[str]:
+  """Yields the keys of a config, and the groups', as a command line says them."""
+  for key, value in config.items():
+    yield before + key
+    if isinstance(value, ConfigDict):
+      yield from _keys(value, f"{before}{key}.")

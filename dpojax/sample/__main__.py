@@ -12,7 +12,9 @@ ending says what it was sampled with.
 """
 
 import argparse
+import sys
 
+from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import add_draw_arguments, draw_of
 
 
@@ -35,6 +37,10 @@ def main():
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   add_draw_arguments(parser)
   options = parser.parse_args()
+  try:
+    draw = draw_of(options)
+  except ConfigError as error:
+    sys.exit(f"error: {error}")
   from dpojax.runtime.command import command  # here, for --help and an error of the command line need no jax
   from dpojax.sample import files
   from dpojax.training import resolve
@@ -45,7 +51,7 @@ def main():
       options.model,
       options.prompts,
       options.out,
-      draw_of(options),
+      draw,
       step=options.step,
       reference=options.reference,
       batch_size=options.batch_size,

@@ -1,10 +1,14 @@
-"""What a run can be told: every key with its default, and the checks made before any work."""
+"""What a run can be told: every key with its default, and the checks made before any work.
+
+Importing it, and `check_values`, need no jax: a command line refuses what it can before the seconds that jax
+takes. What asks tables of functions, such as the losses', imports them where it does.
+"""
 
 import difflib
 import importlib.util
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -12,16 +16,13 @@ from ml_collections import config_dict
 from dpojax.data import knobs, records, templates
 from dpojax.data.examples import DataError
 from dpojax.models import config as model_config
-from dpojax.models import lora
 from dpojax.runtime.errors import ConfigError
-from dpojax.training import parallel, preference, step
 
-LOSSES = {
-  "sft": ("sequence_sum", "token_mean"),
-  "dpo": tuple(preference.LOSSES),
-  "reward": ("bradley_terry",),
-}
-"""Names `config.loss` takes, by objective; for 'dpo' also several, comma-separated, which add."""
+if TYPE_CHECKING:
+  from dpojax.models import lora
+  from dpojax.training import preference, step
+
+OBJECTIVES = ("sft", "dpo", "reward")
 
 COMBINED = ("length_normalize", "ld_alpha", "sampo", "wpo", "dr_dpo")
 """Keys of `loss_options` that change what a loss is given. The others are keywords of losses."""
@@ -64,7 +65,7 @@ def defaults() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.objective = "dpo"  # sft, dpo, reward
-  config.loss = "dpo"  # a name in LOSSES[objective]; several, such as dpo,nll_mean, add
+  config.loss = "dpo"  # a name that the objective has; several, such as dpo,nll_mean, add
   config.loss_weights = ()  # of each of several losses; empty: 1
   config.loss_options = ml_collections.ConfigDict()  # keywords of losses; unset: the loss's default
   for name in _KNOBS:
@@ -183,6 +184,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     ConfigError: naming the key, the value and the fix.
   """
+  check_values(config)
+  from dpojax.training import parallel, step
+
+  _one_of(config, "optimizer.name", step.OPTIMIZERS)
+  _check_optimizer(config)
+  _one_of(config, "optimizer.schedule", step.SCHEDULES)
+  _one_of(config, "beta_schedule.between", step.BETWEEN)
+  _one_of(config, "parallel.strategy", parallel.STRATEGIES)
+  _check_losses(config)
+  _check_lora(config)
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+  """Refuses what needs no jax to be refused: the part of `validate` that a command line does first.
+
+  Raises:
+    ConfigError: naming the key, the value and the fix.
+  """
   known = flatten(defaults())
   given = flatten(config)
   for key, value in given.items():
@@ -207,8 +226,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"config.{missing[0]} is missing; start a config from dpojax.training.config.defaults()"
     )
 
-  _one_of(config, "objective", LOSSES)
-  _check_losses(config)
+  _one_of(config, "objective", OBJECTIVES)
   _one_of(config, "model.family", ("llama", "gpt2"))
   _one_of(config, "model.dtype", model_config.DTYPES)
   _one_of(config, "model.param_dtype", model_config.DTYPES)
@@ -219,11 +237,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, "data.on_error", ("skip", "raise"))
   _one_of(config, "data.form", ("", *records.FORMS))
   _check_reading(config)
-  _one_of(config, "optimizer.name", step.OPTIMIZERS)
-  _check_optimizer(config)
-  _one_of(config, "optimizer.schedule", step.SCHEDULES)
-  _one_of(config, "beta_schedule.between", step.BETWEEN)
-  _one_of(config, "parallel.strategy", parallel.STRATEGIES)
   for key in (
     "steps",
     "batch_size",
@@ -269,7 +282,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise ConfigError(f"config.{key} is {given[key]}; it must be positive")
   profiled_steps(config)
   _check_combinations(config)
-  _check_lora(config)
 
 
 def _check_reading(config) -> None:
@@ -291,7 +303,7 @@ def _check_combinations(config) -> None:
       f"config.parallel.lost_after is {config.parallel.lost_after}; processes show every second that "
       "they live, and a second may be late: give at least 5, or 0"
     )
-  if not config.tokenizer:
+  if not (config.tokenizer or config.model.checkpoint):  # else that of the checkpoint
     raise ConfigError("config.tokenizer is empty; set it to a tokenizer folder or hub name")
   if data.source == "jsonl" and not data.path:
     raise ConfigError("config.data.path is empty; data.source='jsonl' needs local .jsonl files")
@@ -341,6 +353,8 @@ def _check_combinations(config) -> None:
 
 def _check_optimizer(config) -> None:
   """Refuses what an optimizer has not, or would do twice."""
+  from dpojax.training import step
+
   settings = config.optimizer
   if settings.weight_decay and settings.name not in step.DECAYS:
     raise ConfigError(
@@ -360,11 +374,15 @@ def _check_optimizer(config) -> None:
 
 def averages(config: ml_collections.ConfigDict) -> bool:
   """Returns whether the params to evaluate are a mean that the optimizer keeps."""
+  from dpojax.training import step
+
   settings = config.optimizer
   return settings.name in step.AVERAGES or bool(settings.get("ema"))  # older runs have no such key
 
 
 def _check_lora(config) -> None:
+  from dpojax.models import lora
+
   settings, reference = config.lora, config.reference
   for name in _lora_targets(config):
     if name not in lora.TARGETS:
@@ -418,8 +436,10 @@ def profiled_steps(config: ml_collections.ConfigDict) -> range:
   return range(int(first), int(last) + 1)
 
 
-def lora_of(config: ml_collections.ConfigDict) -> lora.Lora | None:
+def lora_of(config: ml_collections.ConfigDict) -> "lora.Lora | None":
   """Returns the adapter a run trains, or None where it trains all params."""
+  from dpojax.models import lora
+
   settings = config.get("lora")  # not there in the settings of older runs
   if not (settings and settings.rank):
     return None
@@ -457,7 +477,14 @@ def combined_with(config: ml_collections.ConfigDict) -> dict[str, bool | float]:
 
 
 def _check_losses(config) -> None:
-  names, allowed = losses_of(config), LOSSES[config.objective]
+  from dpojax.training import preference
+
+  names = losses_of(config)
+  allowed = {
+    "sft": ("sequence_sum", "token_mean"),
+    "dpo": tuple(preference.LOSSES),
+    "reward": ("bradley_terry",),
+  }[config.objective]
   for name in names:
     if name not in allowed:
       near = difflib.get_close_matches(name, allowed, n=1)
@@ -465,7 +492,8 @@ def _check_losses(config) -> None:
         f"config.loss is {config.loss!r}; it must be one of {', '.join(map(repr, allowed))}"
         + (f"; did you mean {near[0]}?" if near else "")
       )
-  _check_columns(config, names)
+  chosen = [preference.LOSSES[name] for name in names if config.objective == "dpo"]
+  _check_columns(config, names, chosen)
   if config.objective != "dpo":
     asked = [f"loss_options.{name}" for name in knobs_of(config) | combined_with(config)]
     asked += [
@@ -474,13 +502,13 @@ def _check_losses(config) -> None:
     if asked:
       raise ConfigError(f"config.{asked[0]} is set; objective={config.objective!r} takes none")
     return
-  _check_schedule(config, names)
-  _check_sum(config, names)
-  _check_knobs(config, [preference.LOSSES[name] for name in names])
-  _check_reference(config, names)
+  _check_schedule(config, chosen)
+  _check_sum(config, names, chosen)
+  _check_knobs(config, chosen)
+  _check_reference(config, names, chosen)
 
 
-def _check_schedule(config, names: list[str]) -> None:
+def _check_schedule(config, chosen: "list[preference.Loss]") -> None:
   """Refuses a beta that moves as no step says, or that nothing reads."""
   steps, factors = config.beta_schedule.steps, config.beta_schedule.factors
   if len(steps) != len(factors):
@@ -496,21 +524,23 @@ def _check_schedule(config, names: list[str]) -> None:
         raise ConfigError(f"config.beta_schedule.{key} has {value!r}; each must be {text}")
   if any(later <= earlier for earlier, later in zip(steps, steps[1:])):
     raise ConfigError(f"config.beta_schedule.steps is {tuple(steps)}; they must ascend")
-  if steps and not any(preference.LOSSES[name].takes_beta() for name in names):
+  if steps and not any(loss.takes_beta() for loss in chosen):
     raise ConfigError(
       f"config.beta_schedule.steps is {tuple(steps)} but {config.loss} has no beta; leave it unset"
     )
 
 
-def beta_factor_of(config: ml_collections.ConfigDict) -> step.BetaFactor | None:
+def beta_factor_of(config: ml_collections.ConfigDict) -> "step.BetaFactor | None":
   """Returns what beta is multiplied by, by step, or None where it stays."""
   schedule = config.get("beta_schedule")  # not there in the settings of older runs
   if not (schedule and schedule.steps):
     return None
+  from dpojax.training import step
+
   return step.make_beta_factor(schedule.steps, schedule.factors, schedule.between)
 
 
-def _check_sum(config, names: list[str]) -> None:
+def _check_sum(config, names: list[str], chosen: "list[preference.Loss]") -> None:
   """Refuses losses that do not add."""
   if len(set(names)) < len(names):
     raise ConfigError(
@@ -525,9 +555,9 @@ def _check_sum(config, names: list[str]) -> None:
   for weight in weights:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
       raise ConfigError(f"config.loss_weights has {weight!r}; every weight must be a positive number")
-  for name in names:
-    weighed = config.loss_options.dr_dpo is not None and "dr_dpo" in preference.LOSSES[name].options
-    if (preference.LOSSES[name].whole_step or weighed) and config.rows_at_once:
+  for name, loss in zip(names, chosen):
+    weighed = config.loss_options.dr_dpo is not None and "dr_dpo" in loss.options
+    if (loss.whole_step or weighed) and config.rows_at_once:
       name = "dr_dpo" if weighed else name
       raise ConfigError(
         f"config.loss is {config.loss!r} and rows_at_once {config.rows_at_once}: {name} compares "
@@ -543,7 +573,7 @@ def _check_sum(config, names: list[str]) -> None:
       )
 
 
-def _check_knobs(config, chosen: list[preference.Loss]) -> None:
+def _check_knobs(config, chosen: "list[preference.Loss]") -> None:
   """Refuses options that no loss takes, values out of range, and needed ones that are missing."""
   given, combined = knobs_of(config), combined_with(config)
   for name, value in given.items():
@@ -584,10 +614,9 @@ def _check_knobs(config, chosen: list[preference.Loss]) -> None:
       raise ConfigError(f"config.loss_options.{knob} is {given[knob]}; {name} needs one {text}")
 
 
-def _check_columns(config, names: list[str]) -> None:
+def _check_columns(config, names: list[str], chosen: "list[preference.Loss]") -> None:
   """Refuses columns of knobs that no loss reads of each pair, and two answers to one question."""
   columns = columns_of(config)
-  chosen = [preference.LOSSES[name] for name in names if config.objective == "dpo"]
   readers = {"reward": {"margin"}}.get(config.objective, set())
   for loss in chosen:
     readers |= {*loss.knobs(), *loss.of_data} | ({"beta"} if loss.takes_beta() else set())
@@ -639,16 +668,16 @@ def check_brought(config: ml_collections.ConfigDict, brought: dict, example: Any
         )
 
 
-def _check_reference(config, names: list[str]) -> None:
+def _check_reference(config, names: list[str], chosen: "list[preference.Loss]") -> None:
   """Refuses a reference that is not read, one that cannot move, and two that should agree."""
   reference = config.reference
-  reads = [name for name in names if preference.LOSSES[name].reads_reference]
+  reads = [name for name, loss in zip(names, chosen) if loss.reads_reference]
   if reference.mode == "none" and "kto" in names:
     raise ConfigError(
       "config.reference.mode is 'none' but kto measures its reference point against "
       "the reference; set reference.mode='inline', or loss='apo_zero'"
     )
-  every = [name for name in names if preference.LOSSES[name].reads_every_token]
+  every = [name for name, loss in zip(names, chosen) if loss.reads_every_token]
   if every and reference.mode != "inline":
     raise ConfigError(
       f"config.reference.mode is {reference.mode!r} but {every[0]} reads the reference's "

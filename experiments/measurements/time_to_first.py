@@ -48,8 +48,7 @@ atexit.register(lambda: open(out, "w").write(json.dumps(found)))
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """.format(
-  stages=list(STAGES),
-  imported={"dpojax.sample": "dpojax.sample.files", "dpojax.train": "dpojax.evaluate.watching"},
+  stages=list(STAGES), imported={"dpojax.sample": "dpojax.sample.files", "dpojax.train": "dpojax.train.loop"}
 )
 """Runs a command as `python -m` does and says how long its parts took."""
 

@@ -15,7 +15,6 @@ import time
 import jax
 import numpy as np
 
-from dpojax import train
 from dpojax.data import builders, tokenization
 from dpojax.online import loop as online
 from dpojax.online import rounds
@@ -25,6 +24,7 @@ from dpojax.runtime.command import command, is_main
 from dpojax.sample import files
 from dpojax.sample.draws import Draw
 from dpojax.sample.generator import Generator
+from dpojax.train import loop as train
 from dpojax.training import checkpoint, programs, reference, throughput
 from dpojax.training.log import Log
 from dpojax.training.metrics import read_metrics

@@ -1,12 +1,6 @@
 """Trains a model on comparisons: SFT, DPO or a reward model. Read it from top to bottom.
 
-python -m dpojax.train --config=FILE[:arg] --workdir=DIR [--config.key=value ...] [--dry_run]
-
-DIR/config.json  DIR/data_report.json  DIR/metrics.jsonl  DIR/checkpoints/  DIR/tensorboard/
-DIR/samples.jsonl
-
-With --dry_run the data are read, reported and three comparisons shown as they will be scored; nothing is
-compiled, and nothing written but to the cache.
+The command is `dpojax.train.__main__`, `python -m dpojax.train`.
 """
 
 import os
@@ -18,15 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-from absl import flags
 
 from dpojax.data import loader, packing, tokenization
 from dpojax.data import report as report_lib
 from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
 from dpojax.plan import needs
-from dpojax.runtime import command_line, memory, paths, processes
-from dpojax.runtime.command import command, say
+from dpojax.runtime import memory, paths, processes
+from dpojax.runtime.command import say
 from dpojax.runtime.errors import ConfigError, UserError
 from dpojax.runtime.stopping import stop_signal
 from dpojax.training import checkpoint, objectives, resolve, weights
@@ -434,28 +427,3 @@ def placed_ahead(
     if queue:
       yield *queue.pop(0), time.perf_counter() - asked
       asked = time.perf_counter()
-
-
-def main():
-  given = flags.FLAGS
-  with command():
-    join_processes(given.config)
-    if given.dry_run:
-      dry_run(given.config, given.workdir or "")
-    else:
-      run(given.config, given.workdir)
-
-
-def cli():
-  """Trains as the command line says: `dpojax-train`, and `python -m dpojax.train`."""
-  command_line.define_config()
-  command_line.define_workdir()
-  flags.DEFINE_bool("dry_run", False, "Report on the data, show three comparisons, and stop.")
-  flags.register_multi_flags_validator(
-    ["workdir", "dry_run"], lambda given: given["workdir"] or given["dry_run"], "--workdir is missing"
-  )
-  command_line.start(main, __doc__)
-
-
-if __name__ == "__main__":
-  cli()
