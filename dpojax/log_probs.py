@@ -144,7 +144,7 @@ _chunked_log_probs.defvjp(_forward, _backward)
 
 def log_probs(
   hidden: jax.Array,
-  head: jax.Array | Head,
+  head: jax.Array | Head | CutHead,
   source: jax.Array,
   target: jax.Array,
   slot: jax.Array,

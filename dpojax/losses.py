@@ -842,7 +842,7 @@ def token_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
   return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1, where=possible)
 
 
-PAIRWISE_LOSSES = {
+PAIRWISE_LOSSES: dict[str, Callable[..., jax.Array]] = {
   "dpo": dpo_loss,
   "odpo": odpo_loss,
   "ipo": ipo_loss,

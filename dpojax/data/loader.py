@@ -241,7 +241,7 @@ class Loader:
       PackingError: a comparison does not fit a row, or they are fewer than a step takes.
     """
     self.subset = subset
-    self.reference = None  # [N, K] stored log-probs that the rows are to carry
+    self.reference: np.ndarray | None = None  # [N, K] stored log-probs that the rows are to carry
     self.knobs = subset.knobs  # by name, [N] values of losses' knobs that the rows are to carry
     self.lengths = subset.lengths
     self._span, self._shards, self._rows_at_once = span, shards, rows_at_once

@@ -7,7 +7,7 @@ length; the number of rows is rounded up to one of a few buckets, so that a run 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,8 @@ class PackingError(UserError, ValueError):
 class Rows(NamedTuple):
   """A batch of packed rows, int32 but for the last two. See the legend in `dpojax`.
 
+  As packed they are NumPy's arrays, placed on devices jax's, and shapes where a step is compiled ahead.
+
   Attributes:
     tokens: [R, L] ids; 0 on padding.
     positions: [R, L] position of a token in its own sequence; every response continues its prompt.
@@ -37,16 +39,16 @@ class Rows(NamedTuple):
     knobs: by name [R, P] float32 knobs of losses that comparisons bring, such as beta; None: none.
   """
 
-  tokens: np.ndarray
-  positions: np.ndarray
-  comparison: np.ndarray
-  branch: np.ndarray
-  source: np.ndarray
-  target: np.ndarray
-  slot: np.ndarray
-  example: np.ndarray
-  reference: np.ndarray | None = None
-  knobs: dict[str, np.ndarray] | None = None
+  tokens: Any
+  positions: Any
+  comparison: Any
+  branch: Any
+  source: Any
+  target: Any
+  slot: Any
+  example: Any
+  reference: Any = None
+  knobs: dict[str, Any] | None = None
 
 
 class RowShape(NamedTuple):

@@ -109,8 +109,8 @@ class Checkpoints:
       ),
       item_handlers={"state": arrays(), "about": ocp.JsonCheckpointHandler(), "reference": arrays()},
     )
-    self._checked = set()  # (step, item), once a run: they are not read again
-    self._saving = None
+    self._checked: set[tuple[int, str]] = set()  # (step, item), once a run: they are not read again
+    self._saving: int | None = None
     if owner and (removed := self._remove_half_written()):
       print(
         f"removed from {self.folder}, half written by a run that was stopped: {', '.join(removed)}",
@@ -433,13 +433,14 @@ def _opened(workdir: str | os.PathLike, step: int | None = None) -> Iterator[tup
   load_settings(workdir)
   checkpoints = Checkpoints(workdir, keep=0)
   steps = checkpoints.steps()
-  if not steps or (step is not None and step not in steps):
+  found = checkpoints.last_sound(together=False) if step is None else step
+  if found is None or found not in steps:
     raise CheckpointError(
       f"{workdir} holds no checkpoint"
       + (f" of step {step}" if step is not None else "")
       + f"; it holds {steps}. Run it with checkpoint_every > 0"
     )
-  yield checkpoints, checkpoints.last_sound(together=False) if step is None else step
+  yield checkpoints, found
   checkpoints.close()
 
 

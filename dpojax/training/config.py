@@ -467,7 +467,7 @@ def columns_of(config: ml_collections.ConfigDict) -> dict[str, str]:
   }  # none in older runs
 
 
-def combined_with(config: ml_collections.ConfigDict) -> dict[str, bool | float]:
+def combined_with(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns what else changes the losses: the keys in `COMBINED` that are set."""
   return {
     name: config.loss_options[name]

@@ -24,7 +24,7 @@ class Mean(NamedTuple):
   """A mean in two parts that add: `total` / `count`, float32 scalars."""
 
   total: jax.Array
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a mean
 
   def value(self) -> jax.Array:
     """Returns the mean; nan where there is nothing it is a mean of."""
@@ -93,6 +93,8 @@ def response_log_probs(
 
 def response_rewards(outputs: Outputs, rows: Rows, *, num_responses: int) -> jax.Array:
   """Returns [R, P, K] float32 rewards: the reward head on the last token of each response."""
+  if outputs.reward_head is None:
+    raise ValueError("the model has no reward head")
   comparisons = rows.example.shape[-1]
   num_slots = comparisons * num_responses
 

@@ -120,8 +120,10 @@ class Mesh:
     Raises:
       ValueError: the axes do not multiply to the number of devices.
     """
-    is_abstract = isinstance(devices, int)
-    count = devices if is_abstract else len(devices) if devices else jax.device_count()
+    if isinstance(devices, int):
+      count = devices
+    else:
+      count = len(devices) if devices else jax.device_count()
     data = data or max(1, count // (fsdp * tensor))
     if data * fsdp * tensor != count:
       raise ValueError(
@@ -129,7 +131,7 @@ class Mesh:
         f"but there are {count} devices; change the axes to multiply to {count}"
       )
     axes = (data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    self.mesh = AbstractMesh(*axes) if is_abstract else jax.make_mesh(*axes, devices=devices)
+    self.mesh = AbstractMesh(*axes) if isinstance(devices, int) else jax.make_mesh(*axes, devices=devices)
     self.row_multiple = self.global_shards = data * fsdp
     self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
@@ -189,8 +191,8 @@ class Mesh:
     """
     cut, parts = self._sharding(path, leaf), []
     places = cut.addressable_devices_indices_map(leaf.shape).items()
-    for _, same in itertools.groupby(sorted(places, key=_span), _span):
-      same = list(same)
+    for _, alike in itertools.groupby(sorted(places, key=_span), _span):
+      same = list(alike)
       # Devices that hold the same part get copies of one read: the host never holds two parts.
       part = read(same[0][1])
       parts += [jax.device_put(part, device) for device, _ in same]
@@ -237,7 +239,7 @@ class Mesh:
   def span(self, rows: int) -> tuple[int, int]:
     """Returns the first row and the number of rows this process fills, of `rows`."""
     indices = self._rows.addressable_devices_indices_map((rows,)).values()
-    bounds = [index[0].indices(rows)[:2] for index in indices]
+    bounds = [index[0].indices(rows)[:2] for index in indices if index]
     first = min(start for start, _ in bounds)
     return first, max(stop for _, stop in bounds) - first
 
@@ -288,7 +290,9 @@ class EnsembleMesh(Mesh):
   rows only.
   """
 
-  over_rows = None
+  def over_rows(self, sums: Callable) -> Callable:
+    """Returns `sums` itself: a run is on one device, with all of its rows."""
+    return sums
 
   def __init__(self, count: int):
     """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
@@ -313,7 +317,8 @@ class CompiledStep:
   """A step over placed arguments, which may be compiled before there are any."""
 
   def __init__(self, jitted: Any, context: Callable = contextlib.nullcontext):
-    self._jitted, self._context, self._compiled = jitted, context, {}
+    self._jitted, self._context = jitted, context
+    self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
   def __call__(self, *args):
     with self._context():
@@ -341,9 +346,9 @@ def _shapes(tree: Any) -> tuple:
   return tuple(np.shape(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _span(place: tuple[Any, tuple[slice, ...]]) -> list[int]:
+def _span(place: tuple[Any, tuple[slice, ...] | None]) -> list[int]:
   """Where the part of a (device, index) starts: devices that start alike hold the same."""
-  return [part.start or 0 for part in place[1]]
+  return [part.start or 0 for part in place[1] or ()]
 
 
 def make_parallel(

@@ -7,7 +7,7 @@ step at once. A response that is not there, of length 0, counts nothing.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +98,21 @@ class Reading(NamedTuple):
 
   def __call__(self, responses: Responses) -> tuple[jax.Array, jax.Array]:
     """Returns log-probs [R, P, K] under the policy and the reference."""
-    values = responses.policy, responses.reference
+    policy, reference = responses.policy, responses.reference
     if self.shared:
-      values = responses.shared
+      policy, reference = _made(responses.shared)
     if self.mean:
-      values = tuple(losses.length_normalize(v, responses.lengths) for v in values)
-    return values
+      policy, reference = (losses.length_normalize(v, responses.lengths) for v in (policy, reference))
+    return policy, reference
+
+
+_Value = TypeVar("_Value")
+
+
+def _made(value: _Value | None) -> _Value:
+  """Returns what is made for a loss that reads it, see `preference_objective`: it is there."""
+  assert value is not None
+  return value
 
 
 # Forms: (function, responses, reading, knobs) -> [R, P] values that add up to the step's sum. A knob
@@ -126,12 +135,12 @@ def with_lengths(function: Callable, responses: Responses, reading: Reading, kno
 
 def with_token_kl(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """`pairwise` with the KL of each response's tokens."""
-  return pairwise(function, responses, reading, knobs, pair_of(responses.token_kl))
+  return pairwise(function, responses, reading, knobs, pair_of(_made(responses.token_kl)))
 
 
 def with_mixed(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
   """`pairwise` with the log-probs of the policy moved to the reference and away from it."""
-  return pairwise(function, responses, reading, knobs, *map(pair_of, responses.mixed))
+  return pairwise(function, responses, reading, knobs, *map(pair_of, _made(responses.mixed)))
 
 
 def with_sampled(function: Callable, responses: Responses, reading: Reading, knobs: dict) -> jax.Array:
@@ -414,13 +423,13 @@ def preference_objective(
     if ld_alpha is not None or sampo:
       mask = _pair_masks(rows, rows_hold)
       token_pair = jax.tree.map(lambda m: jnp.broadcast_to(tokens[:, None], m.shape), mask)
-      if sampo:
+      if sampo or ld_alpha is None:
         noise = _noise(rows, rows_hold, seed, step)
         noise = jax.tree.map(lambda m: jnp.broadcast_to(noise[:, None], m.shape), mask)
-        shared = losses.sampo_log_probs(token_pair, mask, noise)
+        pair = losses.sampo_log_probs(token_pair, mask, noise)
       else:
-        shared = losses.ld_dpo_log_probs(token_pair, mask, alpha=ld_alpha)
-      shared = jnp.stack(shared, axis=-1)
+        pair = losses.ld_dpo_log_probs(token_pair, mask, alpha=ld_alpha)
+      shared = jnp.stack(pair, axis=-1)
     return tokens, sums, shared
 
   remembers = by_step in forms
@@ -469,7 +478,7 @@ def preference_objective(
     of_rows = rows.knobs or {}
     factor = 1.0 if beta_factor is None else beta_factor(step)
     moved = factor * of_rows.get("beta", beta)
-    loss, parts = Mean(0.0, count), {}
+    loss, parts = Mean(jnp.zeros((), jnp.float32), count), {}
     for term in terms:
       taken = (*term.loss.knobs(), *term.loss.of_data)
       knobs = term.knobs | {name: of_rows[name] for name in taken if name in of_rows}
@@ -546,31 +555,36 @@ def _of_every_token(
   terms: Sequence[Term], outputs, reference_outputs, rows: Rows, num_responses: int, chunk_size
 ) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array] | None]:
   """Returns `token_kl` and `mixed` of `Responses`, either only where a loss reads it."""
-  token_kl = mixed = None
   readers = {term.loss.form: term for term in terms if term.loss.reads_every_token}
   if readers and reference_outputs is None:
     raise ValueError(
       f"{', '.join(term.name for term in readers.values())} reads the reference's next-token "
       "distributions, which are not stored; give the reference's params"
     )
-  models = [
-    part
-    for each in (outputs, reference_outputs)
-    if readers
-    for part in (predicting_states(each.hidden, rows.source), whole_head(each.head, each.hidden.dtype))
-  ]
+  if not readers:
+    return None, None
+  hidden, reference_hidden = (
+    predicting_states(each.hidden, rows.source) for each in (outputs, reference_outputs)
+  )
+  head, reference_head = (whole_head(each.head, each.hidden.dtype) for each in (outputs, reference_outputs))
+  token_kl = mixed = None
   if with_token_kl in readers:
-    tokens = token_kl_from(*models, where=_scored(rows, num_responses), chunk_size=chunk_size)
+    scored = _scored(rows, num_responses)
+    tokens = token_kl_from(
+      hidden, head, reference_hidden, reference_head, where=scored, chunk_size=chunk_size
+    )
     token_kl = _by_response(tokens, rows, num_responses)
   if with_mixed in readers:
     term = readers[with_mixed]
     epsilon = term.knobs.get("epsilon", term.loss.knobs()["epsilon"].default)
-    mixed = tuple(
-      _by_response(
-        token_mixed_log_probs(*models, rows.target, share=share, chunk_size=chunk_size), rows, num_responses
+
+    def moved(share):
+      tokens = token_mixed_log_probs(
+        hidden, head, reference_hidden, reference_head, rows.target, share=share, chunk_size=chunk_size
       )
-      for share in (epsilon, -epsilon)
-    )
+      return _by_response(tokens, rows, num_responses)
+
+    mixed = moved(epsilon), moved(-epsilon)
   return token_kl, mixed
 
 

@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
   def fingerprints(self) -> dict[str, str | None]:
     """Returns what tells the data of one process from those of another."""
-    held_out = self.held_out and loader.without_mismatched(self.held_out).data.fingerprint
+    held_out = None if self.held_out is None else loader.without_mismatched(self.held_out).data.fingerprint
     return {"training data with digest": self.fingerprint, "held-out data with digest": held_out}
 
 
@@ -73,7 +73,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   cache = cache_dir(config)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)
   truncation = tokenization.Truncation(settings.max_length, settings.max_prompt_length, end_kept(settings))
-  report = {}
+  report: dict[str, Any] = {}
 
   def tokenized(path, name, split):
     comparisons = builders.prepare(
@@ -121,10 +121,10 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     report["held out by data.eval_size"] = len(held_out)
   if settings.shuffle_labels:
     train = loader.shuffle_labels(train, config.seed)
-  train, held_out = as_the_loss_reads(config, train), held_out and as_the_loss_reads(config, held_out)
-  report |= {"training comparisons": len(train), "held-out comparisons": len(held_out or ())}
+  read, held_out_read = as_the_loss_reads(config, train), held_out and as_the_loss_reads(config, held_out)
+  report |= {"training comparisons": len(read), "held-out comparisons": len(held_out_read or ())}
   say(data_report.table(report))
-  return Data(train, held_out, every.fingerprint, report, examples)
+  return Data(read, held_out_read, every.fingerprint, report, examples)
 
 
 def as_the_loss_reads(
@@ -138,7 +138,7 @@ def as_the_loss_reads(
 
 def _spread(values: np.ndarray) -> dict[str, float]:
   """Returns the least, the middle and the largest of values, as data_report.json has them."""
-  points = {"least": np.min, "median": np.median, "largest": np.max}
+  points: dict[str, Callable[..., Any]] = {"least": np.min, "median": np.median, "largest": np.max}
   return {name: float(f"{float(of(values)):.6g}") for name, of in points.items()}
 
 
@@ -310,16 +310,17 @@ def use_stored_reference(
   model = {key: value for key, value in setup.model.as_dict().items() if key not in without}
   tables = {}
   for each in filter(None, loaders):
-    data = each.subset.data
+    subset = loader.without_mismatched(each.subset)  # KTO, which adds to it, is refused with a store
+    data = subset.data
     if data.fingerprint not in tables:
       tables[data.fingerprint] = reference_lib.stored_log_probs(
-        each.subset,
+        subset,
         {"weights": fingerprint, "model": model},
         cache_dir(config) / "reference",
         of_batch,
         lambda subset: make_loader(config, subset, devices),
       )
-    each.reference = each.subset.in_order(tables[data.fingerprint])
+    each.reference = subset.in_order(tables[data.fingerprint])
 
 
 def make_setup(

@@ -43,8 +43,9 @@ def make_schedule(name: str, *, learning_rate: float, warmup_steps: int, steps: 
   def schedule(step):
     warm = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
     done = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
-    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}[name]
-    return learning_rate * warm * decay
+    decays: dict[str, jax.Array | float]
+    decays = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}
+    return learning_rate * warm * decays[name]
 
   return schedule
 
@@ -57,15 +58,15 @@ def make_beta_factor(steps: Sequence[float], factors: Sequence[float], between: 
     factors: at those steps, positive; before the first and behind the last it is as there.
     between: 'linear', 'geometric' (linear in the logarithm), or 'hold', as at the step before.
   """
-  steps, factors = jnp.asarray(steps, jnp.float32), jnp.asarray(factors, jnp.float32)
+  at, values = jnp.asarray(steps, jnp.float32), jnp.asarray(factors, jnp.float32)
 
   def factor(step):
     step = jnp.asarray(step, jnp.float32)
     if between == "hold":
-      return factors[jnp.maximum(jnp.searchsorted(steps, step, side="right") - 1, 0)]
+      return values[jnp.maximum(jnp.searchsorted(at, step, side="right") - 1, 0)]
     if between == "geometric":
-      return jnp.exp(jnp.interp(step, steps, jnp.log(factors)))
-    return jnp.interp(step, steps, factors)
+      return jnp.exp(jnp.interp(step, at, jnp.log(values)))
+    return jnp.interp(step, at, values)
 
   return factor
 
@@ -125,7 +126,7 @@ def _schedule_free(schedule, weight_decay):
   return optax.contrib.schedule_free(adamw, schedule, b1=0.9)
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "rmsprop": _rmsprop,
   "adamw": _adamw,
   "adamw_bfloat16": partial(_adamw, mu_dtype=jnp.bfloat16),
@@ -172,7 +173,7 @@ class Averaged(NamedTuple):
 
   inner: Any
   average: Any
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # its name in checkpoints; hides tuple.count
 
 
 def with_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
@@ -297,7 +298,9 @@ def make_train_step(
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
-    memory = None if objective.memory is None else objective.remember(at[1], metrics)
+    memory = None
+    if objective.memory is not None and objective.remember is not None:
+      memory = objective.remember(at[1], metrics)
     # The one division: before it everything is a sum, so devices with fewer comparisons weigh less.
     grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
     metrics = _values(metrics)
