@@ -85,7 +85,9 @@ def token_log_probs(
     raise ValueError(
       f"where [..., S] {where.shape} and target [..., S] {target.shape} do not belong together"
     )
+  # As jax's arrays: NumPy's cannot be read at the number of a chunk, which is traced.
   hidden, head, target, where = jax.tree.map(jnp.asarray, (hidden, head, target, where))
+  # Not where arrays are cut: its blocks are slices of a head that lies whole on one device.
   on_cpu = platform() == "cpu" and not arrays_are_cut() and not is_cut
   tokens = cut_head.chunk_tokens if is_cut else head_on_cpu.chunk_tokens if on_cpu else default_size
   size = chunk_size or tokens(weights.shape[0])
@@ -95,11 +97,15 @@ def token_log_probs(
     values = head_on_cpu.chunked_log_probs(*split, chunks.count, chunks.cuts)
   else:
     chunked: Callable = cut_head.chunked_log_probs if is_cut else _chunked_log_probs
+    # These loops know whole chunks only, so pieces are rounded up.
     values = chunked(*split, -(-chunks.count // chunks.cuts))
   values = chunks.join(values, target.shape)
+  # Chunks that were left out hold a target's logit and no normaliser: that is no log-prob.
   return values if where is None else jnp.where(where, values, 0)
 
 
+# The number of rounds is traced, and jax differentiates no such loop backwards. It would keep every chunk's
+# logits besides, which is all that the chunks are there to avoid.
 @jax.custom_vjp
 def _chunked_log_probs(hidden, head, target, count):
   """Log-probs [C, t] of the targets [C, t] of hidden states [C, t, D]; of the first `count` chunks only."""
@@ -214,6 +220,7 @@ def sequence_log_prob(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> 
       f"logits [T, V] {logits.shape}, tokens [T] {tokens.shape} and mask [T] {mask.shape} "
       "do not belong together"
     )
+  # The last logits predict a token that is not there.
   logits = logits[:-1].astype(wide_of(logits.dtype))
   chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
   values = chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -80,6 +80,7 @@ def attention(
   mask = visible(query_ids, key_ids, window=window)[:, None, None]
   # The least finite number, not -inf: padding that sees padding alone still has a softmax.
   scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+  # Rounded after the softmax and never before: the product with values is then of the compute dtype.
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   mixed = jnp.einsum("rmgqt,rtmh->rqmgh", weights, v)
   return mixed.reshape(rows, length, heads, head_size)
@@ -126,6 +127,8 @@ def cached_attention(
   key_heads = parts[0].k.shape[1]
   wide = wide_of(q.dtype)
   q = q.reshape(rows, length, key_heads, heads // key_heads, head_size)
+  # All queries that read a key head become rows of one matrix: a step of decoding has one token a row, and
+  # products of single vectors would be bound by reading the keys.
   q = jnp.moveaxis(q, 1, 3).reshape(rows, key_heads, -1, head_size)
 
   # Rows that share a part go through one product with it: its keys are read once for all samples.
@@ -144,6 +147,7 @@ def cached_attention(
     if soft_cap:
       scores = soft_cap * jnp.tanh(scores / soft_cap)
     ids = jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[0], axis=0), part.ids)
+    # The heads of a group stand one behind the other, each with the queries of all tokens.
     mask = jnp.tile(visible(query_ids, ids, window=window), (1, heads // key_heads, 1))
     return jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
 

@@ -71,6 +71,7 @@ def blockwise_attention(
   if not rows_at_once:
     rows_at_once = shards if on_cpu and rows % shards == 0 else rows
   if not heads_at_once:
+    # Query heads are counted, key heads are cut.
     few = CPU_HEADS * key_heads // heads if on_cpu and not arrays_are_cut() else key_heads
     heads_at_once = max(n for n in range(1, max(few, 1) + 1) if key_heads % n == 0)
   padding = -length % block
@@ -177,6 +178,8 @@ def _visits(ids: TokenIds, form: Form) -> tuple[jax.Array, jax.Array]:
   return visits(jnp.any(visible_blocks(ids, window=form.window), axis=0))
 
 
+# How many blocks are visited is data, and jax differentiates no loop of such a length backwards: both passes
+# are written out, after FlashAttention 2 (Dao 2023, Algorithms 1 and 2).
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, ids, form):
   return _forward(q, k, v, ids, form)[0]
@@ -253,6 +256,7 @@ def _backward(form, residuals, cotangent):
   def of_queries(at, carry):
     q_grad, *grads = carry
     query_ids = _ids_at(ids, at)
+    # Both orders of a part are made here, once: rearranged at every visit they were a quarter of the time.
     q_part, cotangent_part = (_part(x, at, "rtmgh->rmgth") for x in (q, cotangent))
     q_across, cotangent_across, out_across = (_part(x, at, "rtmgh->rmhgt") for x in (q, cotangent, out))
     normaliser_part = _part(normaliser, at, "rtmg->rmgt")[:, :, None]

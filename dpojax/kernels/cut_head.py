@@ -77,6 +77,7 @@ def chunked_log_probs(
   mesh = jax.sharding.get_abstract_mesh()
   parts = dict(zip(mesh.axis_names, mesh.axis_sizes)).get("tensor", 1)
   vocabulary = head.weights.shape[0]
+  # A block takes a stretch of every part, so that all devices of the tensor axis work on each.
   parts = parts if vocabulary % parts == 0 else 1
   form = _Form(head.axis, parts, min(WORDS // parts or 1, vocabulary // parts), head.frozen)
   return _log_probs(hidden, head.weights, head.bias, head.soft_cap, target, count, form)
@@ -90,6 +91,7 @@ def _log_probs(hidden, weights, bias, soft_cap, target, count, form):
 def _block(b, weights, bias, dtype, form):
   """Returns where block b starts in each part, its words [parts, n], which are new, its weights and bias."""
   size = weights.shape[0] // form.parts
+  # All blocks are of one size: the last ends where the vocabulary does and repeats words of the one before.
   start = jnp.minimum(b * form.words, size - form.words)
   place = start + jnp.arange(form.words)
   words = jnp.arange(form.parts)[:, None] * size + place[None]
@@ -116,6 +118,7 @@ def _blocks(weights, form) -> int:
 def _forward(hidden, weights, bias, soft_cap, target, count, form):
   kind = wide_of(hidden.dtype)
 
+  # Blocks outside, tokens inside: a block travels once a pass, however many chunks of tokens there are.
   def of_block(b, carry):
     _, words, new, whole, block_bias = _block(b, weights, bias, hidden.dtype, form)
 
@@ -125,6 +128,7 @@ def _forward(hidden, weights, bias, soft_cap, target, count, form):
       masked = jnp.where(there, logits, _LEAST)
       largest = jnp.maximum(most[c], jnp.max(masked, axis=(1, 2)))
       grown = jnp.sum(jnp.exp(masked - largest[:, None, None]), axis=(1, 2))
+      # Of a word that stands in two blocks the logit must be added once.
       is_own = there & (words[None] == target[c][:, None, None])
       return (
         most.at[c].set(largest),
@@ -137,6 +141,7 @@ def _forward(hidden, weights, bias, soft_cap, target, count, form):
 
   zeros = jnp.zeros(target.shape, kind)
   most, total, own = jax.lax.fori_loop(0, _blocks(weights, form), of_block, (zeros + _LEAST, zeros, zeros))
+  # Tokens of chunks that were left out have summed nothing.
   normaliser = most + jnp.log(jnp.where(total > 0, total, 1))
   return own - normaliser, (hidden, weights, bias, soft_cap, target, count, normaliser)
 
@@ -166,6 +171,7 @@ def _backward(form, residuals, cotangent):
       whole_grad += jnp.einsum("tpv,td->pvd", grad, hidden[c], preferred_element_type=whole_grad.dtype)
       return hidden_grad.at[c].add(part), whole_grad, block_bias_grad
 
+    # Of a frozen head a scalar is carried in the gradient's place: nothing is summed, nothing is sent.
     zeros = jnp.zeros(() if form.frozen else whole.shape, sum_dtype)
     bias_zeros = None if block_bias is None else jnp.zeros(block_bias.shape, wide_of(block_bias.dtype))
     with at_most(target.shape[0]):

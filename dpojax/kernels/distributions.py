@@ -39,6 +39,7 @@ def token_log_collisions(
 
   def one_chunk(hidden):
     logits = logits_of_chunk(hidden, head)
+    # From logits and not from probabilities: squares of small ones are below what float32 holds.
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
   return chunked.join(jax.lax.map(one_chunk, chunked.split(hidden, tail=1)), hidden.shape[:-1])

@@ -101,6 +101,7 @@ def _over_devices(function: Callable, rows: int, key_heads: int) -> Callable:
   axes = platform_lib.cut_axes()
 
   def cut(size, *names):
+    # What does not divide evenly is computed by every device, rather than refused.
     names = tuple(name for name in names if name in axes)
     return names if names and size % math.prod(axes[name] for name in names) == 0 else None
 
@@ -108,6 +109,7 @@ def _over_devices(function: Callable, rows: int, key_heads: int) -> Callable:
   if not (at_rows or at_heads):
     return function
   tokens, heads = PartitionSpec(at_rows), PartitionSpec(at_rows, None, at_heads)
+  # A kernel does not say over which axes its outputs vary, which jax would else have it say.
   return jax.shard_map(function, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
 
 
@@ -256,6 +258,7 @@ def _call(
 ) -> Sequence[jax.Array]:
   """Returns the outputs that a kernel makes of its inputs, each an array, or its like, and its part."""
   if form.platform == "tpu":
+    # No program reads what another has written: their order is free.
     params = mosaic.CompilerParams(dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=part.room)
   else:
     params = triton.CompilerParams(num_warps=4, num_stages=2)

@@ -52,6 +52,7 @@ def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
   logits = jnp.einsum(
     "vd,...d->v...", head.weights.astype(hidden.dtype), hidden, preferred_element_type=wide_of(hidden.dtype)
   )
+  # Without the barrier XLA moves the transposition into the product, and copies the head for it.
   return shaped(jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1), head)
 
 
@@ -132,6 +133,7 @@ class Chunks(NamedTuple):
     rest = x.shape[2:]
     if self.order is not None:
       flat = x.reshape(-1, *rest)[: self.order.size]
+      # An order names every place once, which lets the scatter write without looking for conflicts.
       return jnp.zeros_like(flat).at[self.order].set(flat, unique_indices=True).reshape(*shape, *rest)
     *leading, length = shape
     x = x.reshape(self.number, *leading, self.size, *rest)
@@ -189,6 +191,7 @@ def over_chunks(count, cuts: int, step: Callable, read: Any, written: Any, carry
   if cuts == 1:
     with at_most(jax.tree.leaves(read)[0].shape[0]):
       return loop(0, count, read, written, carry)
+  # Whole chunks first, then the last one piece by piece: at most a piece is computed for nothing.
   whole = count // cuts
   in_pieces = partial(jax.tree.map, lambda x: x.reshape(-1, x.shape[1] // cuts, *x.shape[2:]))
   written, carry = loop(0, whole, read, written, carry)

@@ -106,7 +106,7 @@ class ModelConfig:
       what attention has mixed, the part that grows with the square of a sequence) or 'dots' (all but
       matrix products and attention). Rows so short that attention is dense recompute it in either.
     attention: the form of attention: 'blockwise' (plain XLA), 'fused' (a kernel, GPUs and TPUs) or
-      'auto' (on each machine the faster one, see `models.forms`). It belongs to the machine, not to
+      'auto' (on each machine the faster one, see `kernels.backends`). It belongs to the machine, not to
       the model: `as_dict` leaves it out.
     scan_layers: one compiled block for all layers, or one a window of the pattern, instead of a
       copy a layer.

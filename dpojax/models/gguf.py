@@ -141,6 +141,7 @@ def read(path: str | os.PathLike) -> File:
     values = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, tensor in tensors.items():
+      # The reader slices: of a file that was cut off it gives what is there, without a word.
       if tensor.data.nbytes != tensor.n_bytes:
         raise ValueError(f"tensor {name} has {tensor.data.nbytes} bytes of {tensor.n_bytes}")
   except (ArithmeticError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
@@ -313,6 +314,7 @@ def _rope_scaling(file: File, name: str, ours: dict[str, Any], values: dict[str,
   if ROPE_FACTORS in file.tensors:
     given = _dequantized(file, ROPE_FACTORS)
     factor, of = float(given[-1]), (values["head_dim"], values["rope_theta"])
+    # The file has quotients only. They are made again with what Llama 3.1 was published with, and compared.
     llama3 = RopeScaling("llama3", factor, original_positions=8192, low=1.0, high=4.0)
     want = rotary.frequencies(*of) / rotary.frequencies(*of, llama3)
     if given.shape != want.shape or not np.allclose(given, want, rtol=1e-4):

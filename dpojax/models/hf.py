@@ -98,6 +98,7 @@ def locate(name: str | os.PathLike) -> paths.Path:
       huggingface_hub.snapshot_download(
         str(name),
         allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+        # Some repositories hold the weights once more, in their maker's form or in folders of other formats.
         ignore_patterns=["*/*", "consolidated*"],
       )
     )
@@ -190,6 +191,7 @@ def load(name: str | os.PathLike, *, place: Place | None = None, dtype: str = "f
         source = piece.of(tensor(piece.name), config)[index[1:]]
         if piece.name not in changes_of:
           files.fetch(names[piece.name], source)
+        # Part by part, each let go of once it is copied: of the file no more than that is in memory.
         rows = max(1, len(layer) * BLOCK_BYTES // max(1, layer.nbytes))
         for i in range(0, len(layer), rows):
           layer[i : i + rows] = source[i : i + rows]
@@ -269,6 +271,7 @@ def save(
   def tensor(name):
     entry = plan[name]
     whole = np.empty(entry.shape, jnp.dtype(entry.dtype))
+    # What is too large for float16 would be written as infinity.
     with np.errstate(over="raise"):
       for piece, path, index in parts_of[name]:
         try:
@@ -422,6 +425,7 @@ class _Files:
 
 def _shapes(config: ModelConfig) -> Any:
   """The shapes of the params a folder holds, as a tree."""
+  # What does not change a shape is made alike, for the cache to find it.
   return _shapes_of(dataclasses.replace(config, reward_head=False, published="", dtype="float32"))
 
 
@@ -458,6 +462,7 @@ def _stacks(config: ModelConfig, family: Family) -> dict[str, _Stack]:
 
 def _find(stacks: dict[str, _Stack], family: Family, files: _Files, config: ModelConfig) -> dict[str, str]:
   """What each tensor is called in the files, after a check that they hold these and no others."""
+  # Folders of a model saved without its output head have names without its prefix.
   bare = not any(name.startswith(family.prefix) for name in files.entries)
   wanted = {piece.name: piece for stack in stacks.values() for piece in stack.pieces}
   names = {}
@@ -469,6 +474,7 @@ def _find(stacks: dict[str, _Stack], family: Family, files: _Files, config: Mode
   head = family.tensors["head"].name
   if config.tie_embeddings and extra & {head, family.aliases.get(head)}:
     (copy,) = extra & {head, family.aliases.get(head)}
+    # A head that is said to be tied and is another one would be lost without a word.
     if not _same(files, copy, names[family.tensors["embed/embedding"].name]):
       raise HuggingFaceError(
         f'config.json has "tie_word_embeddings": true but {copy} is not the input embedding; '
@@ -558,6 +564,8 @@ def _write_shards(
   folder: paths.Path, plan: dict[str, _Entry], tensor: Callable[[str], np.ndarray], shard_bytes: int
 ) -> None:
   shards, room = [], 0
+  # Wide dtypes first, behind a header of a multiple of 8 bytes: then every tensor starts at a multiple of its
+  # own size without a hole, and can be mapped.
   for name in sorted(plan, key=lambda name: -jnp.dtype(plan[name].dtype).itemsize):
     if not shards or plan[name].nbytes > room:
       shards.append([])

@@ -107,11 +107,13 @@ def make_apply(config: ModelConfig, lora: Lora):
       return plain(params, rows)
     base, adapter = params
     whole = {name: leaf for name, leaf in adapter.items() if name == WHOLE}
+    # On B once a step, not on what every projection puts out.
     scaled = jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf * lora.scale if path[-1].key == "b" else leaf,
       {name: part for name, part in adapter.items() if name != WHOLE},
     )
     outputs = plain(base | whole, rows, **{transformer.ADAPTER: scaled})
+    # The head is the base's and frozen, which a head in parts over devices has to be told.
     return outputs._replace(head=without_gradient(outputs.head))
 
   return apply

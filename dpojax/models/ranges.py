@@ -27,6 +27,7 @@ class Ranges:
   """A file of a bucket; `memory` has its size, and zeros where nothing was fetched yet."""
 
   def __init__(self, path: paths.Path, size: int):
+    # Room of the file's size is reserved and no memory taken: pages come with what is fetched.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     self.path, self._size = path, size
     self.memory = mmap.mmap(-1, size, flags=flags)
@@ -49,6 +50,7 @@ class Ranges:
       for block in blocks:
         _kept[self, block] = None
         _kept.move_to_end((self, block))
+      # The longest unused first, and never what this view needs, whatever its size.
       while len(_kept) > max(KEPT_BYTES // BLOCK, len(blocks)):
         (of, block), _ = _kept.popitem(last=False)
         of.memory.madvise(mmap.MADV_DONTNEED, block * BLOCK, min(BLOCK, of._size - block * BLOCK))
@@ -59,6 +61,8 @@ class Ranges:
       return []
     axes = [(stride, length) for stride, length in zip(view.strides, view.shape) if length > 1]
     first = view.__array_interface__["data"][0] - self._start
+    # Steps of a block or more leave blocks between them that nobody needs: each is a span of its own. Shorter
+    # steps together are one span, holes and all.
     long = [(stride, length) for stride, length in axes if stride >= BLOCK]
     span = sum(stride * (length - 1) for stride, length in axes if stride < BLOCK) + view.itemsize
     blocks = set()

@@ -78,6 +78,7 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> Partiti
     axes = ()
   # Stacked layers have an axis in front: it is never cut, a scan takes one layer at a time.
   axes = (None,) * (len(shape) - len(axes)) + axes
+  # jax places parts of equal size only: what does not divide is held whole.
   return PartitionSpec(
     *(axis if axis and size % sizes[axis] == 0 else None for axis, size in zip(axes, shape))
   )
@@ -160,6 +161,8 @@ def _embedded(table, ids, dtype, shape, given):
 
 
 def _lookup(table, ids, dtype):
+  # Ids are four bytes a token, their vectors thousands: ids go to all, then columns back to whose token it
+  # is.
   everyone = jax.lax.all_gather(ids, WEIGHTS, axis=0, tiled=True)
   columns = table[everyone].astype(dtype)
   return jax.lax.all_to_all(columns, WEIGHTS, split_axis=0, concat_axis=2, tiled=True), everyone
@@ -194,6 +197,8 @@ def summed_over_rows(gradients: Any, whole_shapes: Any, sizes: dict[str, int]) -
 
   def one(path, gradient, like):
     spec = spec_of(path_of(path), like.shape, sizes)
+    # What is cut over `fsdp` was summed over it where it was gathered, see `gathering`: once more would be
+    # twice.
     axes = ("data",) if sizes[WEIGHTS] > 1 and WEIGHTS in spec else ROWS
     return jax.lax.psum(gradient, axes)
 

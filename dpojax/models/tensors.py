@@ -67,6 +67,7 @@ class Entry(NamedTuple):
     """Lets the system take back the memory of the tensor; what was fetched of a bucket stays a while."""
     if self.ranges is not None:
       return
+    # madvise takes whole pages. A neighbour's that goes along is read from the file again if it is wanted.
     first = self.start - self.start % mmap.PAGESIZE
     size = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
     self.mapped.madvise(mmap.MADV_DONTNEED, first, self.start - first + size)
@@ -89,6 +90,7 @@ def open_tensors(path: paths.Path) -> dict[str, Entry]:
       with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
+        # The length is the file's own word, and not believed beyond what a header can have.
         header = file.read(length) if length <= min(LARGEST_HEADER, size - 8) else b""
         with safetensors.safe_open(path, framework="numpy"):
           mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)

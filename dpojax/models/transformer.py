@@ -117,6 +117,7 @@ class Linear(nn.Module):
     return y
 
 
+# flax's gelu is the tanh form unless told otherwise, which is what GPT-2 and Gemma were trained with.
 ACTIVATIONS = {
   "swiglu": nn.silu,
   "geglu": nn.gelu,
@@ -209,6 +210,8 @@ class Block(nn.Module):
     return Linear(hidden, width, bias, self._residual_scale(), name="down")(y)
 
   def _residual_scale(self):
+    # Every layer adds twice to the stream, whose variance should not grow with them (Radford et al. 2019,
+    # Sec. 2.3).
     return (2 * self.config.layers) ** -0.5
 
 
@@ -217,6 +220,7 @@ def _rotary_tables(config: ModelConfig, positions: jax.Array) -> dict[int, rotar
   if config.positions == "learned":
     return {}
   size, rotary_tables = config.rotary_size or config.head_size, {}
+  # A table a window and not a layer: Gemma 3's layers with a window turn by a base of their own.
   for window in dict.fromkeys(config.layer_windows):
     theta, scaling = config.rope_theta, config.rope_scaling
     if window and config.local_rope_theta:
@@ -278,6 +282,7 @@ class Transformer(nn.Module):
     ids = TokenIds(positions, comparison, branch)
     x = Embed(config, config.vocab_size, name="embed")(tokens)
     if config.embedding_scale != 1.0:
+      # Rounded to the compute dtype first, as Gemma was trained: in bfloat16 the root of 3072 is 55.5.
       x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.positions == "learned":
       x = x + Embed(config, config.max_positions, name="positions")(positions)
@@ -317,6 +322,8 @@ class Transformer(nn.Module):
 
     def rematerialised(prevent_cse):
       block, policy = Block, REMAT_POLICIES.get(config.remat)
+      # Without rematerialisation too a gathered weight is let go of and gathered again in the backward pass:
+      # to keep those of all layers would be to hold the model whole.
       if sharding.is_cut():
         whole = partial(sharding.whole, dtype=config.dtype)
         block = nn.map_variables(Block, ["params", ADAPTER], trans_in_fn=whole)
@@ -405,6 +412,7 @@ def read_prompts(
   there = (positions < lengths[:, None]).astype(jnp.int32)
   ids = TokenIds(positions, there, jnp.zeros_like(there))
   hidden, variables = Transformer(config).apply({"params": params}, prompts, *ids, mutable=[SEEN])
+  # Only the last token's logits are wanted: of all others no head is ever applied.
   last = jax.vmap(lambda row, length: row[length - 1])(hidden, lengths)
   _, seen = unrolled(config, variables[SEEN])
   seen = [seen[f"layer_{i}"]["keys_and_values"] for i in range(config.layers)]
