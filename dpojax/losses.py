@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+# exp(60) is 1e26, and exp(89) more than float32 holds: capped, losses and gradients stay finite.
 _LARGEST_EXPONENT = 60.0
 
 Knob = float | jax.Array
@@ -66,6 +67,7 @@ def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array | None = None) ->
   rewards = jnp.where(there, rewards, 0)
   ahead = rewards[..., None, :] - rewards[..., :, None]
   worse = jnp.triu(jnp.broadcast_to(there[..., None, :], ahead.shape), 1)
+  # A quarter of the least number: a row of nothing else, the last's, then still has finite differences.
   rivals = jax.nn.logsumexp(jnp.where(worse, ahead, jnp.finfo(ahead.dtype).min / 4), axis=-1)
   return jnp.sum(jax.nn.softplus(rivals), axis=-1, where=there)
 
@@ -94,6 +96,7 @@ def dpo_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing: Knob
   """
   chosen = implicit_reward(policy.chosen, reference.chosen, beta=beta)
   rejected = implicit_reward(policy.rejected, reference.rejected, beta=beta)
+  # Two log-sigmoids and never log(1 - sigmoid): each is exact where the other is all rounding.
   as_labelled, flipped = bradley_terry_loss(chosen, rejected), bradley_terry_loss(rejected, chosen)
   return (1 - label_smoothing) * as_labelled + label_smoothing * flipped
 
@@ -152,6 +155,7 @@ def exo_pair_loss(policy: Pair, reference: Pair, *, beta: Knob, label_smoothing:
   """
   if isinstance(label_smoothing, (int, float)) and label_smoothing <= 0:
     raise ValueError(f"label_smoothing is {label_smoothing}; exo_pair_loss needs one above 0")
+  # The reverse KL: the policy's own probabilities weigh, and log s is log_sigmoid, so that 0 log 0 is 0.
   logits = beta * _margin(policy, reference)
   right = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
   wrong = jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
@@ -211,6 +215,7 @@ def discopop_loss(policy: Pair, reference: Pair, *, beta: Knob, tau: Knob = 0.05
   The log-ratio modulated loss of Lu et al. 2024, Eq. 5; tau is in (0, 1).
   """
   logits = beta * _margin(policy, reference)
+  # In one exponent: far on the wrong side exp(-x) alone overflows where m exp(-x) is small.
   exponential = _exp(jax.nn.log_sigmoid(logits / tau) - logits)
   return -jax.nn.sigmoid(-logits / tau) * jax.nn.log_sigmoid(logits) + exponential
 
@@ -283,6 +288,7 @@ def bdpo_loss(policy: Pair, reference: Pair, *, beta: Knob, mix: Knob = 0.5) -> 
   if isinstance(mix, (int, float)) and not 0 < mix < 1:
     raise ValueError(f"mix is {mix}; bdpo_loss needs one between 0 and 1")
   chosen, rejected = _log_ratios(policy, reference)
+  # log(mix exp(h_l) + 1 - mix) without exp(h_l), which overflows.
   bounded = jnp.logaddexp(rejected + jnp.log(mix), jnp.log1p(-mix))
   return -jax.nn.log_sigmoid(beta * (chosen - bounded))
 
@@ -439,8 +445,12 @@ def beta_dpo_filter(
   margins = jax.lax.stop_gradient(_wide(margins))
   there = jnp.ones(margins.shape, bool) if where is None else where
   chances = -jnp.square((margins - center) / spread) / 2
+  # A draw of 0 or 1 would be an infinite Gumbel number.
   noise = jnp.clip(_wide(noise), jnp.finfo(margins.dtype).tiny, 1 - jnp.finfo(margins.dtype).epsneg)
+  # Gumbel's trick: the largest of log chance plus Gumbel noise are a draw without replacement (Kool et al.
+  # 2019).
   order = jnp.where(there, chances - jnp.log(-jnp.log(noise)), -jnp.inf)
+  # A sort of the sort is each one's rank.
   place = jnp.argsort(jnp.argsort(order, axis=-1, descending=True), axis=-1)
   kept = jnp.floor(share * jnp.sum(there, axis=-1, keepdims=True))
   return jax.lax.stop_gradient((place < jnp.broadcast_to(kept, place.shape)) * jnp.ones_like(margins))
@@ -606,6 +616,7 @@ def cpo_loss(policy: Pair, *, beta: Knob, label_smoothing: Knob = 0.0) -> jax.Ar
   Xu et al. 2024, Eq. 3, whose CPO is this plus `nll_loss(policy.chosen)`. It is DPO without a
   reference, or with a uniform one.
   """
+  # A uniform reference cancels in the margin.
   zero = jax.tree.map(jnp.zeros_like, policy)
   return dpo_loss(policy, zero, beta=beta, label_smoothing=label_smoothing)
 
@@ -658,6 +669,7 @@ def kto_loss(
     beta: strength of the pull to the reference.
     desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U.
   """
+  # A KL is not negative; its estimate of a few samples may be.
   point = jax.lax.stop_gradient(jnp.maximum(_wide(kl), 0))
   advantage = beta * (_wide(log_ratios) - point)
   return jnp.where(
@@ -726,6 +738,7 @@ def ld_dpo_log_probs(token_log_probs: Pair, mask: Pair, *, alpha: Knob) -> Pair:
     mask: [..., T] bool, true on the response's tokens.
     alpha: 1 gives plain sums.
   """
+  # Counted within the mask: a response may begin anywhere in its row.
   places = jax.tree.map(lambda m: jnp.cumsum(m.astype(jnp.int32), axis=-1), mask)
   shared = jnp.minimum(places.chosen[..., -1:], places.rejected[..., -1:])
 
@@ -751,6 +764,7 @@ def sampo_log_probs(token_log_probs: Pair, mask: Pair, noise: Pair) -> Pair:
   shorter = jnp.minimum(*(jnp.sum(m, axis=-1, keepdims=True) for m in mask))
 
   def drawn(values, mask, noise):
+    # Tokens of others rank last, whatever their noise.
     order = jnp.argsort(jnp.where(mask, _wide(noise), jnp.inf), axis=-1)
     place = jnp.argsort(order, axis=-1)
     kept = mask & (place < jnp.broadcast_to(shorter, place.shape))
@@ -837,6 +851,7 @@ def token_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
   sequences' KL without bias. Where pi is 0, log-probs may be -inf.
   """
   ours, theirs = _wide(log_probs), _wide(reference_log_probs)
+  # 0 log 0 is 0: ids that the policy cannot say are taken out before they make nan of -inf - -inf.
   possible = jnp.isfinite(ours)
   ours, theirs = jnp.where(possible, ours, 0), jnp.where(possible, theirs, 0)
   return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1, where=possible)
@@ -880,6 +895,8 @@ def _exp(x: jax.Array) -> jax.Array:
 
 def _log1mexp(x: jax.Array) -> jax.Array:
   """Returns log(1 - exp(x)) for x <= 0, with x held a rounding below 0."""
+  # Both branches of a select are differentiated: each gets arguments that it is finite for. The two forms and
+  # log 2 as the bound between them are Maechler's (2012).
   x = jnp.minimum(x, -jnp.finfo(x.dtype).eps)
   small = jnp.maximum(x, -1.0)
   large = jnp.minimum(x, -0.5)
@@ -890,6 +907,7 @@ def _sorted(x: jax.Array, where: jax.Array | None) -> jax.Array:
   """Returns x sorted over the last axis, with 0 behind those that are `where`."""
   if where is None:
     return jnp.sort(x, axis=-1)
+  # Behind all others, and then 0: an infinity has no gradient that is a number.
   last = jnp.sort(jnp.where(where, x, jnp.inf), axis=-1)
   return jnp.where(_ranked(where), last, 0)
 

@@ -119,6 +119,7 @@ class Encoder:
   def _framed(self, ids: list[list[int]], whole: bool) -> Encoded | RecordError:
     """Puts BOS in front of the prompt, or EOS in place of nothing, and EOS behind each response."""
     prompt, *responses = ids
+    # Unless it stands there: published prompts hold the BOS of some template as text.
     if self.bos is not None and prompt[:1] != [self.bos]:
       prompt = [self.bos, *prompt]
     if self._parse:
@@ -151,6 +152,7 @@ class Encoder:
     branches = [
       [_Branch(each, self.ids.cut_before(each.text, each.spans[0][0])) for each in of] for of in short
     ]
+    # Each text once: the branches of a comparison share their head.
     texts = dict.fromkeys(key for of in branches for each in of for key in (each.head, each.tail))
     pieces = dict(zip(texts, self.ids.pieces(list(texts))))
     for i, of in enumerate(branches):
@@ -183,6 +185,7 @@ class Encoder:
         scored[first : stop + inside] = [True] * len(scored[first : stop + inside])
     last = max((i for i, each in enumerate(scored) if each), default=-1) + 1
     ids, scored = [*head, *tail.ids[:last]], [False] * len(head) + scored[:last]
+    # A policy that never sees an end would not learn to stop.
     if last and not branch.written.ended:
       self.counts["responses_ended_with_eos_that_the_template_lacks"] += 1
       ids, scored = [*ids, self.eos], [*scored, True]
@@ -206,6 +209,7 @@ class Encoder:
     if branches and self.bos is not None and branches[0][0][:1] != [self.bos]:
       self.counts["without_bos"] += 1
     for ids, _ in branches:
+      # Tokens may join over the place where answers begin: then what is shared ends before it.
       if ids[:shared] != first[:shared]:
         shared = next(i for i, (one, other) in enumerate(zip(ids, first)) if one != other)
     return Encoded(

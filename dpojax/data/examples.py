@@ -96,6 +96,7 @@ def compared(
     require(_says_something(response), "empty_response", f"{name} is empty")
   for k, response in enumerate(responses):
     first = list(responses).index(response)
+    # Of equal responses neither is better: their gradients cancel, and the loss stays where it is.
     require(first == k, "identical_responses", f"{names[first]} and {names[k]} are the same text")
   return Example(prompt, tuple(responses))
 
@@ -127,6 +128,7 @@ def get(record: Any, key: str, kind: type | tuple[type, ...]) -> Any:
 def of_kind(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
   """Returns the value; raises RecordError if it is not a `kind`."""
   kinds = kind if isinstance(kind, tuple) else (kind,)
+  # Python's true and false are integers: a score of true would be read as 1.
   sound = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
   if not sound:
     wanted = " or ".join(dict.fromkeys(_KINDS[each] for each in kinds))
@@ -155,6 +157,7 @@ def check_strings(value: Any, deepest: int = 64):
   Raises:
     RecordError: there is one, or they are nested deeper.
   """
+  # A list and no recursion, so that depth is a rule of ours and no crash of Python's.
   waiting = [(value, 0)]
   while waiting:
     value, depth = waiting.pop()

@@ -88,7 +88,9 @@ class Fields:
     for key in self._record:
       if key in self._asked:
         continue
+      # A pair about an image that nobody sees would teach to answer without looking.
       refuse_media(self._record, key, self.name(key))
+      # To leave them out in silence would be to train on another question.
       if key in OTHERS and self._record[key]:
         raise RecordError(
           "unread_key", f"{self.name(key)} changes what is asked and is not read here; {OTHERS[key]}"
@@ -107,6 +109,7 @@ def refuse_media(of: dict, key: str, name: str):
 
 def is_json(value: Any) -> bool:
   """Returns whether JSON can hold a value: Parquet has timestamps, bytes and decimals too."""
+  # A list and no recursion: records may be nested deeper than Python's stack.
   waiting = [value]
   while waiting:
     value = waiting.pop()

@@ -36,6 +36,7 @@ def local_files(path: Path | Sequence[Path], split: str = "train") -> list[str]:
   """
   if isinstance(path, (str, os.PathLike)):
     path = os.fspath(path)
+    # A file whose own name has a comma is one file.
     names = [path] if _exists(path) else [part.strip() for part in path.split(",")]
   else:
     names = [os.fspath(name) for name in path]
@@ -72,6 +73,7 @@ def read_records(path: str) -> Iterator[tuple[str, Any]]:
   """
   try:
     with _opened(path) as file:
+      # By its beginning and not its name: files are renamed, and downloads have odd names.
       start = file.read(4)
       file.seek(0)
       if start == _PARQUET:
@@ -239,7 +241,9 @@ def _error_in(value: Any) -> RecordError | None:
 
 def _table(file: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
   """Yields the rows of a table with a header, by the header's names."""
+  # Python's own limit is 128 KiB a field, less than a long conversation.
   csv.field_size_limit(sys.maxsize)
+  # Bytes that are no UTF-8 come through as surrogates, so that one row is refused and not the file.
   text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
   rows = csv.reader(text, delimiter=_SEPARATORS[kind(path)], strict=True)
   try:
@@ -272,7 +276,9 @@ def _rows(file: BinaryIO) -> Iterator[tuple[str, Any]]:
   numbers = itertools.count(1)
   try:
     parquet = pyarrow.parquet.ParquetFile(file)
+    # Nanoseconds and zones are no part of a comparison, and Python would refuse the record for them.
     schema = pyarrow.schema([_in_microseconds(field) for field in parquet.schema_arrow])
+    # Some rows at a time: a file may be larger than memory.
     for batch in parquet.iter_batches(batch_size=1024):
       for record in _values(pyarrow.Table.from_batches([batch]).cast(schema, safe=False)):
         yield f"row {next(numbers)}", record

@@ -98,6 +98,7 @@ def _desirable(fields: Fields, *, needed: bool) -> bool | None:
     f"{fields.name(key)} is {examples.kind_of(value)}, not true or false, 1 or 0",
   )
   require(
+    # A rating of 1 to 5 under the same key would make all answers good.
     value in (0, 1),
     "wrong_label",
     f"{fields.name(key)} is {value}, not true or false, 1 or 0; rename the key if it says something else",
@@ -107,6 +108,7 @@ def _desirable(fields: Fields, *, needed: bool) -> bool | None:
 
 def _preference(fields: Fields) -> Split:
   """{"prompt", "chosen", "rejected"} in text or messages; without "prompt" whole conversations (TRL)."""
+  # Some publish the prompt's messages apart, beside whole conversations or answers alone.
   sides, names = _sides(fields, "chosen", "rejected")
   if "prompt" in fields or "messages" not in fields:
     return Split(fields.raw("prompt"), sides, names)
@@ -164,6 +166,7 @@ def _turns(fields: Fields, found: list[dict], name: str) -> Split:
     )
   elif first > answers[0]:
     fields.note("left_out", "answers_before_the_first_question")
+  # What nobody answered is no demonstration, and is counted.
   if last < len(found) - 1:
     fields.note("left_out", "messages_behind_the_last_answer")
   return Split(found[:first], [found[first : last + 1]], [name], desirable)
@@ -250,6 +253,7 @@ def _instruction(question: str, answer: str) -> Callable[[Fields], Split]:
   def reader(fields: Fields) -> Split:
     text = fields.get(question, str)
     more = fields.optional("input", str) if question == "instruction" else None
+    # As LLaMA-Factory joins them: by a line break.
     turns = [*_history(fields), user(f"{text}\n{more}" if more else text)]
     if "chosen" in fields or "rejected" in fields:
       return Split(turns, *_sides(fields, "chosen", "rejected"), tools=_as_functions(fields))

@@ -98,6 +98,7 @@ def write(folder: str | os.PathLike, values: dict[str, Any], path: str | os.Path
     raise given.error("eos_token_id", "there is none, which ends every response")
   for token, kind in zip(tokens, given.get("token_type", ())):
     if kind in (CONTROL, USER_DEFINED):
+      # As they stand in the text: normalised first they would not be found.
       added = AddedToken(token, normalized=False, special=kind == CONTROL)
       (tokenizer.add_special_tokens if kind == CONTROL else tokenizer.add_tokens)([added])
   special = {name: tokens[ids[key]] for name, key in SPECIAL.items() if ids[key] is not None}
@@ -108,6 +109,7 @@ def write(folder: str | os.PathLike, values: dict[str, Any], path: str | os.Path
   config = special | {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
+    # transformers' own word for no bound.
     "model_max_length": int(1e30),
   }
   with disk_errors(folder):
@@ -172,6 +174,7 @@ def _of_pieces(given: _Metadata) -> tuple[tokenizers.Tokenizer, bool]:
   if len(scores) != len(tokens):
     raise given.error("scores", f"there are {len(scores)} but {len(tokens)} tokens")
   vocabulary = {token: i for i, token in enumerate(tokens)}
+  # SentencePiece merges the pair whose token scores highest; of equal scores in the order of its ids.
   merges = [
     (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
     for i, token in enumerate(tokens)
@@ -188,6 +191,7 @@ def _of_pieces(given: _Metadata) -> tuple[tokenizers.Tokenizer, bool]:
       unk_token=tokens[0 if unknown is None else unknown],
     )
   )
+  # SentencePiece puts a space in front of a text unless it is told not to; decoding takes it off again.
   prefix = given.get("add_space_prefix", True)
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
     prepend_scheme="first" if prefix else "never", split=False

@@ -66,6 +66,7 @@ def _of_hub(name: str, repository: str) -> Iterator[Repository]:
     try:
       names = sorted(huggingface_hub.HfApi().list_repo_files(**given))
     except Exception as error:  # huggingface_hub and what carries it raise many kinds
+      # Without a network what was fetched before still serves.
       with contextlib.suppress(Exception):
         folder = pathlib.Path(huggingface_hub.snapshot_download(**given, local_files_only=True))
         yield Repository(sorted(paths.files_under(folder)), lambda each: str(folder / each))
@@ -158,6 +159,7 @@ def _check_whole(name: str, of_split: list[str]):
 
 def _chosen(name: str, splits: dict[str, list[str]], wanted: str) -> list[str]:
   fitting = [each for each in splits if wanted in (each, each.rpartition("/")[2])]
+  # Several would be a choice that nobody has made.
   if len(fitting) == 1:
     _check_whole(name, splits[fitting[0]])
     return splits[fitting[0]]

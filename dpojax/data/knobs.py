@@ -65,6 +65,7 @@ def _number(record: Any, column: str, knob: str) -> float:
     there = "null" if column in record else "missing"
     raise DataError(f'"{column}" (data.columns.{knob}) is {there}; it must be a number, {KNOBS[knob].text}')
   try:
+    # float(True) is 1.0, and a margin of true means nothing.
     if isinstance(value, (bool, list, dict)):
       raise ValueError
     with np.errstate(over="ignore"):

@@ -139,6 +139,7 @@ def shared_beginning(sides: Sequence[list[dict]], names: Sequence[str]) -> int:
       f'the last message of {name} is of role "{side[-1]["role"]}", not "assistant"',
     )
   found = None
+  # The longest beginning that all share, and only up to an answer: a question belongs to the prompt.
   for n in range(min(map(len, sides))):
     if all(side[n]["role"] == "assistant" for side in sides):
       found = n
@@ -231,6 +232,7 @@ def _message(value: Any, name: str, note: Note) -> dict:
     note("converted", f"role_{role}_to_{message['role']}")
   for key in list(message):
     refuse_media(message, key, f'{name}["{key}"]')
+    # What no template reads can be dropped; what one reads would be missing.
     if not is_json(message[key]):
       require(
         key not in READ_BY_TEMPLATES,
@@ -241,6 +243,7 @@ def _message(value: Any, name: str, note: Note) -> dict:
       del message[key]
   if "tool_calls" in message:
     _set_calls(message, name, note)
+  # ShareGPT has a call as a turn of its own; templates want it inside a message of the assistant.
   if role in CALLS:
     message |= {"content": "", "tool_calls": calls(message.get("content"), name)}
   else:
@@ -332,6 +335,7 @@ def as_object(call: dict) -> dict:
   arguments = function.get("arguments") if isinstance(function, dict) else None
   if not isinstance(arguments, str):
     return call
+  # A template that loops over arguments would write text letter by letter, or quote it once more.
   try:
     value = parsed(arguments, "arguments")
   except RecordError:

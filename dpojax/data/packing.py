@@ -243,6 +243,7 @@ def fill(
   out = empty(
     rows, shape, num_responses=num_responses, with_reference=reference is not None, knobs=list(knobs)
   )
+  # Padding is computed as well, and a beta of 0 would make it nan.
   for name, values in knobs.items():
     out.knobs[name][:] = values[0]
   used = np.zeros((rows, 3), np.int64)  # tokens, scored tokens and comparisons in each row

@@ -53,6 +53,7 @@ def ordered(function: Callable, inputs: Iterable[tuple], workers: int) -> Iterat
     try:
       for given in inputs:
         waiting.append(threads.submit(call, given))
+        # A few ahead: all workers have work while results wait their turn, and memory is bounded.
         if len(waiting) > 2 * workers:
           yield waiting.pop(0).result()
       while waiting:
@@ -72,6 +73,7 @@ class _Worker:
       [sys.executable, "-c", _COMMAND],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
+      # One core a process is the plan: the tokenizer's own threads would fight over them.
       env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
     )
     self._send(function)
@@ -83,6 +85,7 @@ class _Worker:
     with contextlib.suppress(OSError):  # it may be gone
       self._process.stdin.close()
     self._process.stdout.close()
+    # In the middle of a text it would not see that its input has ended.
     if error[0] is not None:
       self._process.kill()
     self._process.wait()
@@ -126,6 +129,7 @@ def serve() -> None:
       answer = False, function(*given)
     except DataError as error:
       answer = True, str(error)
+    # With its length in front: a pipe has no messages.
     data = pickle.dumps(answer, protocol=5)
     out.write(len(data).to_bytes(8, "little") + data)
     out.flush()

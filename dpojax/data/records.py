@@ -54,6 +54,7 @@ def read(record: Any, form: str = "", *, prompt_only: bool = False) -> Reading:
     raise DataError(f"data.form is {form!r}; it is one of {', '.join(FORMS)}, or empty")
   fields = Fields(record, prompt_only=prompt_only)
   examples.check_strings(record)
+  # In the table's order: a form with rarer keys stands before those that share its others.
   name = form or next(name for name, each in FORMS.items() if each.fits and each.fits(record))
   example = _example(fields, FORMS[name].read(fields))
   return Reading(example, name, fields.ignored(), fields.notes)
@@ -133,8 +134,10 @@ def _example(fields: Fields, parts: Split) -> Example:
       )
   if fields.prompt_only:
     return Example(prompt, (), tools, arguments)
+  # Chosen and rejected that are equal, or empty, are refused there.
   example = examples.compared(prompt, sides, parts.names)
   if parts.desirable is not None:
+    # A response judged by itself is half a pair: its place says whether it was good.
     absent = "" if isinstance(prompt, str) else []
     (response,) = sides
     example = example._replace(responses=(response, absent) if parts.desirable else (absent, response))
@@ -162,6 +165,7 @@ def _conversation(fields, prompt, sides, names) -> tuple[list[dict], list[list[d
     if text is not None:
       _check_asked(text, prompt, names[0])
       fields.note("converted", "prompt_stood_in_response_too")
+  # What all sides begin with was said before they differ.
   elif prompt is None:  # the assistant greets
     shared = messages_lib.shared_beginning(sides, names)
     prompt, sides = sides[0][:shared], [side[shared:] for side in sides]

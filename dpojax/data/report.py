@@ -91,6 +91,7 @@ def shown(tokenizer: Any, comparison: tuple, scored: list | None, *, coloured: b
       lines.append(f"response {k + 1} of {len(responses)}: absent")
       continue
     which = [True] * len(response) if scored is None else list(map(bool, scored[k]))
+    # Behind no prompt the first token has nothing that predicts it.
     count = sum(which) - (which[0] and not len(prompt))
     lines.append(
       f"response {k + 1} of {len(responses)}: {len(prompt)} tokens of the prompt, {len(response)} of the "
@@ -121,6 +122,7 @@ def _parts(tokenizer: Any, ids: list[int], names: list[str]) -> Iterator[tuple[s
   start, before = 0, ""
   for i in range(1, len(ids) + 1):
     if i == len(ids) or names[i] != names[start]:
+      # All up to here, and what was there before taken off: a letter of several tokens is none by parts.
       text = decode(i)
       yield names[start], text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[start:i])
       start, before = i, text

@@ -140,6 +140,7 @@ class Templates:
     """
     text = self.of(tools)
     key, _, compiled = self._compiled(text)
+    # transformers keeps the last few templates, and what it would compile anew has no bounds of ours.
     if _compiled_by_transformers(key) is not compiled:  # pushed out of its cache
       self._compiled.cache_clear()
       key, *_ = self._compiled(text)
@@ -173,6 +174,8 @@ class Templates:
     return Rendering(rendered, budget.spans)
 
   def _compile(self, text: str) -> tuple["_Key", bool, Any]:
+    # transformers compiles what it is given and keeps it by its text: an empty one of our own is what it
+    # finds.
     key = _Key()
     compiled = _compiled_by_transformers(key)
     try:
@@ -182,6 +185,7 @@ class Templates:
         f"the chat template of tokenizer {self._tokenizer.name_or_path!r} is not valid Jinja ({error}); "
         "correct it"
       ) from error
+    # transformers holds this very object by now: it is turned into the bounded one where it stands.
     sandbox.become(compiled, type(bounded), vars(bounded))
     return key, bool(re.search(r"\{%[-+]?\s*generation\b", text)), compiled
 

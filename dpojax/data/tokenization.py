@@ -50,6 +50,7 @@ def load_tokenizer(name: str) -> Any:
   if not name:
     raise DataError("config.tokenizer is empty; give a tokenizer's folder or hub name")
   try:
+    # Code of a folder is not run: it came from anywhere.
     tokenizer = transformers.AutoTokenizer.from_pretrained(_tokenizer_folder(name), trust_remote_code=False)
   except Exception as error:  # transformers raises many kinds
     reason = str(error).strip().partition("\n")[0]
@@ -149,6 +150,7 @@ def tokenize_answers(
   examples = [_example(prompt)._replace(responses=(response,)) for prompt, response in answers]
   lengths, ids, scored = [], [], []
   for i, (each, example) in enumerate(zip(encoder.encode(examples, room), examples)):
+    # Whoever scores answers wants a number for each, an empty one too.
     if isinstance(each, RecordError) and each.reason == "empty_response":
       (each,) = encoder.encode([example._replace(responses=("",))], room)
     if isinstance(each, RecordError):
@@ -233,6 +235,7 @@ def decode_response(tokenizer: Any, prompt: Sequence[int], response: Sequence[in
   decode = lambda ids: tokenizer.decode(
     list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
   )
+  # A prompt that ends within a letter of several bytes decodes otherwise by itself.
   before, both = decode(prompt), decode([*prompt, *response])
   return both[len(before) :] if both.startswith(before) else decode(response)
 
@@ -333,6 +336,7 @@ def _parts(comparisons: Comparisons, tokenizing: Tokenizing, workers: int | None
   """Yields the parts of a data set in order, and shows how far they are."""
   if workers is None:
     workers = pool.cores() if len(comparisons) >= PARALLEL else 0
+  # A generator: records are read as they are needed, for all of them may be more than memory.
   chunks = (
     (start, [comparisons[i] for i in range(start, min(start + _CHUNK, len(comparisons)))])
     for start in range(0, len(comparisons), _CHUNK)
@@ -381,6 +385,7 @@ def _inputs(comparisons: Comparisons, tokenizer: Any, settings: Settings) -> dic
     "num_responses": settings.num_responses,
     "fewest": settings.fewest,
     "version": _VERSION,
+    # Another version of any of them may make other ids of the same text.
     **{name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
   }
 
@@ -389,11 +394,13 @@ def _tokenizer_identity(tokenizer: Any) -> dict:
   """Returns what decides a tokenizer's ids of text, as JSON."""
   if tokenizer.is_fast:
     model = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What a caller has set last changes no id of ours.
     model.update(truncation=None, padding=None)
   else:
     model = sorted(tokenizer.get_vocab().items())
   return {
     "model": model,
     "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    # Whether BOS or EOS are added is told in several places, and differently by version: asked instead.
     "adds": tokenizer("a")["input_ids"],
   }

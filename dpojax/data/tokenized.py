@@ -108,6 +108,7 @@ class Growing:
       return np.concatenate([np.zeros(0, self._dtype), *self._pieces])
     about = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._size,)}
     self._file.seek(0)
+    # Over the room that was left for it: the length is known only now.
     np.lib.format.write_array_header_1_0(self._file, about)
     if self._file.tell() != _HEADER:
       raise AssertionError(f"NumPy's header takes {self._file.tell()} bytes")
@@ -141,6 +142,7 @@ def arrays(
     knobs: see `Tokenized`.
   """
   offsets = np.concatenate([np.zeros(1, np.int64), lengths.sum(axis=1, dtype=np.int64).cumsum()])
+  # Where all is scored no mask is kept: a byte a token, for nothing.
   count = int(scored.sum()) if scored_count is None else scored_count
   mask = None if count == lengths[:, 1:].sum(dtype=np.int64) else scored
   knobs = knobs or {}
@@ -239,4 +241,5 @@ def write(tokenized: Tokenized, path: pathlib.Path, folder: pathlib.Path) -> Non
   about = {"report": tokenized.report, "fingerprint": tokenized.fingerprint, "knobs": sorted(tokenized.knobs)}
   (path / "report.json").write_text(json.dumps(about))
   digests.write(path)
+  # The last thing: under this name a folder is whole, with its digests in it.
   os.rename(path, folder)

@@ -91,6 +91,7 @@ class Tokenizing:
         kept = self._kept(i, example, encoded)
       except RecordError as error:
         where = f"record {i} ({first_text(example.prompt)})"
+        # The config asks to stop here: it is no record to be dropped.
         if error.reason == "special_token_in_text":
           raise DataError(f"{where}: {error}") from error
         dropped[error.reason] += 1
@@ -124,6 +125,7 @@ class Tokenizing:
     """Returns what the encoder makes of examples; very long ones by themselves, to see which are slow."""
     out, usual = [None] * len(examples), []
     for i, example in enumerate(examples):
+      # Together the others take one call; a text this long is timed by itself, to be named.
       if _characters(example) < 1_000_000:
         usual.append(i)
         continue
@@ -164,6 +166,7 @@ class Tokenizing:
       counts["prompts_started_with_eos"] += encoder.bos is None and encoded.prompt == [encoder.eos]
       if i < CHECKED and encoded.whole and encoder.reading.special_tokens != "parse":
         k = present[0]
+        # A tokenizer that lower-cases or drops letters gives ids of another text, and no error.
         text = encoder.decode(encoded.prompt, encoded.responses[k])
         counts["checked"] += 1
         counts["changed_by_tokenizer"] += text != example.prompt + example.responses[k]

@@ -87,6 +87,7 @@ def cut(
       raise RecordError(
         "nothing_scored_after_truncation", "data.max_length cuts off all that is scored of a response"
       )
+  # What told two answers apart may have been cut off.
   _check_different(encoded, responses, scored)
   shorter = [len(each) < len(whole) for each, whole in zip(responses, encoded.responses)]
   counts["prompts_cut"] += len(prompt) < len(encoded.prompt)

@@ -120,6 +120,7 @@ def as_text(prompt: str | list[dict] | Example, *, query: bool) -> str:
     return prompt[0]["content"] if len(prompt) == 1 and query else examples.messages_text(prompt)
   if not query:
     return prompt
+  # The paper's judge was asked about a query, not about a transcript of one turn.
   body = prompt.removesuffix(examples.ASSISTANT)
   if body != prompt and body.startswith(examples.HUMAN) and examples.ASSISTANT not in body:
     body = body.removeprefix(examples.HUMAN)
@@ -144,6 +145,7 @@ def _pairs_of(ours: str, theirs: str, limit: int, form: str) -> tuple[int, list[
         f"prompt {number} of {ours} is not that of {theirs} ({str(prompt.prompt)[:60]!r}, "
         f"{str(other.prompt)[:60]!r}); sample both from one file"
       )
+    # Where the other file has fewer samples they come again, in turn.
     for k, response in enumerate(responses):
       pairs.append(Pair(prompt, response, against[k % len(against)]))
       groups.append(number)

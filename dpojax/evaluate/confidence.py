@@ -22,6 +22,7 @@ def mean(values: np.ndarray) -> Estimate:
   """Returns the mean of independent values [N], plus and minus 1.96 standard errors."""
   values = np.asarray(values, np.float64)
   value = float(values.mean())
+  # One observation has no spread to tell of: its interval is everything.
   error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
   return Estimate(value, value - NORMAL_95 * error, value + NORMAL_95 * error, len(values))
 
@@ -66,5 +67,6 @@ def bootstrap(
   for _ in range(0, resamples, 100):  # a hundred at a time, for memory
     index = rng.integers(count, size=(100, count))
     drawn.append(statistic(*(array[index] for array in arrays)))
+  # Percentiles and no normal approximation: ratios of sums are skewed.
   low, high = np.percentile(np.concatenate(drawn)[:resamples], [2.5, 97.5])
   return Estimate(float(statistic(*arrays)), float(low), float(high), count)

@@ -132,6 +132,7 @@ def compare(judge: Judge, pairs: Sequence[Pair], groups: Sequence[int], *, seed:
   """
   if not pairs:
     raise JudgeError("there are no pairs to judge; give files of samples that are not empty")
+  # A judge may prefer the first place: half of the pairs are shown the other way round.
   swapped = np.random.default_rng([seed, 3]).random(len(pairs)) < 0.5
   verdicts = judge([Pair(p, b, a) if swap else Pair(p, a, b) for (p, a, b), swap in zip(pairs, swapped)])
   won = {False: {"A": "win", "B": "loss"}, True: {"A": "loss", "B": "win"}}
@@ -146,6 +147,7 @@ def win_rate(outcomes: Sequence[str], groups: Sequence[int]) -> Estimate:
   values = np.array([worth[outcome] for outcome in outcomes if outcome in worth])
   of = np.array([group for outcome, group in zip(outcomes, groups) if outcome in worth])
   names, index = np.unique(of, return_inverse=True)
+  # A pair a prompt: the interval of a share. Several of one prompt are not independent.
   if len(names) == len(values):
     return confidence.share(float(values.sum()), len(values))
   ratio = lambda sums, counts: sums.sum(axis=-1) / counts.sum(axis=-1)
@@ -180,6 +182,7 @@ def paired_judge(function: Callable[[str, str, str], str]) -> Judge:
 def ask_about(question: str, pair: Pair) -> str:
   """Returns the question with the pair in it; braces in its texts stay as they are."""
   texts = {"{prompt}": pair.prompt.strip(), "{a}": pair.ours.strip(), "{b}": pair.theirs.strip()}
+  # In one pass: a response that holds "{b}" must not have the other put into it.
   return re.sub(r"\{(?:prompt|a|b)\}", lambda found: texts[found[0]], question)
 
 
@@ -190,6 +193,7 @@ def read_verdict(answer: str) -> str:
   or not; without one, a last line that is the letter alone.
   """
   lines = [re.sub(r"[*_`\"'“”<>\[\]().]", "", line).strip() for line in answer.strip().splitlines()]
+  # The last one: models weigh both before they decide, and name both on the way.
   said = [
     found[1]
     for line in lines
@@ -200,6 +204,7 @@ def read_verdict(answer: str) -> str:
   text = said[-1].strip() if said else ""
   if found := re.fullmatch(r"(?:(?i:response|summary)\s+)?([AB])", text):
     return found[1]
+  # What is said and is no choice counts half, and is not left out.
   if re.fullmatch(r"(?i)(?:a )?tie|both|neither|equal(?:ly helpful)?|A (?:and|or) B|A/B", text):
     return "tie"
   return "unparseable"
@@ -298,6 +303,7 @@ class Answers:
     with disk_errors(self.path.parent):
       paths.make_folder(self.path.parent)
       text = appending.read(self.path, errors="replace") if appending.exists(self.path) else ""
+    # A last line without an end was cut off by a kill.
     whole = text[: text.rfind("\n") + 1]
     for number, line in enumerate(whole.split("\n")[:-1], 1):
       try:
@@ -369,6 +375,7 @@ def endpoint_judge(endpoint: Endpoint, answers: Answers) -> Judge:
         for future in concurrent.futures.as_completed(asked):
           future.result()
           bar.update()
+      # Answers that come in meanwhile are kept; what has not been asked yet is not asked.
       except BaseException as error:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -392,6 +399,7 @@ def _ask(endpoint: Endpoint, answers: Answers, stop: threading.Event, key: str, 
   url = f"{endpoint.url.rstrip('/')}/chat/completions"
   headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
   for attempt in range(endpoint.attempts):
+    # Spread, so that many workers that were turned away do not come again together.
     wait = endpoint.patience * 2**attempt * random.uniform(0.75, 1.25)
     try:
       response = requests.post(
@@ -414,6 +422,7 @@ def _ask(endpoint: Endpoint, answers: Answers, stop: threading.Event, key: str, 
           else "check --judge, --judge_model and --judge_options"
         )
         raise JudgeError(f"{url} {problem}; {hint}")
+      # A server that says how long knows better.
       wait = max(wait, _asked_to_wait(response))
     if attempt + 1 < endpoint.attempts and stop.wait(wait):
       return

@@ -84,6 +84,7 @@ def evaluate_run(
     if not pairs:
       raise ConfigError(f"{workdir} is no run's workdir and has held nothing out; give --pairs=FILE")
     reference = reference or "none"
+    # What follows asks the run's settings: of a plain model they are the defaults.
     policy = policy._replace(settings=_settings_of(workdir, pairs))
   score = scorers.make_scorer(scorer, devices) if scorer else None
   held_out = load_held_out(policy.settings, pairs, devices)
@@ -169,6 +170,7 @@ def score_held_out(
   for name, model in {"policy": policy, "reference": reference}.items():
     if model is None:
       continue
+    # What changes no number must not make two programs of two models.
     config = dataclasses.replace(model.config, published="", remat="none")
     alike = several and name == "policy"
     if (config, alike) not in lifted:  # models of one config compile once
@@ -298,6 +300,7 @@ def measure_samples(
   """
   longest, keep = room
   ids, _ = encode(prompts, tokenizer, longest=longest, keep=keep, path="held-out", reading=reading)
+  # Batches go by width: answers are put back where their prompts stand.
   samples = [None] * len(ids)
   for batch in generator.batches([len(prompt) for prompt in ids]):
     for i, drawn in zip(batch, generator([ids[i] for i in batch], batch)):
@@ -341,6 +344,7 @@ def _of_reward_model(policy, held_out, devices) -> dict[str, Any]:
 
 def _preferences(rewards: np.ndarray) -> dict[str, Any]:
   margins = rewards[:, 0] - rewards[:, 1]
+  # Or a reference that is the policy itself, all of whose margins are 0, would be wrong everywhere.
   right = np.sum(margins > 0) + np.sum(margins == 0) / 2
   return {
     "accuracy": confidence.share(float(right), len(margins)),
@@ -353,6 +357,7 @@ def _prompts(held_out: HeldOut, count: int) -> list[Example]:
   """Returns the first different prompts of held-out comparisons."""
   subset, prompts = held_out.batches.subset, {}
   for i in range(len(subset)):
+    # Without responses: prompts are the same where only the answers differ.
     prompt = held_out.texts[subset.example(i)]._replace(responses=())
     prompts.setdefault(json.dumps(prompt), prompt)
     if len(prompts) == count:

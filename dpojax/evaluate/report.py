@@ -36,6 +36,7 @@ def write(result: dict[str, Any], out: str | os.PathLike) -> None:
       return plain(value._asdict())
     if isinstance(value, dict):
       return {key: plain(each) for key, each in value.items()}
+    # JSON has no nan: Python would write one that no other reader takes.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
   _write(json.dumps(plain(result), indent=2) + "\n", out)

@@ -63,6 +63,7 @@ def load_function(name: str, *signatures: tuple[str, ...]) -> Callable:
     ConfigError: it is not there, or takes another number of arguments.
   """
   module, _, attribute = name.partition(":")
+  # An installed command has its own folder in the path, not the one it is called in.
   if "" not in sys.path:
     sys.path.insert(0, "")
   try:
@@ -117,6 +118,7 @@ class RewardModel:
       truncation=tokenization.Truncation(data.max_length, data.max_prompt_length, end_kept(data)),
       reading=tokenization.Reading.of(data),
     )
+    # Packed as in training: the same program, and rows of the length that the model was trained with.
     batches = loader.Loader(
       loader.all_of(tokenized),
       seed=0,
@@ -140,6 +142,7 @@ def response_values(
     columns: values of a comparison where they are not one of each response.
   """
   position = {batches.subset.example(i): i for i in range(len(batches.subset))}
+  # nan, so that a comparison that no row held would show.
   values = np.full((len(batches.subset), columns or batches.lengths.shape[1] - 1), np.nan)
   for batch in batches.evaluation():
     of_rows, examples = devices.collect_rows(score(params, devices.place_rows(batch.rows, batch.total_rows)))

@@ -26,6 +26,7 @@ def ches(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
       behind the final norm.
   """
   chosen, rejected = (x.astype(wide_of(x.dtype)) for x in (chosen, rejected))
+  # As one sum of differences: the two terms are large and nearly equal where answers are alike.
   return jnp.sum(chosen * (rejected - chosen), axis=-1)
 
 
@@ -67,5 +68,6 @@ def of_rows(outputs: Outputs, rows: Rows, *, num_responses: int) -> Similarity:
   ones = jnp.ones(rows.slot.shape, sums.dtype)
   lengths = sum_by_slots(ones, rows.slot, num_slots=slots).reshape(-1, comparisons, num_responses)
   pair = sums[..., 0, :], sums[..., 1, :]
+  # Of a place without a response: what comes out means nothing, but must not be a division by 0.
   lengths = jnp.maximum(lengths, 1)
   return Similarity(ches(*pair), length_normalized_ches(*pair, lengths[..., 0], lengths[..., 1]))

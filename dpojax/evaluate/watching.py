@@ -75,6 +75,7 @@ class Watcher:
     self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._current.mesh)
     self._path = workdir / "samples.jsonl"
     with disk_errors(workdir):
+      # What comes after the checkpoint is drawn again, and would stand there twice.
       kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
       appending.Appended(self._path, "".join(f"{_json(line)}\n" for line in kept)).close()
 
@@ -95,6 +96,7 @@ class Watcher:
       lines += [
         self._record(step, i, k, each) for i, samples in zip(batch, drawn) for k, each in enumerate(samples)
       ]
+    # Without params: a second copy of the model must not stay through the steps.
     generator.renew()
     lines.sort(key=lambda line: (line["index"], line["sample"]))
     if self._score:
@@ -131,6 +133,7 @@ class Watcher:
         vocab_size=self._model.vocab_size,
       )
     else:
+      # Dicts keep their order: the first prompts of the data, each once.
       distinct = {tuple(subset.comparison(i)[0].tolist()): None for i in range(len(subset))}
       fitting = [list(ids) for ids in distinct if 0 < len(ids) <= room]
       ids, cut = fitting[:limit], 0
@@ -171,6 +174,7 @@ def means(lines: list[dict]) -> dict[str, float]:
     result["score"] = float(np.mean(values["score"]))
   prompts = np.array([line["index"] for line in lines])
   for name, each in values.items():
+    # Samples of one prompt are alike: prompts are what is drawn independently.
     by_prompt = [np.mean(np.array(each)[prompts == i]) for i in np.unique(prompts)]
     result[f"{name}_error"] = (
       float(np.std(by_prompt, ddof=1) / len(by_prompt) ** 0.5) if len(by_prompt) > 1 else float("nan")

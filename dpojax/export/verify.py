@@ -84,6 +84,7 @@ def check(
   folder = paths.of(folder)
   ids = [*_check_ids(folder, tokenizer)[: min(LONGEST, config.longest or LONGEST) - 1], stop_ids[0]]
   _check_stop_ids(folder, stop_ids)
+  # Scored first: the comparison below takes the params apart, so that no two models are in memory.
   before, left, dtypes = _log_prob(config, params, ids), _taken(params), {}
 
   def compared(path, leaf, read):
@@ -97,6 +98,7 @@ def check(
   written = hf.load(folder, place=compared, scan_layers=config.scan_layers)
   _check_config(folder, config, written.config)
   after = _log_prob(config, written.params, ids)
+  # Rounded weights give another log-prob, which is then told and not held to the policy's.
   rounded = tuple(dtype for dtype in dtypes if dtype != "float32")
   if not merged and not rounded and not np.isclose(after, before, rtol=1e-5):
     raise _differs(folder, f"log-prob of {len(ids) - 1} tokens", before, after)
@@ -151,6 +153,7 @@ def _taken(params: dict, path: str = "") -> dict[str, np.ndarray]:
 
 def _dtype_of(folder: paths.Path, path: str, ours: np.ndarray, theirs: np.ndarray) -> str:
   """Returns the dtype in which a parameter is the policy's."""
+  # Bit for bit in one of them: a tolerance would pass a wrong permutation of small weights.
   for dtype in ("float32", "bfloat16", "float16"):
     with np.errstate(over="ignore"):
       rounded = np.asarray(ours, jnp.dtype(dtype)).astype(np.float32)

@@ -45,6 +45,7 @@ def export(
   token_ids, stop_ids = _token_ids(policy, tokenizer)
   hf.save(out, policy.config, policy.params, dtype=dtype, **token_ids)
   _write_tokenizer(tokenizer, policy.settings.tokenizer, out)
+  # A folder that is not the policy would be found by whoever is surprised by it, much later.
   checked = verify.check(out, policy.config, policy.params, tokenizer, stop_ids)
   return Exported(policy.step, stop_ids, (str(checked),))
 
@@ -69,6 +70,7 @@ def export_adapter(
   """
   adapter = checkpoint.load_adapter(workdir, step)
   started = adapter.settings.model.checkpoint
+  # PEFT finds the base by this name: a workdir of ours it cannot load.
   if not base and (not hf.is_model(started) or peft.is_adapter_folder(started)):
     raise HuggingFaceError(
       f"the adapter of {workdir} is on {started!r}, which is no Hugging Face model that PEFT could "
@@ -120,6 +122,7 @@ def _read_back(
 
   The run's own is, or was fetched once; another that is no folder is not fetched for this.
   """
+  # To read it back would be to fetch gigabytes that nobody has asked for.
   if base != adapter.settings.model.checkpoint and not hf.is_model_folder(os.path.expanduser(base)):
     return f"not read back: the base {base!r} is no folder here"
   policy = checkpoint.load_policy(workdir, adapter.step)

@@ -157,6 +157,7 @@ class ModelConfig:
     if isinstance(self.biases, bool):
       replace("biases", "all" if self.biases else "none")
 
+    # The numbers first: what follows divides by them.
     for name, largest in LARGEST.items():
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -216,6 +217,7 @@ class ModelConfig:
 
     Without `attention`: a checkpoint may be read on another machine.
     """
+    # Through JSON and back, so that what a checkpoint is compared with has lists where it has.
     settings = dataclasses.asdict(self)
     del settings["attention"]
     return json.loads(json.dumps(settings))

@@ -107,6 +107,7 @@ NUMBERS = (
 )
 """Keys that are numbers, from 0 to `LARGEST_NUMBER`."""
 
+# No number of a published config comes near it; infinities, and what a float32 does not hold, go beyond.
 LARGEST_NUMBER = 1e12
 
 BOOLEANS = (
@@ -282,6 +283,7 @@ LLAMA = {
   ),
 }
 
+# Of the same name as Llama's norm before the MLP, but behind attention: Gemma 2 has four norms a layer.
 GEMMA2 = LLAMA | _norms(
   {
     "attention_post_norm": "model.layers.{}.post_attention_layernorm",
@@ -527,6 +529,7 @@ def _gemma2(settings: Settings, **changes) -> ModelConfig:
 def _gemma3(settings: Settings) -> ModelConfig:
   settings.refuse(attn_logit_softcapping=())
   pattern = settings.get("sliding_window_pattern", 6)
+  # Newer files tell rotary parameters by kind of layer, older ones each by a key of its own.
   parameters = settings.get("rope_parameters", None) or {}
   wide = _rope(
     settings, {"rope_theta": settings.get("rope_theta", 1e6)}, parameters.get("full_attention") or {}
@@ -567,6 +570,7 @@ def _windows(settings: Settings, window: int | None, has_one: Callable) -> tuple
       "'sliding_attention' or 'full_attention' for each layer"
     )
   windows = [(window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+  # The shorter the pattern, the fewer blocks are compiled: see `ModelConfig.scanned_layers`.
   period = next(p for p in range(1, layers + 1) if windows[p:] == windows[:-p])
   return tuple(windows[:period])
 
@@ -585,6 +589,7 @@ def _rope(settings: Settings, defaults: dict, parameters: dict | None = None) ->
     "rope_scaling": None,
     "fraction": values.get("partial_rotary_factor", 1.0),
   }
+  # "type" is what older files have.
   name = values.get("rope_type", values.get("type", "default"))
   if name == "default":
     return rope
@@ -595,6 +600,7 @@ def _rope(settings: Settings, defaults: dict, parameters: dict | None = None) ->
     )
   scaling = {"name": name, "factor": float(values.get("factor", 1.0))}
   if name in ("yarn", "llama3"):
+    # Where a file does not tell it, the model's own length is what was stretched from.
     scaling["original_positions"] = (
       settings.get("original_max_position_embeddings", None)
       or values.get("original_max_position_embeddings")
@@ -629,6 +635,7 @@ def _whole_heads(fraction: float) -> None:
     )
 
 
+# Older files hold masks and frequencies as well, which are no parameters.
 _GPT_BUFFERS = (".attn.bias", ".attn.masked_bias")
 _NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
@@ -727,6 +734,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     "layer_norm_epsilon": config.norm_eps,
     "tie_word_embeddings": config.tie_embeddings,
   }
+  # Written, read again and compared: what the form cannot say would be lost otherwise.
   ours = _without_how(config)
   for values in (llama, gpt2):
     if _without_how(read_config(values)) == ours:

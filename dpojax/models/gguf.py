@@ -210,6 +210,7 @@ def write(folder: str | os.PathLike, file: File, *, dtype: str = "float32", **to
         f"{', '.join(sorted(sources.get(name, name) for name in names)[:5])}"
       )
   for name, source in sources.items():
+    # GGUF counts dimensions from the one that lies together.
     shape = tuple(int(n) for n in reversed(file.tensors[source].shape))
     if shape != shapes[name]:
       raise HuggingFaceError(
@@ -222,6 +223,8 @@ def write(folder: str | os.PathLike, file: File, *, dtype: str = "float32", **to
     values = _dequantized(file, sources[name])
     module = name.split(".")[-2]
     if permuted and module in heads:
+      # llama.cpp's converter turned rows so that rotated pairs are neighbours; a Hugging Face Llama has them
+      # in halves.
       values = halves_of_neighbours(values, heads[module])
     return _rounded(file, sources[name], values, dtype)
 
@@ -288,6 +291,7 @@ def _sizes(file: File, name: str, ours: dict[str, Any]) -> dict[str, Any]:
   for key, value in values.items():
     if isinstance(value, (list, str, bool)) or not value > 0:
       raise HuggingFaceError(f"{file.path} makes {key} {_short(value)}; it must be one number above 0")
+  # Not always width over heads: Qwen 3 has wider ones.
   size = ours.get("attention.key_length", values["hidden_size"] // heads)
   for key in ("rope.dimension_count", "attention.value_length"):
     if ours.get(key, size) != size:

@@ -248,6 +248,7 @@ def save(
   token_ids = {key: value for key, value in token_ids.items() if value is not None}
   values = published["config"] | token_ids
   if dtype:
+    # Newer files say "dtype" and older ones "torch_dtype": with both they could contradict each other.
     values = {key: value for key, value in values.items() if key != "dtype"} | {"torch_dtype": dtype}
   family = families.family_of(values)
   arrays = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -544,6 +545,7 @@ def _published(folder: paths.Path, values: dict, family: Family, names: dict[str
         f'{folder / "generation_config.json"} has "eos_token_id": {families.shown(ids)}; it must be an id, '
         "or a list of them"
       )
+  # What differs from the rest is kept by name, so that a folder is written as it was read.
   others = {}
   for name, actual in names.items():
     found = (actual, files.entries[actual].dtype)

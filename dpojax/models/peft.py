@@ -92,6 +92,7 @@ def read(folder: str | os.PathLike) -> tuple[str, dict[str, Change]]:
       raise HuggingFaceError(f"the adapter {folder} has half of an adapter of {module}")
     rank = len(pair["A"])
     alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
+    # rsLoRA divides by the root (Kalajdzievski 2023).
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     changes[f"{module}.weight"] = Change(pair["A"], pair["B"], scale)
   return settings["base_model_name_or_path"], changes
@@ -132,6 +133,7 @@ def _is_pattern(text: str) -> bool:
     re.compile(text)
   except (re.error, OverflowError, RecursionError):
     return False
+  # Repeats of repeats take a time that doubles with each letter: such a file would hang whoever reads it.
   return len(text) <= 1000 and len(re.findall(r"[*+{]", text)) <= 2 and not re.search(r"\)[*+{?]", text)
 
 
@@ -203,6 +205,7 @@ def _side_by_side(
   tensors = [family.tensors[f"{name}/bias"] for name in parts]
   pairs = [(np.asarray(pair["a"]), np.asarray(pair["b"])) for pair in parts.values()]
   a = np.concatenate([a.reshape(-1, a.shape[-1]).T for a, _ in pairs])
+  # Outside of each projection's own block B is 0, so that the A of the others change nothing there.
   b = np.zeros((len(a), *families.dimensions(config, tensors[0].shape)), np.float32)
   rows = iter(b)  # each is one output of the tensor, and holds projections as its bias does
   for tensor, (_, ours) in zip(tensors, pairs):

@@ -133,6 +133,7 @@ def _checked(path: paths.Path, size: int, length: int, header: bytes) -> Ranges:
   """Lets the package check a bucket's file: a file of its header and size, with a hole for the tensors."""
   with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
     file.write(length.to_bytes(8, "little") + header)
+    # The package checks files, not headers: one of the right size, in which the tensors take no room.
     file.truncate(size)
     file.flush()
     with safetensors.safe_open(file.name, framework="numpy"):

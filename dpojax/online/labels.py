@@ -70,6 +70,7 @@ def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, device
     return Labeller(_compared(judge, query=False), True)
   score = scorers.make_scorer(settings.judge, devices)
   asked = lambda answers: score([each.prompt for each in answers], [each.response for each in answers])
+  # A function is asked prompt by prompt, so that a kill costs one; a reward model in batches it can fill.
   return Labeller(asked, at_once=1 if scorers.is_function(settings.judge) else _AT_ONCE)
 
 

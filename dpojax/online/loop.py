@@ -128,6 +128,7 @@ def _run(config, workdir: paths.Path, data, labeller, callback) -> dict[str, flo
       if done >= settings.steps_per_round:
         continue
       of_round = own.batches(number, loop, before, done, stop_asked)
+      # Rounds have other lengths, and sampling before them is no part of a step's time.
       loop.throughput = Throughput(flops(of_round.lengths))
       steps = of_round.training(done, settings.steps_per_round)
       loop.take_steps((batch._replace(step=before + batch.step) for batch in steps), profile, stop_asked)
@@ -168,6 +169,7 @@ class _Own:
       train.check_memory(self._training, start, batches, self._devices)
     if self._rounds is None or not self._config.check_memory:
       return
+    # Nothing is sampled yet: the longest answers that can come stand in for those that will.
     answer = np.zeros(self._config.online.max_new_tokens, np.int32)
     answers = [answer] * online_config.kept_responses(self._config)
     some = itertools.islice(
@@ -188,6 +190,7 @@ class _Own:
     if done:
       made = self._rounds.read(number)
     else:
+      # A policy that is not finite would be sampled from for an hour first.
       loop.check_finite()
       try:
         made = self._rounds.make(
@@ -211,6 +214,7 @@ class _Own:
     if config.data.shuffle_labels:
       own = loader.shuffle_labels(own, config.seed * 2**16 + number)
     offline = loader.without_mismatched(self._data.train)
+    # A stream of its own beside the other uses of the seed, and of the round alone.
     rng = np.random.default_rng([config.seed, 4, number])
     beside = pairs.offline_beside(len(own), len(offline), config.online.offline_share, rng).tolist()
     if not beside:

@@ -47,6 +47,7 @@ def paired(pairing: str, said: Sequence[Sequence]) -> Paired:
 def best_and_worst(scores: Sequence[float]) -> tuple[int, ...]:
   """Returns those with the highest and the lowest score, of equals the first; none where all are equal."""
   best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+  # Equal scores say nothing of which is better: such a pair would teach noise.
   return (best, worst) if scores[best] > scores[worst] else ()
 
 

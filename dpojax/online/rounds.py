@@ -104,6 +104,7 @@ class Rounds:
     with disk_errors(self._workdir):
       paths.make_folder(folder)
     self._check_weights(folder, checkpoint.fingerprint(params))
+    # Written last of a round: where it is all is there.
     if not (folder / "round.json").exists():
       began = time.perf_counter()
       lines, new = self._sample(folder, number, params, reference, stop_asked)
@@ -161,6 +162,8 @@ class Rounds:
         if all((i, k) in known for i in batch for k in range(size)):
           continue
         _stop_if(stop_asked)
+        # A number of its own for each prompt of each round: else a prompt that comes again would be answered
+        # with the same random numbers.
         numbers = [(number - 1) * self._count + i for i in batch]
         drawn = generator([ids[i] for i in batch], numbers)
         lines = [
@@ -169,6 +172,7 @@ class Rounds:
           for i, samples in zip(batch, drawn)
           for k, each in enumerate(samples)
         ]
+        # A batch that was half kept is drawn again whole, and gives the same samples.
         add([line for line in lines if (line["index"], line["sample"]) not in known])
         new += len(lines)
     generator.renew()
@@ -222,6 +226,8 @@ class Rounds:
           f"{samples[i][k]['response'][:60]!r} (round {number}, prompt {i}); mend it"
         )
       return scores.tolist()
+    # Of seed, round and place alone: asked again after a kill the order in which two answers are shown is the
+    # same.
     seed = ((self._config.seed * 2**20 + number) * self._count + asked[0][0]) * len(samples[0]) + asked[0][1]
     return self._labeller.ask(list(zip(answers(asked), answers([(i, k + 1) for i, k in asked]))), seed)
 
@@ -234,6 +240,7 @@ class Rounds:
       if self._labeller.compares:
         result.append([said.get((i, k), "tie") for k in range(0, len(of), 2)])
       else:
+        # Equal answers have one score: that of the first.
         result.append([said[i, texts.index(text)] for text in texts])
     return result
 
@@ -267,6 +274,7 @@ class Rounds:
     labels = len(read_lines(folder / "labels.jsonl"))
     metrics = self._metrics(samples, said, paired) | {
       "round": number,
+      # Counted from the start of the run, as budgets are.
       "labels": labels + (self._metrics_of(number - 1)["labels"] if number > 1 else 0),
       "samples_per_second": rate,
     }

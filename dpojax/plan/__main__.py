@@ -31,6 +31,7 @@ def main():
   from dpojax.runtime.command import command, say
   from dpojax.training import parallel, weights
 
+  # Before any other use of jax, which looks for its devices once.
   if given.topology:
     parallel.simulate(1)
   elif given.devices:

@@ -73,6 +73,7 @@ def compile_for(
     step = needs_lib.step_of(config, lengths, topology.devices)
     say(f"tracing the step for {topology.name}, {len(topology.devices)} devices")
     lowered = step.train_step.lower(step.state, step.reference, step.rows)
+    # By the program itself: whatever of config or code changes it, the key does too.
     digest = digests.of_bytes(f"{VERSION} {topology.name} {topology.compiler}\n{lowered.as_text()}".encode())
     path = resolve.cache_dir(config) / "topologies" / f"{digest}.json"
     found = _read(path)
@@ -99,6 +100,7 @@ def _progress(say: Callable[[str], None], name: str, every: float = 20.0) -> Ite
   done, start = threading.Event(), time.perf_counter()
 
   def tell():
+    # By a thread, as the compiler says nothing until it is done.
     while not done.wait(every):
       say(f"compiling for {name}: {time.perf_counter() - start:.0f} s")
 

@@ -98,6 +98,7 @@ def step_of(
   if lengths is None:
     subset = resolve.load_data(config).train
   else:
+    # Only lengths are looked at; columns have to be there, since rows with them have more arrays.
     subset = Lengths(lengths, {name: np.ones(len(lengths)) for name in config_lib.columns_of(config)})
   batches = resolve.make_loader(config, subset, lift)
   setup = resolve.make_setup_of_shapes(config, axis_name=lift.axis_name)
@@ -156,6 +157,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
   """Returns the bytes a device holds at most while the program runs, its arguments included."""
   memory = compiled.memory_analysis()
   return (
+    # Donated arguments are counted twice, as what comes in and what goes out.
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
@@ -185,8 +187,10 @@ def fsdp_bytes(step: Step) -> float:
   compute = np.dtype(step.setup.model.dtype).itemsize
   trained, frozen = weights(step.state.params), weights(step.reference)
   inline = step.setup.objective.needs_reference and step.config.reference.mode == "inline"
+  # Below an adapter the frozen weights are gathered for both passes too: gradients flow through them.
   passes = 2 * trained + (2 * frozen if step.config.lora.rank else 0) + (frozen if inline else 0)
   a_part = share * (passes * compute + 4 * trained)
+  # Every part gathers again: no device has room to keep the weights from one to the next.
   return parts_of(step) * a_part + 2 * copies * 4 * trained / mesh["fsdp"]
 
 
@@ -225,6 +229,7 @@ def necessary_flops(model: ModelConfig, lengths: np.ndarray, passes: float) -> f
   """
   responses = lengths[:, 1:].astype(float)
   matrices = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
+  # A gated MLP has three matrices, a plain one two.
   gated = model.mlp not in ("gelu", "gelu_exact")
   matrices += (3 if gated else 2) * model.width * model.mlp_width
   seen = len(lengths) * seen_keys(lengths)
@@ -284,6 +289,8 @@ def drawn_lengths(means: str, config: ml_collections.ConfigDict) -> np.ndarray:
     means = np.zeros(1)
   if len(means) < 2 or np.any(means < 1):
     raise ConfigError("--lengths must be mean tokens of the prompt and of each response, such as 110,70,70")
+  # A log-normal of mean 1: exp(mu + sigma^2 / 2) is 1 for mu = -sigma^2 / 2. A deviation of 0.8 is a long
+  # tail, as responses have.
   spread = np.random.default_rng(0).lognormal(-0.5 * 0.8**2, 0.8, (10_000, len(means)))
   lengths = np.maximum(1, np.round(means * spread)).astype(int)
   lengths[:, 0] = np.minimum(lengths[:, 0], config.data.max_prompt_length)

@@ -113,6 +113,7 @@ def costs(text: str) -> Costs:
   for computation, times in program.times.items():
     for instruction in program.computations[computation].values():
       flops += times * program.flops(computation, instruction)
+      # Inside a fusion nothing goes to memory: its ends are counted where it stands.
       if computation not in program.fused:
         traffic += times * program.traffic(computation, instruction)
       if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
@@ -158,6 +159,7 @@ class _Program:
     named = re.search(rf'op_name="[^"]*{AT_MOST}(\d+)\)*/while"', loop.attributes)
     if known or named:
       return int((known or named)[1])
+    # A counter that starts at 0 and is held to a constant runs as often as the constant says.
     condition = self.computations[loop.called("condition")[0]]
     for each in condition.values():
       if each.opcode == "compare" and "direction=LT" in each.attributes:
@@ -199,10 +201,13 @@ class _Program:
     if opcode == "fusion":
       body = self.computations[instruction.called("calls")[0]]
       return _fusion_traffic(body, result)
+    # What is cut out is read and written; the rest of the operand is not touched.
     if opcode in ("dynamic-slice", "slice", "gather", "copy-start"):
       return 2 * far(result[:1])
+    # Written in place: of the whole only the part moves.
     if opcode == "dynamic-update-slice":
       return 2 * far(operands[1])
+    # Of what runs beside other work the start is counted, its end is free: see above.
     if opcode.endswith("-start"):
       return far(array for operand in operands for array in operand) * 2
     return far(result) + sum(far(operand) for operand in operands)
@@ -227,6 +232,7 @@ class _Program:
     here = self.computations[computation]
     if kind == "all-reduce" and computation in self.fused and _is_cut(instruction.name, here):
       kind = "reduce-scatter"
+    # A device has its own part already.
     share = (devices - 1) / devices if devices else 1.0
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     name = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -298,6 +304,7 @@ def _fusion_traffic(body: dict[str, Instruction], result: tuple[Array, ...]) -> 
 
 def _group_size(attributes: str) -> int:
   """Returns how many devices exchange, from the groups; 0 where they are not told."""
+  # Three ways in which XLA writes the same: by axes of a mesh, as a matrix of devices, or all listed.
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
     return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))

@@ -52,6 +52,7 @@ def roofline(step: Step, needs: Needs, costs: Costs, *, chip: str, devices: int)
   """
   rates = CHIPS[chip]
   batch_size, lengths, model = step.config.batch_size, step.batches.lengths, step.setup.model
+  # Kernels of our own are no dots in the program: their products are counted from the lengths.
   a_product = 2 * model.heads * model.head_size * seen_keys(lengths) * batch_size / devices
   attention = (
     a_product * sum(PRODUCTS.get(name, 0) * times for name, times in costs.kernels.items()) / parts_of(step)

@@ -108,6 +108,7 @@ def _quiet():
   """Keeps what libtpu writes to the process's standard error about the machine it is on out of sight."""
   kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   try:
+    # At the level of file descriptors: libtpu is no Python and knows no sys.stderr.
     os.dup2(null, 2)
     yield
   finally:

@@ -106,6 +106,7 @@ class Trainer:
     _check_rows(settings, devices)
     config = dataclasses.replace(config, reward_head=False, published="")
     params = {name: part for name, part in params.items() if name != "reward_head"}
+    # The critic starts as the policy with a head of 0: values are 0, the first advantages of rewards alone.
     if critic_params is None:
       critic_params = params | {"reward_head": np.zeros(config.width, np.float32)}
     apply = transformer.make_apply(config)
@@ -171,8 +172,10 @@ class Trainer:
     for first in range(0, len(prompts), size):
       index = np.arange(first, first + size)
       *_, metrics = self._rollout(
+        # The last part is filled up from the start, to the one compiled shape; `count` leaves that out.
         prompts[index % len(prompts)],
         lengths[index % len(prompts)],
+        # Other numbers than a step's, whose second is 0: an evaluation never draws what training drew.
         (first, number + 1),
         count=min(size, len(prompts) - first),
       )
@@ -197,6 +200,8 @@ class Trainer:
         state.policy.params, state.critic.params, self.reference, devices.place_rows(rows, len(prompts))
       )
     )
+    # The sampler and the training pass are two programs: what they disagree by is told, for a large gap would
+    # be a wrong ratio in every update.
     apart = np.abs(np.sum(scored.log_probs.reshape(tokens.shape), axis=-1) - summed).mean()
     kept = jax.tree.map(lambda x: x[:count], (scored, scores, counts))
     control, targets, metrics = self._targets(state.control, *kept)
@@ -208,6 +213,7 @@ class Trainer:
     key = jax.random.key(self.settings.seed)
     for number in numbers:
       key = jax.random.fold_in(key, number)
+    # A key a prompt: prompts_at_once changes no sample.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(prompts)))
     size, drawn = self.settings.prompts_at_once or len(prompts), []
     for first in range(0, len(prompts), size):
@@ -220,6 +226,7 @@ class Trainer:
     """Runs the epochs of minibatches; returns means over them, and how the first one began."""
     settings, seen = self.settings, []
     for epoch in range(settings.epochs):
+      # Of seed, step and epoch alone, so that a run that continues shuffles as it would have.
       rng = np.random.default_rng([settings.seed, number, epoch])
       for part in np.split(rng.permutation(settings.prompts_per_step), settings.minibatches):
         rows = self.devices.place_rows(rollouts.take_rows(experience, part), len(part))
@@ -227,7 +234,9 @@ class Trainer:
         critic, theirs = self._steps[1](self.state.critic, (), rows)
         self.state = self.state._replace(policy=policy, critic=critic)
         seen.append(_named(ours, "policy") | _named(theirs, "value"))
+    # Once, at the end: asked in the loop every update would wait for the host.
     seen = jax.device_get(seen)
+    # Before the first update the policy is the one that has sampled: how far ratios are from 1 then is error.
     mismatch = float(seen[0].pop("policy/moved"))
     return {name: float(np.mean([each[name] for each in seen])) for name in seen[0]} | {
       "policy/mismatch": mismatch
@@ -403,6 +412,7 @@ class _Progress(NamedTuple):
 
 def _saved(state: PPOState) -> dict[str, Any]:
   """A checkpoint's state: the policy's as in every other run, the rest beside it."""
+  # So that every command that reads a run's policy reads this one's.
   return state.policy._asdict() | {"critic": state.critic, "control": state.control}
 
 
@@ -463,6 +473,7 @@ _SAME = dict(dtype="float32", remat="none", attention="auto", published="", rewa
 
 def _prompts(subset: loader.Subset, width: int, name: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns the prompts [n, width] of a data set, each once, and their lengths."""
+  # Prompts are what is wanted, and each stands there once a comparison.
   subset = loader.last_of_each_prompt(subset)
   ids = [subset.comparison(i)[0] for i in range(len(subset))]
   kept = [each for each in ids if 1 <= len(each) <= width]

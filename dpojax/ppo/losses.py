@@ -80,6 +80,7 @@ def gae(rewards: jax.Array, values: jax.Array, length: jax.Array, *, gamma: floa
   errors = jnp.where(there, rewards + gamma * following - values, 0.0)
 
   def back(advantage, error):
+    # Behind the response errors are 0, so the sum begins at its last token.
     advantage = error + gamma * lam * advantage
     return advantage, advantage
 
@@ -98,12 +99,14 @@ def ppo_policy_loss(
 ) -> jax.Array:
   """Returns minus the clipped surrogate of each token (Schulman et al. 2017, Eq. 7), [...]."""
   ratios = jnp.exp(log_probs - old_log_probs)
+  # The lesser of the two is a bound from below: clipping takes away the gain of moving far, never the loss.
   return -jnp.minimum(ratios * advantages, jnp.clip(ratios, 1 - clip, 1 + clip) * advantages)
 
 
 def ppo_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float) -> jax.Array:
   """Returns half the squared error of each value, [...], or that `clip` away from the old one, if more."""
   clipped = jnp.clip(values, old_values - clip, old_values + clip)
+  # The larger error, a bound from above: a value gains nothing by moving beyond the clip.
   return jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns)) / 2
 
 

@@ -100,6 +100,7 @@ def _each(function: Callable) -> Callable:
 
 def _rollout_metrics(log_probs, reference, scores, shown, counts, beta) -> dict[str, jax.Array]:
   """Means over samples, under the names the field plots; `shown` are the scores that count."""
+  # Of whole responses, which is what the target KL is of.
   kl = jnp.mean(jnp.sum(losses.kl_k1(log_probs, reference), axis=-1))
   return {
     "objective/kl": kl,
@@ -161,6 +162,7 @@ def make_optimizer(settings: Settings, learning_rate: float):
     settings.schedule,
     learning_rate=learning_rate,
     warmup_steps=settings.warmup_steps,
+    # The schedule counts updates, of which a rollout has many.
     steps=settings.steps * settings.epochs * settings.minibatches,
   )
   return schedule, step_lib.make_optimizer(

@@ -43,11 +43,13 @@ class Appended:
     """Adds a text; it stands there when this returns."""
     data = text.encode()
     if self._file is not None:
+      # Unbuffered, so that a kill loses nothing; such a write may take a part only.
       while data:
         data = data[self._file.write(data) :]
       return
     if not data:
       return
+    # Of one width, so that names sort as numbers do.
     part = _folder(self.path) / f"{len(self._whole):016d}"
     part.write_bytes(data)
     self._whole += data

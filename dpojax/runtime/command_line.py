@@ -129,6 +129,7 @@ def _parsed(arguments: list[str]) -> list[str]:
     overrides = [each.removeprefix("config.") for each in given if each.startswith("config.")]
     if not (overrides and given.get("config")):
       raise
+    # The flag has no value yet, for its parsing is what has failed: the file is read once more.
     known = list(_keys(flags.FLAGS["config"].parser.parse(given["config"])))
     unknown = [key for key in overrides if key not in known]
     if not unknown:

@@ -19,6 +19,7 @@ from dpojax.runtime.errors import UserError
 FILE = "digests.json"
 """Where the digests of a folder's files stand, in the folder."""
 
+# A block is a thread's work, and of a bucket one request; within it reads stay in a core's cache.
 _BLOCK, _READ = 2**24, 2**18
 _WORKERS = min(16, os.cpu_count() or 1)
 
@@ -63,6 +64,7 @@ def write(
   """
   folder = paths.of(folder)
   names = paths.files_under(folder) - {FILE, *leave_out}
+  # What was written and has gone since is no file of the folder.
   known = {name: value for name, value in (known or {}).items() if name in names}
   found = dict(sorted((known | of_files(folder, names - known.keys())).items()))
   paths.write_whole(folder / FILE, json.dumps({"files": found, "digest": _of_digests(found)}, indent=1))
@@ -150,6 +152,7 @@ def _of_block(path: paths.Path, start: int, size: int) -> bytes:
   state, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ))
   with open(path, "rb", buffering=0) as file:
     file.seek(start)
+    # One buffer for all reads: new ones would cost page faults.
     for _ in range(_BLOCK // _READ):
       count = file.readinto(buffer)
       state.update(buffer[:count])

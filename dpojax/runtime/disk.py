@@ -26,6 +26,7 @@ def disk_errors(folder: str | os.PathLike):
         f"the disk of {folder} is full; earlier checkpoints are intact: free some space and start "
         "the same command again to continue from the last one"
       ) from error
+    # EEXIST and ENOTDIR: a file stands where a folder is to be.
     if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
       raise DiskError(f"{folder} cannot be written ({error}); check the path and its permissions") from error
     if paths.is_remote(folder) and _is_of_a_store(error):

@@ -40,6 +40,7 @@ def fit_memory_to(state: Any) -> None:
   glibc it does nothing.
   """
   libc = ctypes.CDLL(None)
+  # What was read to be placed lies in the heap still, which by then has been told to give nothing back.
   if hasattr(libc, "malloc_trim"):
     libc.malloc_trim(0)
   if sum(x.nbytes for x in jax.tree.leaves(state)) >= _LARGE:
@@ -79,6 +80,7 @@ def cpu_kind(path: str | os.PathLike = "/proc/cpuinfo") -> str:
   flags = told.get("flags") or told.get("Features")
   if not flags:
     return ""
+  # x86 and Arm tell it by different names: those that are there.
   names = ("vendor_id", "model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
   return " ".join(
     [platform.machine(), *(word for name in names for word in told.get(name, ())), *sorted(flags)]

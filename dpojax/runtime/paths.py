@@ -92,6 +92,7 @@ def files_under(folder: Path) -> set[str]:
   """Returns the names of all files under a folder, with / between the parts."""
   if not is_remote(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+  # fsspec tells names with their bucket and without a scheme.
   top = os.fspath(folder).partition("://")[2].rstrip("/") + "/"
   return {name.removeprefix(top) for name in filesystem(folder).find(os.fspath(folder))} - {""}
 
@@ -138,6 +139,7 @@ def read_ranges(path: Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
   starts, stops = zip(*ranges)
   parts = filesystem(path).cat_ranges([os.fspath(path)] * len(ranges), list(starts), list(stops))
   for (start, stop), part in zip(ranges, parts):
+    # A store cuts a range that goes beyond the end, without an error.
     if len(part) != stop - start:
       raise OSError(f"{path} ends at byte {start + len(part)}, and was to be read to {stop}")
   return parts
@@ -184,6 +186,7 @@ def download(source: Path, target: pathlib.Path, names: Iterable[str] | None = N
 def upload(source: pathlib.Path, target: Path, last: str = "") -> None:
   """Copies all files under a folder of this machine to a bucket; what is named `last` after all others."""
   names = files_under(source)
+  # What makes a folder count is put when all else is there: a kill before leaves nothing that is believed.
   for group in (names - {last}, names & {last}):
     if group:
       filesystem(target).put(
@@ -233,6 +236,7 @@ def _prepare(scheme: str) -> None:
   if scheme == "s3://":
     settings.setdefault("config_kwargs", {"retries": {"mode": "standard", "max_attempts": _ATTEMPTS}})
   elif server := os.environ.get("STORAGE_EMULATOR_HOST"):
+    # TensorStore is C++ and has a name of its own for the same server.
     os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", server)
     # gcsfs would ask the cloud, and not that server, for the bucket's kind.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "0")

@@ -73,6 +73,7 @@ def expected_best(scores: np.ndarray, n: int, values: np.ndarray | None = None) 
   chances = _chances(scores.shape[-1], n)
   above = np.cumsum(np.append(0.0, chances))
   ordered = np.sort(scores, axis=-1)
+  # Equal scores share the chances of all their places, so that no order of theirs is made up.
   below, until = (_count(ordered, scores, side) for side in ("left", "right"))
   return np.sum(values * (above[until] - above[below]) / (until - below), axis=-1)
 
@@ -81,6 +82,7 @@ def _chances(count: int, n: int) -> np.ndarray:
   """Returns the chance of each of `count` sorted samples to be the best of n, [N]."""
   if not 1 <= n <= count:
     raise ValueError(f"n is {n} and there are {count} samples; n must be in 1..{count}")
+  # By ratios of neighbours: the binomials themselves overflow at a few hundred samples.
   place = np.arange(count, n, -1)  # C(i-2, n-1) / C(i-1, n-1) = (i-n) / (i-1)
   falling = np.cumprod(np.append(n / count, (place - n) / (place - 1)))
   return np.append(np.zeros(n - 1), falling[::-1])
@@ -153,6 +155,7 @@ def draw(
   )
   params, key, parts = devices.place(params, donated=False), jax.random.key(seed), []
   for first in range(0, len(prompts), size):
+    # The last part is filled up from the start, to the one compiled shape, and cut off below.
     index = np.arange(first, first + size) % len(prompts)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     drawn = devices.collect_rows(

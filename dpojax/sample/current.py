@@ -41,6 +41,7 @@ class Current:
     """
     self._config, self._model, self._stop_ids = config, model, stop_ids
     self._draw, self._eos, self._batch_size, self._devices = draw, eos, batch_size, devices
+    # A sampler knows meshes only; of a `pmap` run the params are collected and placed anew.
     self.mesh = devices if isinstance(devices, parallel.Mesh) else parallel.Mesh()
     self._generator = None
 
@@ -53,6 +54,7 @@ class Current:
     """
     params, reference = (tree and self._devices.collect(tree) for tree in (params, reference))
     adapter = config_lib.lora_of(self._config)
+    # Merged for the draw: a step of decoding then has one product a projection.
     if adapter is not None:
       params = lora.merge(jax.tree.map(np.asarray, reference), jax.tree.map(np.asarray, params), adapter)
     if self._generator is None:

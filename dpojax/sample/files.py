@@ -149,6 +149,7 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
     if any((numbers[i], k) not in lines for i in batch for k in range(count))
   ]
   again = {numbers[i] for batch in batches for i in batch}
+  # A prompt of which one sample is missing is drawn whole, for batches are of prompts; its lines come again.
   lines = {place: line for place, line in lines.items() if place[0] not in again}
   kept = len(lines)
   with disk_errors(out.parent):
@@ -170,6 +171,7 @@ def _fill(out, settings, generator, texts, ids, tokenizer) -> dict[str, float]:
             new.append(lines[place])
         file.write(_text(new))
         bar.update(len(batch) * count)
+    # While it is made the file holds lines as they come, sorted by width; in the end in the prompts' order.
     paths.write_whole(out, _text(lines[place] for place in sorted(lines)))
   seconds = time.perf_counter() - start
   samples = [json.loads(line) for line in lines.values()]

@@ -78,6 +78,7 @@ class Generator:
     for model in (policy, reference) if reference is not None else (policy,):
       self._laid_out.append(model.config)
       config, params = transformer.unrolled(model.config, model.params)
+      # Where a model came from changes no program: without it policy and reference share theirs.
       config = dataclasses.replace(config, published="")
       same = [other for other in self._models if other.config == config]
       self._models.append(
@@ -129,6 +130,8 @@ class Generator:
     order = sorted(range(len(lengths)), key=lambda i: (self._width(lengths[i]), i))
     batches = []
     for i in order:
+      # Sorted by width, so a batch is as wide as its last prompt: padding costs reading, another width a
+      # compile.
       wider = self._width(lengths[i]) - self._width(lengths[batches[-1][0]]) if batches else 0
       if not batches or len(batches[-1]) == self.batch_size or wider * len(batches[-1]) > _PADDING:
         batches.append([])
@@ -143,6 +146,7 @@ class Generator:
       numbers: with the seed they decide the draws, whatever the batch.
     """
     count, size = len(prompts), self.batch_size
+    # The last batch is filled up with its last prompt: one shape, and samples that nobody takes.
     full = lambda values: [*values, *[values[-1]] * (size - count)]
     lengths = np.array(full([len(prompt) for prompt in prompts]), np.int32)
     padded = np.zeros((size, self._width(int(lengths.max()))), np.int32)

@@ -104,6 +104,7 @@ def reading_of(policy: weights.Loaded, out: str | os.PathLike = "") -> tokenizat
     kept = json.loads(about.read_text())["reading"]["date"] if about else ""
   except (OSError, ValueError, KeyError, TypeError):
     kept = ""
+  # A template that tells the day would else read the same prompts differently after midnight.
   return tokenization.Reading(date=kept or str(tokenization.Reading().day()))
 
 
@@ -125,4 +126,5 @@ def prompt_room(policy: weights.Loaded, generator: Generator, max_prompt_length:
       f"--max_new_tokens={generator.draw.max_new_tokens} leaves {max(room, 0)} for a prompt; lower "
       "it, or --max_prompt_length"
     )
+  # A model without a bound and a run without one: 2**20 stands for none.
   return min(each for each in (longest or 2**20, room or 2**20)), keep

@@ -57,6 +57,7 @@ def rows_of(prompts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts
     # The first token of each sample is predicted by the end of the prompt, the others by their neighbour.
     source=np.where(place == 0, lengths - 1, width + which * room + place - 1).astype(np.int32),
     target=np.where(of_sample, tokens.reshape(size, -1), 0).astype(np.int32),
+    # Padding goes to a slot of its own, which sums drop.
     slot=np.where(of_sample, which, samples).astype(np.int32),
     example=np.arange(size, dtype=np.int32)[:, None],
   )
@@ -162,6 +163,7 @@ def prompts_in_turn(count: int, number: int, *, size: int, seed: int) -> np.ndar
 
   Each comes once an epoch, in an order that the epoch has of its own.
   """
+  # Of seed and epoch alone: any draw is made without those before it, as a resume does.
   places = np.arange(number * size, (number + 1) * size)
   orders = {
     epoch: np.random.default_rng([seed, 1, epoch]).permutation(count)

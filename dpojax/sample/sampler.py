@@ -83,10 +83,12 @@ def make_sampler(
     repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
     # With the layers as they are, scanned or not: one pass is long enough for a scan. Decoding is not.
     last, part = transformer.read_prompts(config, params, prompts, lengths)
+    # Cast before the loop: a step reads every weight once and would cast it as often.
     decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
     decoder = transformer.Transformer(decoder_config)
     head = transformer.make_head(config, params)
     starts = repeat(lengths)
+    # Beforehand, of key, sample and place alone: the loop carries no keys.
     uniform = _uniform_of_samples(key, batch, num_samples, max_new_tokens)
 
     def extend(carry):
@@ -118,7 +120,10 @@ def make_sampler(
     for start, end in _stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
       step, done, hidden, cache, *drawn = jax.lax.while_loop(
-        lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]), extend, (*carry[:3], cache, *carry[4:])
+        # A batch goes on until its last sample is done.
+        lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]),
+        extend,
+        (*carry[:3], cache, *carry[4:]),
       )
       seen = [*cache.seen, cache.written]
       carry = step, done, hidden, None, *drawn
@@ -202,6 +207,7 @@ def _keep(
   wide = lambda x: jnp.broadcast_to(x[:, None], weights.shape)
   above = lambda least: jnp.where(weights >= wide(least), weights, 0.0)
   as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+  # A vocabulary is expensive to sort, and few ids hold nearly all of the mass.
   largest, _ = jax.lax.top_k(weights, min(few, weights.shape[-1]))
   sums = jnp.cumsum(worth(largest), axis=-1)
 
@@ -217,6 +223,7 @@ def _keep(
 
   def of_all():
     low = jnp.zeros(weights.shape[0], jnp.int32)
+    # Weights are in [0, 1], whose bits are less than 2^30: thirty halvings end at one.
     high = jnp.full_like(low, jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1)
     return as_float(jax.lax.fori_loop(0, 30, halve, (low, high))[0])
 
@@ -265,10 +272,12 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   """
   weights = _in_blocks(weights, 0.0)
   blocks = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
+  # Of what the weights really sum to: rounding must not leave a gap behind the last id.
   target = uniform * blocks[:, -1]
   passed = lambda sums, target: jnp.sum(sums <= jnp.broadcast_to(target[:, None], sums.shape), axis=-1)
   block = passed(blocks, target)
   within = _take(weights, block)
+  # What is left of it within the block.
   rest = target - jnp.where(block > 0, _take(blocks, jnp.maximum(block - 1, 0)), 0.0)
   # Sums of a block in another order differ in their last bits: never beyond its last id of weight.
   last = _BLOCK - 1 - jnp.argmax(within[:, ::-1] > 0, axis=-1)

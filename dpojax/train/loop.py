@@ -56,6 +56,7 @@ def run(
     InUseError: another run owns the workdir.
     TrainingError: policy and reference disagree before step 1, or the loss is not finite.
   """
+  # What the config alone shows cannot run is refused before the workdir exists.
   config = weights.with_tokenizer(config)
   config_lib.validate(config)
   with workdir_lib.open_workdir(workdir, config) as workdir:
@@ -122,6 +123,7 @@ def make_batches(
 
 def place(config: ml_collections.ConfigDict, data: resolve.Data, batches: Batches, devices) -> Start:
   """Reads the weights and puts them on the devices; no other copy of them is left when it returns."""
+  # Of a Hugging Face model each device reads its own part: no host holds it whole.
   setup = resolve.make_setup(config, axis_name=devices.axis_name, place=devices.place_shard)
   resolve.check_ids(setup.model, config, data)
   if config.checkpoint_best:
@@ -142,8 +144,10 @@ def place(config: ml_collections.ConfigDict, data: resolve.Data, batches: Batche
     resolve.use_stored_reference(
       config, setup, reference, about["reference"], [batches.train, batches.held_out], devices
     )
+    # Freed before the first step: its log-probs are all that is needed of it.
     reference = reference if config.lora.rank else None  # an adapter's is its base as well
   state = devices.place(step_lib.init_state(setup.params, programs.tx))
+  # Now that it is placed, what it was read into can be given back.
   memory.fit_memory_to(state)
   return Start(
     setup.model,
@@ -172,6 +176,7 @@ def continue_from(
   config, workdir, checkpoints: Checkpoints, start: Start, batches: Batches, data: resolve.Data, devices
 ) -> tuple[int, Start]:
   """Returns the step that is done, 0 in a new run, and the start as its checkpoint has it."""
+  # Every process looks, and then they compare: one that sees another step would train another run.
   first = checkpoints.last_sound() or 0
   processes.agree(
     "start",
@@ -290,9 +295,11 @@ class Loop:
 
   def stop(self, step: int) -> None:
     """Saves a step that is not saved yet, and raises: a signal has asked to stop."""
+    # It may have been due just now.
     if self.config.checkpoint_every and step and step not in self.checkpoints.steps():
       self._save(step)
     self.checkpoints.wait()
+    # None ends before all have written their part: the first to go takes the others with it.
     processes.meet("stop")
     raise TrainingError(
       f"stopped by a signal after step {step}; "
@@ -372,6 +379,7 @@ def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict
   Raises:
     TrainingError: saying by how much and what usually causes it.
   """
+  # In bfloat16 two programs round a response's sum by some tenths of a nat.
   tolerance = 1e-3 if config.model.dtype == "float32" else 0.5
   apart = metrics["log_ratios/abs"]
   if not np.isfinite(apart):
@@ -417,6 +425,7 @@ def placed_ahead(
   batches: Iterator[loader.Batch], devices, ahead: int = 2
 ) -> Iterator[tuple[loader.Batch, Any, float]]:
   """Keeps `ahead` batches on the devices before they are asked for; says how long each kept the loop."""
+  # jax places in the background: rows for the next steps travel while a step is computed.
   queue, asked, there_are_more = [], time.perf_counter(), True
   while queue or there_are_more:
     while there_are_more and len(queue) <= ahead:

@@ -90,6 +90,7 @@ class Checkpoints:
           get_metric_fn=lambda metrics: metrics[best],
           n=1,
           reverse=not _higher_is_better(best),
+          # One that a signal asked for has none, and is the other policy's to keep.
           keep_checkpoints_without_metrics=False,
         )
       )
@@ -104,6 +105,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         async_options=ocp.AsyncOptions(
+          # Between the last byte and the rename: a step has its digests before anybody can take it for whole.
           post_finalization_callback=lambda: checkpoint_files.seal(self.folder, self._writing)
         ),
       ),
@@ -200,6 +202,7 @@ class Checkpoints:
     Raises:
       CheckpointError: its files are damaged.
     """
+    # Before orbax reads the tree: of damaged files its metadata may already tell something else.
     self._check(step, ("state", "about"))
     try:
       tree = checkpoint_files.tree_of(self.folder / str(step) / "state")
@@ -342,6 +345,7 @@ def _show_unless_late(show: Callable) -> Callable:
   return shown
 
 
+# Of the process and not of a run: orbax logs from threads that know of no run.
 logging.getLogger("absl").addFilter(_SaidOnce())
 sys.unraisablehook = _show_unless_late(sys.unraisablehook)
 
@@ -457,6 +461,7 @@ def _base_of(settings: ml_collections.ConfigDict, about: dict, workdir: str | os
       f"write where it is now as model.checkpoint into {workdir}/config.json"
     ) from error
   params = {key: part for key, part in params.items() if key != lora.WHOLE}
+  # An adapter on other weights is another model, which would answer without any error.
   if fingerprint(params) != about["reference"]:
     raise CheckpointError(
       f"{workdir} holds an adapter on other weights than {name!r} has now; bring those back"
@@ -491,6 +496,7 @@ def fingerprint(params: Any) -> str:
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = path_of(path)
+    # On devices each sums what it has: no weight is brought to the host for its digest.
     sums = _host_checksum(leaf) if isinstance(leaf, np.ndarray) else jax.device_get(_checksum(leaf))
     digest.update(f"{name} {leaf.shape} {leaf.dtype} {sums.tolist()}\n".encode())
   return digest.hexdigest()
@@ -517,6 +523,9 @@ def _block_checksum(block: jax.Array, start: jax.Array, length: jax.Array) -> ja
 
 def _mixed_sums(leaf, place, where=None):
   bits = jax.lax.bitcast_convert_type(leaf, f"uint{leaf.dtype.itemsize * 8}").astype(jnp.uint32)
+  # By an odd number of the place, so that no value drops out and equal values in other places count
+  # otherwise; then by 2^32 over the golden ratio (Knuth), which spreads neighbours. Sums do not hang on the
+  # order of devices.
   mixed = (bits ^ (bits >> 15)) * (2 * place + 1) * jnp.uint32(2654435761)
   total = lambda x: jnp.sum(x, dtype=jnp.uint32, where=where)
   return jnp.stack([total(mixed), total(mixed ^ (mixed >> 13))])
@@ -528,6 +537,7 @@ def _host_checksum(leaf: np.ndarray) -> np.ndarray:
   for start in range(0, flat.size, _CHECKSUM_BLOCK):
     block = flat[start : start + _CHECKSUM_BLOCK]
     length = block.size
+    # The last block is filled up to the one compiled shape; `length` keeps its zeros out.
     if length < _CHECKSUM_BLOCK:
       block = np.concatenate([block, np.zeros(_CHECKSUM_BLOCK - length, block.dtype)])
     sums += np.asarray(_block_checksum(block, np.uint32(start), np.uint32(length)))
@@ -543,4 +553,5 @@ def _into(target: Any) -> checkpoint_files.Restore:
 
 
 def _higher_is_better(metric: str) -> bool:
+  # All others that an evaluation has, such as accuracies and margins, are better the higher they are.
   return metric not in ("loss", "nll_per_token")

@@ -54,6 +54,8 @@ def let_orbax_write_to_buckets() -> None:
 
   In a bucket a step, and each of its items, is whole once its commit file is there. Tried on Orbax 0.12.8.
   """
+  # There is no public way: replaced is where orbax asks whether a path is gs://, and what TensorStore
+  # is told.
   gcs_utils._GCS_PATH_PREFIX = tuple(paths.STORES)
   tensorstore_utils._use_gcs_driver = paths.is_remote
   tensorstore_utils._normalize_path = lambda path: re.sub(r"^(gs|s3):/+", r"\1://", os.path.normpath(path))
@@ -125,6 +127,7 @@ def _write_own(folder: paths.Path) -> None:
 
 def seal(folder: paths.Path, step: int) -> None:
   """Writes the digests of all files of a step that is written but not yet in its place."""
+  # The step still has orbax's name for what is not finished, which begins with the step.
   unfinished = next(path for path in folder.iterdir() if path.name.split(".")[0] == str(step))
   known: dict[str, Any] = {}
   for path in sorted(unfinished.glob("*/digests_*.json")):
@@ -155,6 +158,8 @@ def check(folder: paths.Path, items: Iterable[str], *, together: bool) -> bool:
       {
         name: value
         for name, value in (found or {}).items()
+        # Each process checks what the process of its number has written, which it is about to read; after a
+        # change of their number the rest are shared out.
         if name.split("/")[0] in items and (_writer(name) or 0) % share[1] == share[0]
       },
     )
@@ -185,6 +190,7 @@ def _first_of_all(problem: str) -> str:
   """Returns the first problem that any process has."""
   if jax.process_count() == 1:
     return problem
+  # Of one length everywhere, as a collective has it.
   text = np.zeros(2048, np.uint8)
   raw = np.frombuffer(problem.encode()[: len(text)], np.uint8)
   text[: len(raw)] = raw

@@ -65,5 +65,6 @@ class Log:
       "pairs_per_second",
     )
     text = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    # Else the line would be written into the bar.
     with tqdm.tqdm.external_write_mode(file=sys.stdout):
       say(f"step {step}/{self._steps}  {split}  {text}")

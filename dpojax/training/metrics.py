@@ -37,15 +37,18 @@ class MetricsWriter:
     self.path = paths.of(workdir) / "metrics.jsonl"
     with disk_errors(self.path.parent):
       lines = read_metrics(workdir)
+      # The steps behind the checkpoint are made again, and would stand there twice.
       kept = [line for line in lines if line["step"] <= after_step]
       self._file = appending.Appended(self.path, "".join(json.dumps(line) + "\n" for line in kept))
     self._copied = _Copied(self.path.parent / "tensorboard")
     self._events = event_file_writer.EventFileWriter(str(self._copied.here))
     if kept or lines:
+      # TensorBoard's word for the same: it drops what older files have of steps from here on.
       restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._events.add_event(event_pb2.Event(step=after_step + 1, wall_time=time.time(), session_log=restart))
     self._wandb = None
     if wandb_project:
+      # An extra, and slow to import: only for who asks for it.
       import wandb
 
       self._wandb = wandb.init(
@@ -54,6 +57,7 @@ class MetricsWriter:
         config=settings,
         name=self.path.parent.name,
         resume="allow",
+        # The same for every start in a workdir: a run that continues is one run there too.
         id=paths.absolute(workdir).as_posix().replace("/", "-").replace(":", "-")[-100:],
       )
 

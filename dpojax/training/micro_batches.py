@@ -75,6 +75,7 @@ class MicroBatches(NamedTuple):
     """Returns function(part), values of each row, for all rows [R, ...]."""
     if not self.rows_at_once:
       return function(rows)
+    # All parts, filled or not: values are asked of every row.
     return self.join(jax.lax.map(function, self.split(rows)))
 
 

@@ -136,6 +136,7 @@ def token_mean_sft_objective(apply: Apply, *, chunk_size: int | None = None) -> 
 
 
 def _token_mean(scores) -> Mean:
+  # The count is of tokens: a long response weighs as many as it has.
   return Mean(-scores.sums[..., 0].sum(), scores.lengths[..., 0].sum())
 
 

@@ -38,6 +38,7 @@ class Replicas:
     self.devices = jax.local_devices()
     self.row_multiple = jax.device_count()
     self.compiles_ahead = jax.process_count() == 1  # else pmap converts arguments outside of its program
+    # As `pmap` cuts its arguments: what is placed so goes in without a copy.
     mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
     self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -124,6 +125,7 @@ class Mesh:
       count = devices
     else:
       count = len(devices) if devices else jax.device_count()
+    # At least 1, so that axes which are too large are told below with their product.
     data = data or max(1, count // (fsdp * tensor))
     if data * fsdp * tensor != count:
       raise ValueError(
@@ -153,6 +155,8 @@ class Mesh:
       sums: (params, reference, rows, at) -> (gradients of params, then trees of sums).
     """
     sizes = dict(self.mesh.shape)
+    # An axis of one device has nothing for the compiler to decide, and inside the map kernels run as on one
+    # device.
     inside = set(ROWS) | ({"tensor"} if sizes["tensor"] == 1 else set())
 
     def specs(tree):
@@ -175,6 +179,7 @@ class Mesh:
       in_specs = (specs(params), specs(reference), jax.tree.map(lambda _: by_rows, rows), everywhere)
       shapes = jax.eval_shape(sums, *whole, rows, at)
       out_specs = (in_specs[0], *jax.tree.map(lambda _: everywhere, tuple(shapes[1:])))
+      # check_vma would have every function say over which axes it varies; custom VJPs do not.
       return jax.shard_map(
         of_device, in_specs=in_specs, out_specs=out_specs, axis_names=inside, check_vma=False
       )(params, reference, rows, at)
@@ -213,6 +218,7 @@ class Mesh:
       if isinstance(leaf, jax.Array) and (leaf.sharding == cut or not leaf.is_fully_addressable):
         # Donated arrays are given away by the first step: an alias of the caller's would go with them.
         return jax.device_put(leaf, cut, may_alias=not donated)
+      # By a callback: each device takes its own part, and a process only those of its devices.
       array = np.asarray(leaf)
       return jax.make_array_from_callback(array.shape, cut, lambda index: array[index])
 
@@ -382,6 +388,7 @@ def memory_limit() -> int:
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"]
+  # In a container the host's memory is not what the process may use: the least of all that is told.
   limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
   for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
     with contextlib.suppress(OSError, ValueError):

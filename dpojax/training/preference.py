@@ -265,6 +265,7 @@ class Loss(NamedTuple):
 
   def knobs(self) -> dict[str, inspect.Parameter]:
     """Returns the keywords it takes besides beta, with their defaults."""
+    # These are given by the objective, not by a user.
     given = ("beta", "where", "divergence", "kl")
     return {
       name: parameter
@@ -343,6 +344,7 @@ def make_terms(
 ) -> list[Term]:
   """Returns the losses of the table with these names; each gets the knobs that it takes."""
   weights = weights or [1.0] * len(names)
+  # A knob goes to every loss of the sum that has one of that name.
   return [
     Term(
       name,
@@ -438,8 +440,10 @@ def preference_objective(
     across = axis_name or row_axes() or None
     outputs, frozen_outputs = apply(params, rows), None
     tokens, policy, shared = score(outputs, rows, step)
+    # No reference is a uniform one: its log-ratios are the policy's log-probs.
     frozen, frozen_shared = jax.tree.map(jnp.zeros_like, (policy, shared))
     if needs_reference and rows.reference is not None:
+      # Stored as sums over tokens, which is why what reads single tokens is refused with a store.
       frozen = rows.reference
     elif needs_reference:
       frozen_outputs = jax.lax.stop_gradient(apply(reference, rows))
@@ -447,6 +451,8 @@ def preference_objective(
     lengths = _by_response(jnp.ones_like(tokens), rows, rows_hold)
     kl = None
     if kto in forms:
+      # KTO's z_0 (Ethayarajh et al. 2024, Sec. 4): of responses to other prompts, over the whole step, never
+      # below 0.
       mismatched = policy[..., -1] - frozen[..., -1]
       kl = jnp.maximum(step_mean(mismatched, lengths[..., -1] > 0, axis_name=across), 0)
     weights = jnp.ones(policy.shape[:-1])
@@ -489,9 +495,11 @@ def preference_objective(
       parts[f"loss/{term.name}"] = Mean(jnp.sum(values), count)
       loss = loss._replace(total=loss.total + term.weight * jnp.sum(values))
     metrics = {"loss": loss} | (parts if len(terms) > 1 else {})
+    # Of several losses the first is the one whose rewards are told.
     first = terms[0].loss
     metrics |= _metrics(responses, reading_of(first), moved if first.takes_beta() else 1.0, needs_reference)
     if responses.kl is not None:
+      # The number of the whole step, weighed so that the mean over devices gives it back.
       metrics["kl"] = Mean(responses.kl * count, count)
     if responses.running is not None:
       metrics |= {
@@ -609,6 +617,7 @@ def _noise(rows: Rows, num_responses: int, seed: int, step: jax.Array | int) -> 
   example = jnp.take_along_axis(
     jnp.asarray(rows.example), jnp.minimum(rows.slot, last - 1) // num_responses, axis=-1
   )
+  # The place within its response, which no packing changes: the same tokens are drawn in any row.
   number = (places[None] - first) * num_responses + rows.slot % num_responses
   key = jax.random.fold_in(jax.random.key(seed), step)
 

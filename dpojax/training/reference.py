@@ -110,6 +110,7 @@ def _compute(folder, data, values, score, make_loader, is_main: bool) -> None:
     for batch in batches.evaluation(step, step + 1):
       log_probs, examples = score(batch)
       for where in zip(*np.nonzero(examples >= 0)):
+        # Examples ascend in a data set: a row tells their numbers, the store wants their places.
         i = int(np.searchsorted(data.example, examples[where]))
         values[i] = log_probs[where]
         fresh.append(i)
@@ -158,6 +159,7 @@ def _read(folder: paths.Path, values: np.ndarray) -> None:
   """Fills in what is stored; a file that is not as it was written is removed, aloud."""
   kind = _record(values.shape[1:])
   for path in sorted(folder.glob("*.array_record")):
+    # A digest in the name is there with the rename: no second file could be missing.
     _, *digest, _ = path.name.split(".")  # files of earlier versions have none in their names
     with reached(path):
       here = paths.fetched(path)
@@ -168,6 +170,7 @@ def _read(folder: paths.Path, values: np.ndarray) -> None:
       if digest and digest != [_digest(folder, raw)]:
         raise ValueError("its digest is another")
       records = np.frombuffer(raw, kind)
+      # By position and not in order: runs of other seeds and batches have written them.
       values[records["position"]] = records["log_probs"]
     except (ValueError, IndexError, RuntimeError) as error:
       print(f"{path} is damaged ({error}): what was in it is computed again", file=sys.stderr)

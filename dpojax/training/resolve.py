@@ -104,6 +104,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     return result, comparisons
 
   if jax.process_count() > 1 and jax.process_index() > 0:
+    # The others wait, and then find it in the cache: twice the same work would also be twice the same files.
     multihost_utils.sync_global_devices("process 0 has prepared the data")
   every, examples = tokenized(settings.path, "training", "train")
   held_out_data = tokenized(settings.eval_path, "held-out", "test")[0] if settings.eval_path else None
@@ -306,6 +307,7 @@ def use_stored_reference(
   of_batch = lambda batch: devices.collect_rows(
     score(reference, devices.place_rows(batch.rows, batch.total_rows))
   )
+  # What changes no log-prob must not part two stores.
   without = ("remat", "scan_layers", "published", "reward_head")
   model = {key: value for key, value in setup.model.as_dict().items() if key not in without}
   tables = {}
@@ -338,6 +340,7 @@ def make_setup(
     model = dataclasses.replace(policy.config, **_left_open(config))
     params = policy.params
     if model.reward_head and "reward_head" not in params:
+      # At 0 all rewards are equal and the first loss is log 2.
       params = params | {"reward_head": np.zeros(model.width, np.float32)}
   else:
     model = _model_of(config)
@@ -364,6 +367,7 @@ def make_setup_of_shapes(config: ml_collections.ConfigDict, *, axis_name: str | 
   else:
     model = dataclasses.replace(weights.read_model_config(config, "model.checkpoint"), **_left_open(config))
   whole = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
+  # eval_shape returns arrays' shapes only: what else a setup holds is taken out by the side.
   setups = []
 
   def trained_and_frozen(params):
@@ -386,12 +390,15 @@ def setup_of(
   adapter = config_lib.lora_of(config)
   if adapter is None:
     objective = _objective_of(transformer.make_apply(model), config, axis_name)
+    # The same arrays: placed as the reference they are a copy of their own, before the first step donates
+    # them.
     return Setup(model, params, params if objective.needs_reference else None, objective)
   objective = objectives.of_adapter(_objective_of(lora.make_apply(model, adapter), config, axis_name))
   try:
     trained = lora.init_adapter(model, adapter, jax.random.key(config.seed))
   except ValueError as error:
     raise ConfigError(f"config.lora.targets is {config.lora.targets!r}: {error}") from error
+  # A reward head is new and small: it is trained whole, beside the adapter.
   trained |= {name: part for name, part in params.items() if name == lora.WHOLE}
   base = {name: part for name, part in params.items() if name != lora.WHOLE}
   return Setup(model, trained, base, objective)

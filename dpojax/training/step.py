@@ -184,6 +184,7 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
   """
 
   def init(params):
+    # A copy: the params are donated with the first step, and one buffer cannot be given away twice.
     return Averaged(tx.init(params), jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))
 
   def update(updates, state, params):
@@ -236,6 +237,7 @@ def average_of(params: Any, opt_state: Any) -> Any:
   if (found := _find(opt_state, Averaged._fields)) is not None:
     return found["average"]
   if (found := _find(opt_state, ("b1", "z"))) is not None:
+    # From the state and not from a constant: it is a number of the checkpoint.
     b1 = found["b1"]
     # Schedule-free keeps y, where gradients are taken, and z; the average x is what y interpolates to.
     return jax.tree.map(lambda y, z: ((y - (1 - b1) * z) / b1).astype(y.dtype), params, found["z"])
@@ -298,11 +300,13 @@ def make_train_step(
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     grads, count, metrics = sums
+    # From sums over the whole step, so that every device remembers the same.
     memory = None
     if objective.memory is not None and objective.remember is not None:
       memory = objective.remember(at[1], metrics)
     # The one division: before it everything is a sum, so devices with fewer comparisons weigh less.
     grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1).astype(g.dtype), grads)
+    # Before clipping, which is inside the optimizer: what is told is what the loss gave.
     metrics = _values(metrics)
     metrics["grad_norm"] = optax.tree.norm(grads)
     if schedule is not None:

@@ -99,10 +99,12 @@ class Throughput:
       "step_seconds": seconds / steps,
       "step_seconds/input": of_input,
       "step_seconds/device": of_device,
+      # Clocks are read at different moments: the rest may come out a hair below 0.
       "step_seconds/host": max(0.0, seconds / steps - of_input - of_device),
     }
     if self._flops and self._peak:
       rates["mfu"] = self._flops * self._comparisons / seconds / self._peak
+    # CPUs tell nothing of their memory.
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       rates["peak_memory_gib"] = stats["peak_bytes_in_use"] / 2**30

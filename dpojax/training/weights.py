@@ -85,6 +85,7 @@ def published_stop_ids(config: ModelConfig) -> tuple[int, ...]:
   """Returns the ids that a published model's generation_config.json, or else its config.json, ends with."""
   published = json.loads(config.published or "{}")
   ids = None
+  # The later one wins where both are there, as in transformers.
   for name in ("config", "generation_config"):
     ids = published.get(name, {}).get("eos_token_id", ids)
   return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
@@ -144,6 +145,7 @@ def load_reference(policy: Loaded) -> Loaded | None:
     return reference._replace(params=jax.tree.map(lambda x: np.asarray(x, rounded), reference.params))
   if settings.objective != "dpo":
     return None
+  # Weights that were never saved: the seed makes them again, as the run did.
   params = transformer.init_params(policy.config, jax.random.key(settings.seed))
   return policy._replace(params=params, name=f"random weights of seed {settings.seed}")
 

@@ -39,6 +39,7 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
     def open_it():
       with disk_errors(workdir):
         paths.make_folder(workdir)
+      # Owned before config.json is read: another run could be writing it.
       held.enter_context(owned(workdir / "run", f"the workdir {workdir}"))
       with disk_errors(workdir):
         dated = with_template_date(config, workdir)
@@ -46,6 +47,7 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
           config_lib.check_continues(checkpoint.load_settings(workdir), dated)
         paths.write_whole(path, config_lib.to_json(dated))
 
+    # Before the folder is touched: of processes with different configs none may write.
     processes.agree("config", config_lib.shared(config) | processes.versions())
     if is_main():
       open_it()
@@ -62,6 +64,8 @@ def with_template_date(config: ml_collections.ConfigDict, workdir: paths.Path) -
   kept = config_lib.from_json(path.read_text()).data.get("template_date", "") if path.exists() else ""
   config = config.copy_and_resolve_references()
   with config.unlocked():
+    # A template that tells the date would else make other ids of the same data tomorrow, and the run could
+    # not be continued.
     config.data.template_date = kept or datetime.date.today().isoformat()
   return config
 
@@ -84,6 +88,7 @@ def check_space(workdir: paths.Path, state: Any, config: ml_collections.ConfigDi
   """Refuses to start when not even one checkpoint fits the disk; a bucket has room."""
   if not config.checkpoint_every or paths.is_remote(workdir):
     return
+  # A reference that moves is saved too, and is as large as the params.
   saved = (state, state.params) if config.reference.sync_every else state
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
   free = shutil.disk_usage(workdir).free

@@ -140,6 +140,7 @@ def prepare(
   found = builder.info.metadata
   if split not in found:
     raise DataError(f"{source} has no split {split!r}; it has {', '.join(sorted(found))}")
+  # Prepared before with 'skip', the same data are on disk; what was wrong with them is too.
   if on_error == "raise" and path and found[split]["first_problem"]:
     raise DataError(f"data.path {found[split]['first_problem']}; {base.FIX}")
   with _quiet():
@@ -179,6 +180,7 @@ def _build(builder_class: type, config: tfds.core.BuilderConfig, root: paths.Pat
         return make()
       if not isinstance(config, base.LocalFiles):
         _check_reachable(builder)
+      # Statistics would read every record once more.
       builder.download_and_prepare(
         download_dir=here / "downloads", download_config=tfds.download.DownloadConfig(compute_stats="skip")
       )

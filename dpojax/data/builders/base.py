@@ -63,6 +63,7 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         yield f"{path} {number}", record
 
   def _info(self) -> tfds.core.DatasetInfo:
+    # Conversations are kept as JSON text: their keys differ from record to record, which no feature's may.
     return tfds.core.DatasetInfo(
       builder=self,
       description=type(self).__doc__,
@@ -77,6 +78,7 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         | ({"knobs": tfds.features.Text()} if self._columns() else {})  # else data prepared before hold
       ),
       metadata=tfds.core.MetadataDict(),
+      # By their place in the source records are named, in errors and reports.
       disable_shuffling=True,
     )
 

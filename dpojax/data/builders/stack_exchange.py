@@ -41,6 +41,7 @@ class StackExchange(base.ComparisonBuilder, skip_registration=True):
     records = super().records(split, paths)
     if isinstance(self.builder_config, base.LocalFiles):
       return records
+    # Drawn of all questions, hence they are counted before the first is read.
     in_test = _in_test(sum(files.count_rows(path) for path in paths))
     return itertools.compress(records, in_test if split == "test" else ~in_test)
 
@@ -50,6 +51,7 @@ class StackExchange(base.ComparisonBuilder, skip_registration=True):
       (examples.get(answer, "pm_score", (int, float)), strip_html(examples.get(answer, "text", str)))
       for answer in examples.get(record, "answers", list)
     ]
+    # Every pair of a question, as in the paper's code, and not the best against the rest.
     if len(answers) < 2:
       raise examples.RecordError("too_few_responses", f"{len(answers)} answers are not a pair")
     for (one, text), (other, other_text) in itertools.combinations(answers, 2):

@@ -30,6 +30,7 @@ class TLDR(base.ComparisonBuilder, skip_registration=True):
     for where, record in super().records(split, paths):
       published = record.get("split") if isinstance(record, dict) else None
       local = isinstance(self.builder_config, base.LocalFiles)
+      # A batch mixes splits. What names none is passed on, for `parse` to say what is wrong.
       if local or published in SPLITS[split] or not isinstance(published, str):
         yield where, record
 
