@@ -48,7 +48,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds, *, asked: st
     **choices: scale, window and soft_cap.
   """
   platform = platform_lib.platform()
-  # Not asked of short rows, which never need it: a TPU's memory is that of a mesh, and none may be set.
   fits = q.shape[1] <= SHORT or fused.fits(q, k, platform)  # what is traced for shapes alone is short
   form = attention_backend(asked, platform=platform, length=q.shape[1], fits=fits)
   if form == "fused":

@@ -21,6 +21,7 @@ from dpojax.kernels.precision import wide_of
 TOKENS, WORDS = 2048, 8192
 """Of the logits that are held at once, 64 MiB."""
 
+# Finite, so that two of them differ by 0 and not by nan.
 _LEAST = -1e30
 
 

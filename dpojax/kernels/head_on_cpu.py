@@ -30,6 +30,7 @@ CPU_TOKENS, CPU_BLOCK = 256, 19 * _LANES
 An odd multiple of `_LANES`: rows a power of two apart meet in the same few places of a cache.
 """
 
+# Finite, so that two of them differ by 0 and not by nan.
 _LEAST = -1e30
 
 
