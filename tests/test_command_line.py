@@ -108,6 +108,7 @@ DATA = ("--config.data.path=x", "--config.model.checkpoint=x")
     ("online", "error: config.online.judge is empty", ("--config=online", "--workdir=x", *DATA)),
     ("sample", "error: --top_p is 2.0", ("--workdir=x", "--prompts=x", "--out=y", "--top_p=2")),
     ("evaluate", "error: give --workdir", ("--out=x",)),
+    ("models.from_gguf", "error: 'nothing' is no file", ("nothing", "--out=x")),
     ("export", "--base for --lora", ("--workdir=x", "--out=y", "--base=z")),
   ],
 )

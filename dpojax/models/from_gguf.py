@@ -16,6 +16,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from dpojax.models.families import DTYPES, HuggingFaceError
@@ -101,6 +102,10 @@ def main():
   parser.add_argument("--out", required=True, help="folder to write, empty or new")
   parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of all tensors")
   options = parser.parse_args()
+  try:
+    find(options.source)
+  except HuggingFaceError as error:
+    sys.exit(f"error: {error}")
   from dpojax.models import gguf  # here, for --help and an error of the command line need no jax
   from dpojax.runtime.command import command
 
