@@ -91,6 +91,7 @@ def make(
 
 def _key(config: ml_collections.ConfigDict, model: ModelConfig, devices) -> str:
   read = {name: value for name, value in config_lib.flatten(config).items() if name not in _UNREAD}
+  # Settings of jax decide programs as well: precision and the like.
   over = [type(devices).__name__, devices.row_multiple, jax.devices()]
   return json.dumps([read, model.as_dict(), over, jax.config.values], sort_keys=True, default=str)
 
@@ -119,10 +120,11 @@ def make_evaluate(
   )
 
   def evaluate(params, reference, batches: Iterator[loader.Batch], step) -> dict[str, float]:
-    sums = {}
+    sums: dict[str, Any] = {}
     for batch in batches:
       part = eval_step(params, reference, devices.place_rows(batch.rows, batch.total_rows), step)
       for name, mean in jax.device_get(devices.collect(part)).items():
+        # Totals and counts by themselves, so that a last batch with fewer comparisons weighs less.
         sums[name] = sums.get(name, 0.0) + np.asarray(mean, np.float64)
     return {name: float(total / count) if count else float("nan") for name, (total, count) in sums.items()}
 
