@@ -10,6 +10,7 @@ killed sweep continues where it was. Writes table.jsonl, one object a line (`mem
 `step`, `split`, then metrics as in a run's metrics.jsonl), and sweep.png.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -258,48 +259,47 @@ class _Sweep:
       state = devices.place(state)
       if moves:
         reference = devices.place(checkpoints.restore_reference(first, devices.restore_target(reference)))
-    table = _Table(folder, first or -1)
-    bar.update(len(group) * first)
+    with contextlib.closing(_Table(folder, first or -1)) as table:
+      bar.update(len(group) * first)
 
-    def write(step, split, metrics):
-      """Writes numbers [M] of all members."""
-      for place, member in enumerate(group):
-        table.write(
-          member,
-          step,
-          split,
-          {name: float(each[place]) for name, each in metrics.items() if not np.isnan(each[place])},
-        )
-
-    def look(step):
-      """Evaluates and measures, as far as either is due."""
-      if config.eval_every and due(step, config.eval_every):
-        write(step, "eval", self._evaluation(state, reference, value))
-      if measure is not None and due(step, measure_every):
-        evaluated = self._evaluated(state)
+      def write(step, split, metrics):
+        """Writes numbers [M] of all members."""
         for place, member in enumerate(group):
-          params = jax.tree.map(lambda x: np.asarray(x[place]), evaluated)
-          table.write(member, step, "measured", measure(member, step, params))
+          table.write(
+            member,
+            step,
+            split,
+            {name: float(each[place]) for name, each in metrics.items() if not np.isnan(each[place])},
+          )
 
-    due = lambda step, often: (often and step % often == 0) or step == config.steps
-    if first == 0:
-      look(0)
-    for step, rows in self._rows(every, first):
-      state, metrics = self._train(state, reference, value, devices.place_rows(rows, size))
-      if moves and step % moves == 0:
-        reference, _ = self._move_reference(reference, state)
-      bar.update(len(group))
-      checkpoints.check()
-      if step == 1 or due(step, config.log_every):
-        metrics = jax.device_get(metrics) | {"finite": np.asarray(state.finite)}
-        write(step, "train", metrics)
-        bar.set_postfix(loss=float(np.mean(metrics["loss"])))
-      look(step)
-      if config.checkpoint_every and due(step, config.checkpoint_every):
-        table.flush()
-        checkpoints.save(step, state, self.about, reference=reference if moves else None)
-    checkpoints.close()
-    table.close()
+      def look(step):
+        """Evaluates and measures, as far as either is due."""
+        if config.eval_every and due(step, config.eval_every):
+          write(step, "eval", self._evaluation(state, reference, value))
+        if measure is not None and due(step, measure_every):
+          evaluated = self._evaluated(state)
+          for place, member in enumerate(group):
+            params = jax.tree.map(lambda x: np.asarray(x[place]), evaluated)
+            table.write(member, step, "measured", measure(member, step, params))
+
+      due = lambda step, often: (often and step % often == 0) or step == config.steps
+      if first == 0:
+        look(0)
+      for step, rows in self._rows(every, first):
+        state, metrics = self._train(state, reference, value, devices.place_rows(rows, size))
+        if moves and step % moves == 0:
+          reference, _ = self._move_reference(reference, state)
+        bar.update(len(group))
+        checkpoints.check()
+        if step == 1 or due(step, config.log_every):
+          metrics = jax.device_get(metrics) | {"finite": np.asarray(state.finite)}
+          write(step, "train", metrics)
+          bar.set_postfix(loss=float(np.mean(metrics["loss"])))
+        look(step)
+        if config.checkpoint_every and due(step, config.checkpoint_every):
+          table.flush()
+          checkpoints.save(step, state, self.about, reference=reference if moves else None)
+      checkpoints.close()
     for member, fine in zip(group, np.asarray(state.finite)):
       if not fine:
         say(f"{member.labels()}: an update was not finite; it stands where it was before that")

@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dpojax import train
 from dpojax.models import hf
 from dpojax.training import programs as programs_lib
-from tests import chats, fast, made_data, servers, worlds
+from tests import chats, fast, long, made_data, servers, worlds
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
@@ -46,18 +46,19 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(config, items):
-  if "buckets" not in config.getoption("markexpr"):  # minutes beside servers: `.ci/run buckets`
-    slow = [item for item in items if item.get_closest_marker("buckets")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
-  if importlib.util.find_spec("libtpu") is None:  # its wheel is 137 MB: `.ci/run topology` has it
-    without = [item for item in items if item.get_closest_marker("topology")]
-    config.hook.pytest_deselected(items=without)
-    items[:] = [item for item in items if item not in without]
   for item in items:
-    file = item.path.stem
+    file, case = item.path.stem, item.callspec.id if hasattr(item, "callspec") else ""
     if file in fast.FILES or item.originalname in fast.TESTS.get(file, ()):
       item.add_marker(pytest.mark.fast)
+    if long.is_long(file, item.originalname, case):
+      item.add_marker(pytest.mark.long)
+  left_out = {name for name in ("long", "buckets") if name not in config.getoption("markexpr")}
+  if importlib.util.find_spec("libtpu") is None:  # its wheel is 137 MB: `.ci/run topology` has it
+    left_out.add("topology")
+  if not any("::" in argument for argument in config.args):  # a test that is named is run
+    without = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in set(without)]
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

@@ -47,16 +47,31 @@ def num_responses_of(name):
   return {"dpo_plackett_luce": 4, "kto": 3}.get(name, 2)
 
 
-def objective(*names, weights=(), knobs=None, **options):
+apply = jax.jit(transformer.make_apply(CONFIG))
+
+
+@jax.jit
+def gradient_of(params, rows, cotangents):
+  """The gradient of params, of that of the outputs: compiled once for all losses."""
+  _, pull = jax.vjp(lambda p: apply(p, rows), params)
+  return pull(cotangents)[0]
+
+
+def objective(*names, weights=(), knobs=None, apply=apply, **options):
   if knobs is None:
     knobs = {knob: value for name in names for knob, value in KNOBS.get(name, {}).items()}
   return preference.preference_objective(
-    transformer.make_apply(CONFIG),
+    apply,
     preference.make_terms(names, weights, knobs),
     beta=BETA,
     num_responses=4 if "dpo_plackett_luce" in names else 2,
     **options,
   )
+
+
+def of_outputs(*names):
+  """The objective over what the model gave: each loss is a program of its own, the model is one."""
+  return objective(*names, apply=lambda outputs, rows: outputs)
 
 
 def evaluate(objective, params, reference, rows):
@@ -83,17 +98,17 @@ class Single(NamedTuple):
     return self.sums / np.maximum(self.mask.sum(-1), 1)
 
 
+@jax.jit
+def log_softmax(params, ids):
+  """Of a sequence alone, [T, V]."""
+  position = jnp.arange(len(ids))[None]
+  one = jnp.ones_like(position)
+  hidden = transformer.Transformer(CONFIG).apply({"params": params}, ids[None], position, one, 0 * one)[0]
+  return jax.nn.log_softmax(hidden @ transformer.output_head(params).T)
+
+
 def single_sequences(params, examples, longest=24):
   """Every sequence alone, through the whole vocabulary's log-softmax."""
-  model = transformer.Transformer(CONFIG)
-  position = jnp.arange(longest)[None]
-  one = jnp.ones_like(position)
-
-  @jax.jit
-  def log_softmax(ids):
-    hidden = model.apply({"params": params}, ids[None], position, one, 0 * one)[0]
-    return jax.nn.log_softmax(hidden @ transformer.output_head(params).T)
-
   shape = (len(examples), len(examples[0][1]), longest)
   out = Single(
     np.zeros(shape),
@@ -105,7 +120,7 @@ def single_sequences(params, examples, longest=24):
   for i, (prompt, responses) in enumerate(examples):
     for k, response in enumerate(responses):
       ids = np.concatenate([prompt, response]).astype(int)
-      every = np.asarray(log_softmax(np.pad(ids, (0, longest - len(ids)))), np.float64)
+      every = np.asarray(log_softmax(params, np.pad(ids, (0, longest - len(ids)))), np.float64)
       places = range(max(len(prompt), 1), len(ids))
       for t, place in enumerate(places):
         out.tokens[i, k, t] = every[place - 1, ids[place]]
@@ -180,7 +195,7 @@ def test_a_packed_loss_is_the_formula_on_single_sequences(name, rng):
   params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
   examples = worlds.comparisons(rng, 9, num_responses_of(name))
   rows = worlds.packed(examples, 64)
-  got, _ = evaluate(objective(name), params, reference, rows)
+  got, _ = evaluate(of_outputs(name), apply(params, rows), apply(reference, rows), rows)
   want = by_formula(name, *(single_sequences(p, examples) for p in (params, reference)))
   np.testing.assert_allclose(got, jnp.mean(want), rtol=2e-4)
 
@@ -189,11 +204,13 @@ def test_a_packed_loss_is_the_formula_on_single_sequences(name, rng):
 def test_a_step_down_the_gradient_lowers_every_loss(name, rng):
   params = worlds.params_of(CONFIG, 0)
   rows = worlds.packed(worlds.comparisons(rng, 9, num_responses_of(name)), 64)
-  total = jax.jit(jax.value_and_grad(lambda p: objective(name).evaluate(p, params, rows)[0].value()))
-  before, grads = total(params)
+  reference = apply(params, rows)
+  total = jax.jit(jax.value_and_grad(lambda out: of_outputs(name).evaluate(out, reference, rows)[0].value()))
+  before, cotangents = total(reference)
+  grads = gradient_of(params, rows, cotangents)
   norm = float(optax.tree.norm(grads))
   moved = jax.tree.map(lambda p, g: p - np.float32(1e-3 / norm) * g, params, grads)
-  assert norm > 0 and total(moved)[0] < before
+  assert norm > 0 and total(apply(moved, rows))[0] < before
 
 
 def two_models(rng, count=9):
@@ -299,10 +316,11 @@ def test_every_comparison_may_bring_a_beta_of_its_own(name, rng):
   if name in ("kto", "bco"):  # their point is of the whole step: the same examples at one beta each
     examples = examples[:1] * 6
   betas = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], np.float32)
-  compiled = jax.jit(objective(name).evaluate)  # once, for rows of one shape
+  compiled = jax.jit(of_outputs(name).evaluate)  # once, for rows of one shape
 
   def loss_of(examples, betas):
-    loss, metrics = compiled(params, reference, _packed_with(examples, {"beta": betas}))
+    rows = _packed_with(examples, {"beta": betas})
+    loss, metrics = compiled(apply(params, rows), apply(reference, rows), rows)
     return float(loss.value()), {name: float(mean.value()) for name, mean in metrics.items()}
 
   got, metrics = loss_of(examples, betas)

@@ -1,5 +1,6 @@
 """Small random models and comparisons that several test files use."""
 
+import functools
 import importlib
 import json
 
@@ -64,11 +65,16 @@ def gemma(**changes):
   )
 
 
+@functools.cache
+def shapes_of(config):
+  return jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+
+
 def params_of(config, seed=0):
   """Random params, all of one size, so that biases, scales and heads matter."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32), shapes)
+  draw = lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32)
+  return jax.tree.map(draw, shapes_of(config))
 
 
 def comparisons(rng, count, num_responses, *, longest=9, empty_prompts=True):

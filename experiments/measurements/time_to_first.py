@@ -98,14 +98,14 @@ def waited(
   """
   start, first = time.perf_counter(), None
   with open(log, "w") as file:
-    process = subprocess.Popen(
+    with subprocess.Popen(
       arguments, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    for line in process.stdout:
-      file.write(line)
-      if first is None and line.startswith(said):
-        first = time.perf_counter() - start
-    code = process.wait()
+    ) as process:
+      for line in process.stdout:
+        file.write(line)
+        if first is None and line.startswith(said):
+          first = time.perf_counter() - start
+    code = process.returncode
   if code or first is None:
     raise RuntimeError(f"{' '.join(arguments[:3])} ended with {code} and has not said {said!r}; see {log}")
   return first, time.perf_counter() - start

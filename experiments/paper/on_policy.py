@@ -308,6 +308,8 @@ def plot(lines: Sequence[Line], table: Table, path: pathlib.Path) -> None:
   frontier.set(xlabel="KL to the reference, nats", ylabel=f"true reward, {MIDDLE} labels")
   wins.set(xlabel="temperature", ylabel=f"win rate against the reference, beta {BETA:g}")
   labels.set(xlabel="gold labels", ylabel=f"share of the best reward - {BETA:g} KL", xscale="log")
+  labels.set_xticks(LABELS, LABELS)
+  labels.minorticks_off()
   frontier.legend(frameon=False, fontsize=7)
   figures.save(figure, path)
 
