@@ -33,14 +33,24 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 LONGEST = (
+  "test_chaos",
+  "test_preference",
+  "test_train",
+  "test_losses",
+  "test_parallel",
+  "test_online",
+  "test_watching",
+  "test_lora",
+  "test_sampling",
+  "test_plan",
+  "test_log_probs",
+  "test_reference",
+  "test_models_hf",
+  "test_paper",
   "test_sentiment",
   "test_enumerable",
-  "test_paper",
-  "test_train",
-  "test_ppo",
-  "test_lora",
   "test_quickstart",
-  "test_models_hf",
+  "test_smollm2",
 )
 """Files that take minutes: they start first, so that no worker is left with one."""
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests import conftest
+from tests import conftest, fast, long
 
 PACKAGE = conftest.ROOT / "dpojax"
 
@@ -260,3 +260,12 @@ def test_no_device_function_outside_the_files_that_know_devices():
     text = path.read_text()
     for word in ("jax.jit", "jax.pmap", "device_put", "NamedSharding"):
       assert word not in text, f"{name} uses {word}"
+
+
+def test_what_is_listed_as_fast_or_long_is_there():
+  """A name that is gone from its file would put its test where it does not belong, silently."""
+  listed = [(file, name) for file, names in fast.TESTS.items() for name in names]
+  listed += [(file, name) for file, names in long.LONG.items() for name in names]
+  for file, name in listed:
+    (path,) = (conftest.ROOT / "tests").rglob(f"{file}.py")
+    assert f"def {name}(" in path.read_text(), (file, name)
