@@ -62,13 +62,14 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(pytest.mark.fast)
     if long.is_long(file, item.originalname, case):
       item.add_marker(pytest.mark.long)
-  left_out = {name for name in ("long", "buckets") if name not in config.getoption("markexpr")}
+  left_out = set()
+  if not config.option.keyword and not any("::" in argument for argument in config.args):  # none is named
+    left_out |= {name for name in ("long", "buckets") if name not in config.getoption("markexpr")}
   if importlib.util.find_spec("libtpu") is None:  # its wheel is 137 MB: `.ci/run topology` has it
     left_out.add("topology")
-  if not any("::" in argument for argument in config.args):  # a test that is named is run
-    without = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
-    config.hook.pytest_deselected(items=without)
-    items[:] = [item for item in items if item not in set(without)]
+  without = {item for item in items if any(item.get_closest_marker(name) for name in left_out)}
+  config.hook.pytest_deselected(items=list(without))
+  items[:] = [item for item in items if item not in without]
   items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
