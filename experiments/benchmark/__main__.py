@@ -106,7 +106,7 @@ def chat_file(args: argparse.Namespace) -> pathlib.Path:
   from dpojax.data import tokenization
   from experiments import chat_pairs, sweep
 
-  path = args.out / "chat.jsonl"
+  path = args.out / f"chat_{args.max_length}.jsonl"
   if not path.exists():
     tokenizer = tokenization.load_tokenizer(args.model)
     longest = dict(longest_prompt=args.max_length // 2, longest=args.max_length)
@@ -120,7 +120,8 @@ def same_trajectory(args: argparse.Namespace, settings: dict) -> None:
   from experiments import chat_pairs, sweep
   from experiments.benchmark import trajectory
 
-  path, longest = args.out / "short.jsonl", args.trajectory_length
+  longest = args.trajectory_length
+  path = args.out / f"short_{longest}.jsonl"
   if not path.exists():
     tokenizer = tokenization.load_tokenizer(args.model)
     short = dict(longest_prompt=longest, longest=longest)

@@ -40,7 +40,7 @@ def run(
   run_side: Callable[[str, dict, pathlib.Path], dict],
   forms: Sequence[str] = tuple(FORMS),
 ) -> dict[str, dict]:
-  """Runs both sides in every form and returns their traces; what is there already is not run again.
+  """Runs both sides in every form and returns their traces; what is there of these settings is not run again.
 
   Args:
     settings: of the benchmark; `steps` of `batch_size` pairs.
@@ -55,15 +55,18 @@ def run(
     given = settings | FORMS[form] | {"check_ids": True, "micro": settings["batch_size"]}
     given |= {"adapter": str(out / "adapter")} if given["rank"] else {}
     given |= inputs.write_pairs(given, inputs.make_loader(inputs.run_config(given)), out)
+    given = json.loads(json.dumps(given))  # as it is read back
     found[form] = {}
     for side in ("dpojax", "trl"):
       path = out / f"{side}.json"
-      if not path.exists():
+      kept = json.loads(path.read_text()) if path.exists() else {}
+      if kept.get("given") != given:
         result = run_side(side, given, out)
         if "failed" in result:
           raise RuntimeError(f"{side}, {form}: {result['failed']}; {out / side}.log says more")
-        path.write_text(json.dumps(result))
-      found[form][side] = json.loads(path.read_text())
+        kept = json.loads(json.dumps(result | {"given": given}))
+        path.write_text(json.dumps(kept))
+      found[form][side] = kept
   return found
 
 
