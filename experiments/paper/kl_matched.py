@@ -437,9 +437,14 @@ def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
     if any(line["world"] == name for line in lines)
     for k in range(len(world.kls))
   ]
+  found = {
+    name: compare([line for line in lines if line["world"] == name], WORLDS[name]) for name, *_ in shown
+  }
+  drawn = lambda name, k: any(not math.isnan(of[k].difference) for m, of in found[name].items() if m != DPO)
+  shown = [(name, world, k) for name, world, k in shown if drawn(name, k)] or shown
   figure, axes = figures.panels(len(shown), columns=3, size=(4.2, 3.4))
   for panel, (name, world, k) in zip(axes, shown):
-    cells = compare([line for line in lines if line["world"] == name], world)
+    cells = found[name]
     names = [each for each in cells if each != DPO]
     panel.axvline(0, color="black", linewidth=0.8)
     for place, each in enumerate(names):
