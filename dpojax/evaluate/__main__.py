@@ -16,9 +16,8 @@ of an OpenAI-compatible server, whose answers are kept: started again, nothing i
 """
 
 import argparse
-import sys
 
-from dpojax.runtime.errors import ConfigError
+from dpojax.runtime.errors import ConfigError, in_one_line
 from dpojax.sample.draws import add_draw_arguments, draw_of
 
 
@@ -50,11 +49,9 @@ def main():
   of_files.add_argument("--form", default="", help="of pairs' records (docs/data.md); by default recognised")
   of_files.add_argument("--limit", type=int, default=0, help="prompts compared; 0 is all")
   options = parser.parse_args()
-  try:
+  with in_one_line():
     _check(options)
     draw = draw_of(options)
-  except ConfigError as error:
-    sys.exit(f"error: {error}")
   from dpojax.evaluate import compare, measure, report  # here, for --help and an error above need no jax
   from dpojax.runtime.command import command, say
   from dpojax.training import resolve

@@ -16,11 +16,11 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
-import sys
 from typing import TYPE_CHECKING
 
 from dpojax.models.families import DTYPES, HuggingFaceError
 from dpojax.runtime import paths
+from dpojax.runtime.errors import in_one_line
 
 if TYPE_CHECKING:
   from dpojax.models import gguf
@@ -34,9 +34,8 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = "
     DataError: its tokenizer is not supported.
     DiskError: the disk is full or cannot be written.
   """
-  from dpojax.data import (
-    gguf as gguf_tokenizer,
-  )  # here, for --help and an error of the command line need no jax
+  # Here, for --help and an error of the command line need no jax.
+  from dpojax.data import gguf as gguf_tokenizer
   from dpojax.data import tokenization
   from dpojax.models import gguf, hf
   from dpojax.runtime.disk import disk_errors
@@ -102,15 +101,13 @@ def main():
   parser.add_argument("--out", required=True, help="folder to write, empty or new")
   parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of all tensors")
   options = parser.parse_args()
-  try:
-    find(options.source)
-  except HuggingFaceError as error:
-    sys.exit(f"error: {error}")
+  with in_one_line():
+    source = find(options.source)
   from dpojax.models import gguf  # here, for --help and an error of the command line need no jax
   from dpojax.runtime.command import command
 
   with command():
-    file = convert(options.source, options.out, dtype=options.dtype)
+    file = convert(source, options.out, dtype=options.dtype)
   types = file.types()
   quantised = sum(count for name, count in types.items() if name not in gguf.PLAIN)
   print(

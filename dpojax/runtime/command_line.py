@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dpojax.runtime.errors import UserError
+from dpojax.runtime.errors import UserError, in_one_line
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 """Configs stand beside the package, in a checkout as where pip puts both; another `configs` may come first in
@@ -105,15 +105,11 @@ def start(main: Callable[[], None], about: str) -> None:
     if len(arguments) > 1:
       raise app.UsageError(f"unknown argument {arguments[1]}")
     logging.set_verbosity(logging.WARNING)
-    try:
+    with in_one_line():
       main()
-    except UserError as error:
-      sys.exit(f"error: {error}")
 
-  try:
+  with in_one_line():
     arguments = with_config_path(sys.argv)
-  except CommandLineError as error:
-    sys.exit(f"error: {error}")
   app.run(checked, argv=arguments, flags_parser=_parsed)
 
 

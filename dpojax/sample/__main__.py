@@ -12,9 +12,8 @@ ending says what it was sampled with.
 """
 
 import argparse
-import sys
 
-from dpojax.runtime.errors import ConfigError
+from dpojax.runtime.errors import in_one_line
 from dpojax.sample.draws import add_draw_arguments, draw_of
 
 
@@ -37,10 +36,8 @@ def main():
   parser.add_argument("--limit", type=int, default=0, help="prompts read; 0 is all")
   add_draw_arguments(parser)
   options = parser.parse_args()
-  try:
+  with in_one_line():
     draw = draw_of(options)
-  except ConfigError as error:
-    sys.exit(f"error: {error}")
   from dpojax.runtime.command import command  # here, for --help and an error of the command line need no jax
   from dpojax.sample import files
   from dpojax.training import resolve

@@ -37,22 +37,41 @@ class Programs(NamedTuple):
 
 _SHARED: dict[str, Programs] | None = None
 
-_UNREAD = (
-  *(f"data.{name}" for name in ("source", "path", "form", "config", "eval_path", "eval_size", "max_length")),
-  *(f"data.{name}" for name in ("max_prompt_length", "keep", "on_error", "score", "special_tokens")),
-  *(f"data.{name}" for name in ("template_date", "unique_prompts", "shuffle_labels", "cache_dir")),
-  *(f"{name}_every" for name in ("log", "eval", "checkpoint", "sample")),
-  *(f"checkpoint_{name}" for name in ("keep", "best")),
-  *(f"sample_{name}" for name in ("prompts", "limit", "count", "max_new_tokens", "scorer")),
-  *(
-    "tokenizer",
-    "model.checkpoint",
-    "reference.checkpoint",
-    "profile_steps",
-    "wandb_project",
-    "check_memory",
-  ),
-)
+_UNREAD = {
+  "data.source",
+  "data.path",
+  "data.form",
+  "data.config",
+  "data.eval_path",
+  "data.eval_size",
+  "data.max_length",
+  "data.max_prompt_length",
+  "data.keep",
+  "data.on_error",
+  "data.score",
+  "data.special_tokens",
+  "data.template_date",
+  "data.unique_prompts",
+  "data.shuffle_labels",
+  "data.cache_dir",
+  "tokenizer",
+  "model.checkpoint",
+  "reference.checkpoint",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+  "checkpoint_keep",
+  "checkpoint_best",
+  "sample_every",
+  "sample_prompts",
+  "sample_limit",
+  "sample_count",
+  "sample_max_new_tokens",
+  "sample_scorer",
+  "profile_steps",
+  "wandb_project",
+  "check_memory",
+}
 """Keys that no program is made of: what they lead to is in the model's config and the arguments' shapes."""
 
 

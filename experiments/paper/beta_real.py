@@ -131,7 +131,9 @@ def main():
   for name, default in Sizes()._asdict().items():
     parser.add_argument(f"--{name}", type=type(default), help=f"by default {default}")
   arguments = parser.parse_args()
-  given = {name: value for name, value in vars(arguments).items() if name in Sizes._fields and value}
+  given = {
+    name: value for name, value in vars(arguments).items() if name in Sizes._fields and value is not None
+  }
   workdir = arguments.workdir.absolute()
   with command(workdir):
     table = run(

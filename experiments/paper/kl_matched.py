@@ -479,6 +479,8 @@ def main():
   worlds, names = arguments.worlds.split(","), list(filter(None, arguments.methods.split(",")))
   with command(folder):
     known = {*contenders(Sizes()), *text_methods(Text().sizes.dpo_steps)}
+    if worlds == ["text"] and not arguments.sentences:
+      raise ConfigError("--worlds=text needs --sentences, a file of them")
     if set(names) - known or set(worlds) - set(WORLDS):
       raise ConfigError(
         f"--worlds={arguments.worlds} and --methods={arguments.methods}: worlds are {', '.join(WORLDS)}; "

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dpojax.data import loader
+from dpojax.data.examples import DataError
 from dpojax.online import config as online_config
 from dpojax.online import loop as online
 from dpojax.online.labels import Labeller
@@ -314,6 +315,23 @@ def plot(lines: Sequence[Line], table: Table, path: pathlib.Path) -> None:
   figures.save(figure, path)
 
 
+def lines_of(paths: Sequence[str]) -> list[Line]:
+  """Returns the lines of runs that have ended.
+
+  Raises:
+    DataError: a file is not there, or has none.
+  """
+  lines = []
+  for path in paths:
+    found = read_lines(pathlib.Path(path))
+    if not found:
+      raise DataError(
+        f"--lines names {path}, which has no lines; give the on_policy.jsonl of runs that have ended"
+      )
+    lines += found
+  return lines
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/on_policy"))
@@ -326,7 +344,7 @@ def main():
   with command(folder):
     world, table = enumerable.make(folder)
     if arguments.lines:
-      lines = [line for path in arguments.lines.split(",") for line in read_lines(pathlib.Path(path))]
+      lines = lines_of(arguments.lines.split(","))
     else:
       lines = run(world, table, seeds, counts)
     sweep.write_lines(folder / "on_policy.jsonl", lines)
