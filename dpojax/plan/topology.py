@@ -65,6 +65,8 @@ def described(name: str) -> Topology:
       f"gpu:8xh100 (of {', '.join(GPUS)})"
     )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks for the machine it is on
+  # It lets one process of a machine in, for the sake of chips that are not used here.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   # Its two cores are one device, as jax has them where such chips are.
   more = {"chip_config_name": "megacore"} if chip == "v4" else {}
   try:
