@@ -8,6 +8,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from dpojax.kernels import cut_head
 from dpojax.kernels.cut_head import CutHead
+from dpojax.kernels.gathering import MeshAxis
 from dpojax.kernels.head import Head
 from dpojax.log_probs import token_log_probs
 
@@ -46,7 +47,7 @@ def test_values_and_gradients_are_those_of_a_whole_head(full, rng, monkeypatch):
 
   def of_device(hidden, weights, bias, *rest):
     values, hidden_grad, weights_grad, bias_grad = gradients(
-      lambda weights, bias: CutHead(weights, bias, cap, "fsdp"), hidden, weights, bias, *rest
+      lambda weights, bias: CutHead(weights, bias, cap, MeshAxis("fsdp")), hidden, weights, bias, *rest
     )
     return values, hidden_grad, weights_grad, jax.lax.psum(bias_grad, "fsdp")
 

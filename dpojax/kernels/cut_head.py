@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpojax.kernels.gathering import gather
+from dpojax.kernels.gathering import MeshAxis, all_gather, gather, scatter_sum
 from dpojax.kernels.head import Head, shaped
 from dpojax.kernels.platform import at_most
 from dpojax.kernels.precision import wide_of
@@ -30,19 +30,19 @@ _LEAST = -1e30
 class CutHead:
   """A head of which a device holds some columns; it stands wherever a `Head` does.
 
-  `weights` [V, D / devices]; `bias` [V] or None; `soft_cap` as of `Head`; `axis` of the mesh it is cut over;
+  `weights` [V, D / devices]; `bias` [V] or None; `soft_cap` as of `Head`; `over` what it is cut over;
   `frozen` says that nobody asks for its gradient, which is then 0.
   """
 
   weights: jax.Array
   bias: jax.Array | None
   soft_cap: jax.Array | float | None
-  axis: str = dataclasses.field(metadata={"static": True})
+  over: MeshAxis = dataclasses.field(metadata={"static": True})
   frozen: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def gathered(self, dtype: Any) -> Head:
     """Returns the whole head, in a dtype; for what needs all logits of a token at once."""
-    return Head(gather(self.weights, self.axis, 1, dtype), self.bias, self.soft_cap)
+    return Head(gather(self.weights, self.over, 1, dtype), self.bias, self.soft_cap)
 
 
 def without_gradient(head: jax.Array | Head | CutHead) -> jax.Array | Head | CutHead:
@@ -59,7 +59,7 @@ class _Form(NamedTuple):
   """The static choices: the mesh's axis, parts of the vocabulary that lie on devices of the `tensor` axis,
   words a block of each, and whether no gradient is asked for."""
 
-  axis: str
+  over: MeshAxis
   parts: int
   words: int
   frozen: bool
@@ -80,7 +80,7 @@ def chunked_log_probs(
   vocabulary = head.weights.shape[0]
   # A block takes a stretch of every part, so that all devices of the tensor axis work on each.
   parts = parts if vocabulary % parts == 0 else 1
-  form = _Form(head.axis, parts, min(WORDS // parts or 1, vocabulary // parts), head.frozen)
+  form = _Form(head.over, parts, min(WORDS // parts or 1, vocabulary // parts), head.frozen)
   return _log_probs(hidden, head.weights, head.bias, head.soft_cap, target, count, form)
 
 
@@ -99,7 +99,7 @@ def _block(b, weights, bias, dtype, form):
   cut = lambda x: jax.lax.dynamic_slice_in_dim(
     x.reshape(form.parts, size, *x.shape[1:]), start, form.words, 1
   )
-  whole = jax.lax.all_gather(cut(weights).astype(dtype), form.axis, axis=2, tiled=True)
+  whole = all_gather(cut(weights).astype(dtype), form.over, 2)
   return start, words, place >= b * form.words, whole, None if bias is None else cut(bias)
 
 
@@ -180,7 +180,7 @@ def _backward(form, residuals, cotangent):
         0, count, of_chunk, (hidden_grad, zeros, bias_zeros)
       )
     if not form.frozen:
-      mine = jax.lax.psum_scatter(whole_grad, form.axis, scatter_dimension=2, tiled=True)
+      mine = scatter_sum(whole_grad, form.over, 2)
       weights_grad = _added(weights_grad, mine, start)
     if bias_grad is not None:
       bias_grad = _added(bias_grad, block_bias_grad, start)

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from dpojax.kernels import gathering
 from dpojax.kernels.cut_head import CutHead
+from dpojax.kernels.gathering import MeshAxis
+from dpojax.kernels.gathering import gather as gather_whole
 from dpojax.kernels.head import Head
 from dpojax.kernels.platform import ROWS
 from dpojax.kernels.precision import wide_of
@@ -64,6 +65,9 @@ The `a` and `b` of an adapter are cut as the inputs and outputs of the kernel th
 _cuts = jax.make_user_context(None)
 """By the end of a weight's path the axis, counted from the last, that is cut, while a step is traced."""
 
+_rings = jax.make_user_context(())
+"""The rings of chips along which the `fsdp` axis goes, while a step is traced; see `MeshAxis`."""
+
 
 def end_of(path: str) -> str:
   """Returns the key of `PARTITION` that a parameter's path ends in, or ''."""
@@ -95,19 +99,27 @@ def leaves_by_path(tree: Any) -> Iterator[tuple[str, Any]]:
     yield path_of(path), leaf
 
 
-def cut(*trees: Any, sizes: dict[str, int]) -> contextlib.AbstractContextManager:
-  """Returns the context in which a step on cut weights is traced, inside a `shard_map` over `ROWS`.
+@contextlib.contextmanager
+def cut(*trees: Any, sizes: dict[str, int], rings: tuple[int, ...] = ()) -> Iterator[None]:
+  """The context in which a step on cut weights is traced, inside a `shard_map` over `ROWS`.
 
   Args:
     trees: the weights, or their shapes, whole.
     sizes: of the mesh's axes.
+    rings: of the `fsdp` axis, see `MeshAxis`.
   """
   found = {}
   for path, leaf in leaves_by_path(trees):
     spec = spec_of(path, leaf.shape, sizes)
     if sizes[WEIGHTS] > 1 and WEIGHTS in spec:
       found[end_of(path)] = spec.index(WEIGHTS) - len(leaf.shape)
-  return _cuts(tuple(sorted(found.items())))
+  with _cuts(tuple(sorted(found.items()))), _rings(rings):
+    yield
+
+
+def over_weights() -> MeshAxis:
+  """Returns the axis that weights are cut over, where the caller is."""
+  return MeshAxis(WEIGHTS, _rings.value)
 
 
 def is_cut() -> bool:
@@ -141,7 +153,7 @@ def gather(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
   Its gradient is summed in float32 at least, each device its part of it.
   """
-  return checkpoint_name(gathering.gather(weight, WEIGHTS, weight.ndim + axis, dtype), GATHERED)
+  return checkpoint_name(gather_whole(weight, over_weights(), weight.ndim + axis, dtype), GATHERED)
 
 
 def embedded(table: jax.Array, ids: jax.Array, end: str, dtype: Any) -> jax.Array:
@@ -188,7 +200,7 @@ def head_of(
     bias, soft_cap: see `Head`.
   """
   if end in dict(_cuts.value or ()):
-    return CutHead(weights, bias, soft_cap, WEIGHTS)
+    return CutHead(weights, bias, soft_cap, over_weights())
   return weights if bias is None and soft_cap is None else Head(weights, bias, soft_cap)
 
 

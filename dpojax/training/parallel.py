@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dpojax.data.packing import Rows
@@ -133,7 +133,7 @@ class Mesh:
         f"but there are {count} devices; change the axes to multiply to {count}"
       )
     axes = (data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    self.mesh = AbstractMesh(*axes) if isinstance(devices, int) else jax.make_mesh(*axes, devices=devices)
+    self.mesh = AbstractMesh(*axes) if isinstance(devices, int) else _mesh_of(*axes, devices)
     self.row_multiple = self.global_shards = data * fsdp
     self._rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
@@ -154,7 +154,7 @@ class Mesh:
     Args:
       sums: (params, reference, rows, at) -> (gradients of params, then trees of sums).
     """
-    sizes = dict(self.mesh.shape)
+    sizes, rings = dict(self.mesh.shape), _rings(self.mesh)
     # An axis of one device has nothing for the compiler to decide, and inside the map kernels run as on one
     # device.
     inside = set(ROWS) | ({"tensor"} if sizes["tensor"] == 1 else set())
@@ -171,7 +171,7 @@ class Mesh:
       whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, reference))
 
       def of_device(params, reference, rows, at):
-        with sharding.cut(*whole, sizes=sizes):
+        with sharding.cut(*whole, sizes=sizes, rings=rings):
           gradients, *others = sums(params, reference, rows, at)
         return sharding.summed_over_rows(gradients, whole[0], sizes), *jax.lax.psum(others, ROWS)
 
@@ -346,6 +346,54 @@ class CompiledStep:
     compiled = self.lower(*args).compile()
     self._compiled[_shapes(args[-1])] = compiled
     return compiled
+
+
+def _mesh_of(
+  sizes: tuple[int, ...],
+  names: tuple[str, ...],
+  kinds: tuple[AxisType, ...],
+  devices: Sequence[jax.Device] | None,
+) -> jax.sharding.Mesh:
+  """Returns a mesh whose axes go along the directions of a torus where they can, else along parts of them."""
+  try:
+    return jax.make_mesh(sizes, names, kinds, devices=devices)
+  except NotImplementedError:  # such as a tensor axis of 2 on 4 x 4 x 4 chips
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, names, axis_types=kinds)
+
+
+def _rings(mesh: jax.sharding.Mesh | AbstractMesh) -> tuple[int, ...]:
+  """Returns how many chips the `fsdp` axis has in each direction of their torus, see `gathering.MeshAxis`.
+
+  () where it goes in one direction, or in another order than row by row, or chips have no places.
+  """
+  if isinstance(mesh, AbstractMesh) or not hasattr(mesh.devices.flat[0], "coords"):
+    return ()
+  axis = mesh.axis_names.index(sharding.WEIGHTS)
+  lines = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis])
+  # Slices of several pods are one more direction: between them is a slower network.
+  place = lambda device: (getattr(device, "slice_index", None) or 0, *device.coords)
+  found = {_rings_of(np.array([place(device) for device in line])) for line in lines}
+  return found.pop() if len(found) == 1 else ()
+
+
+def _rings_of(places: np.ndarray) -> tuple[int, ...]:
+  """Returns how many places [N, 4] stand in each direction in which they are walked row by row."""
+  sizes, stride, walked = [], 1, 0
+  steps = places - places[0]
+  while stride < len(places):
+    direction = np.flatnonzero(steps[stride])
+    if len(direction) != 1:
+      return ()
+    ahead = steps[::stride]
+    others = np.delete(ahead, direction, axis=1).any(axis=1)
+    size = int(np.argmax(others)) if others.any() else len(ahead)
+    if len(ahead) % size:
+      return ()
+    walked = walked + np.tile(np.repeat(ahead[:size], stride, axis=0), (len(places) // (stride * size), 1))
+    sizes.insert(0, size)
+    stride *= size
+  return tuple(sizes) if len(sizes) > 1 and np.array_equal(walked, steps) else ()
 
 
 def _shapes(tree: Any) -> tuple:
