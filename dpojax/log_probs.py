@@ -73,7 +73,7 @@ def token_log_probs(
   weights, bias = head.weights, head.bias
   is_cut, width = False, weights.shape[-1]
   if isinstance(head, CutHead):  # of which a device holds some columns
-    is_cut, width = True, width * jax.lax.axis_size(head.axis)
+    is_cut, width = True, width * jax.lax.axis_size(head.over.name)
   if hidden.ndim < 2 or hidden.shape[:-1] != target.shape or hidden.shape[-1] != width:
     raise ValueError(
       f"hidden [..., S, D] {hidden.shape}, head [V, D] {weights.shape} and target [..., S] "
