@@ -151,6 +151,21 @@ def test_a_program_is_read_with_its_loops():
   assert program.from_json(program.to_json(costs)) == costs
 
 
+@pytest.mark.parametrize(
+  ("devices", "torus", "share"),
+  [
+    (64, (8, 8), 1),
+    (8, (8, 8), 1 / 2),
+    (16, (4, 4, 4), 2 / 3),
+    (4, (4, 4, 4), 1 / 3),
+    (8, (), 1),
+    (5, (8, 8), 1),
+  ],
+)
+def test_an_exchange_along_a_ring_goes_over_the_links_of_one_direction(devices, torus, share):
+  assert roofline.share_of_links(devices, torus) == share
+
+
 def test_what_is_built_for_other_chips_is_theirs_and_what_is_built_here_stays():
   seen = []
   function = jax.jit(lambda x: (seen.append(platform()), x)[1])
@@ -186,11 +201,13 @@ def cache(tmp_path_factory):
 
 
 @topologies
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_the_whole_step_for_four_chips_exchanges_what_fsdp_needs_and_no_more(name, cache):
+# On 16 chips, which stand in two directions, as in pods of any size.
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v5e:4x4"])
+def test_the_whole_step_exchanges_what_fsdp_needs_and_no_more(name, cache):
   chips = topology.described(name)
+  config = config_of(len(chips.devices), cache)
   said = []
-  compiled = compiling.compile_for(config_of(4, cache), chips, LENGTHS, say=said.append)
+  compiled = compiling.compile_for(config, chips, LENGTHS, say=said.append)
   assert not compiled.kept and any("compiling" in line for line in said)
   by_kind = compiled.costs.bytes_by_kind()
   needed = needs.fsdp_bytes(compiled.step)
@@ -203,9 +220,9 @@ def test_the_whole_step_for_four_chips_exchanges_what_fsdp_needs_and_no_more(nam
   whole = [each for each in weights("all-reduce") if each.name]
   assert max(np.prod(each.dims) for each in whole) <= 2 * SIZES["layers"] * SIZES["width"]
   assert not [each for each in weights("all-to-all") if "attention" in each.name]
-  again = compiling.compile_for(config_of(4, cache), chips, LENGTHS, say=said.append)
+  again = compiling.compile_for(config, chips, LENGTHS, say=said.append)
   assert again.kept and again.costs == compiled.costs and again.needs == compiled.needs
-  found = roofline.roofline(compiled.step, compiled.needs, compiled.costs, chip=chips.chip, devices=4)
+  found = roofline.roofline(compiled.step, compiled.needs, compiled.costs, chips)
   assert 0 < found.mfu < 1 and found.seconds == max(found[:3])
   assert compiled.needs.peak < CHIPS[chips.chip].memory
 

@@ -46,14 +46,14 @@ def all_gather(part: jax.Array, over: MeshAxis, axis: int) -> jax.Array:
 
 def scatter_sum(whole: jax.Array, over: MeshAxis, axis: int) -> jax.Array:
   """Returns the sum over devices of what each has whole, of which each keeps its part along an axis."""
-  # In more than one direction at once a TPU's compiler sums the whole everywhere, and then cuts it.
-  if over.rings:
-    for group in over.groups():
-      whole = jax.lax.psum_scatter(
-        whole, over.name, scatter_dimension=axis, tiled=True, axis_index_groups=group
-      )
-    return whole
-  return jax.lax.psum_scatter(whole, over.name, scatter_dimension=axis, tiled=True)
+  # In more than one direction at once a TPU's compiler sums the whole everywhere, and then cuts it; in one it
+  # does so where there are axes of 1.
+  axes_of_1 = tuple(i for i, size in enumerate(whole.shape) if size == 1 and i != axis)
+  whole = jnp.squeeze(whole, axes_of_1)
+  at = axis - sum(i < axis for i in axes_of_1)
+  for group in over.groups() if over.rings else (None,):
+    whole = jax.lax.psum_scatter(whole, over.name, scatter_dimension=at, tiled=True, axis_index_groups=group)
+  return jnp.expand_dims(whole, axes_of_1)
 
 
 def gather(weight: jax.Array, over: MeshAxis, axis: int, dtype: Any) -> jax.Array:

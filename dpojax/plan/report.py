@@ -7,7 +7,7 @@ from dpojax.training.chips import CHIPS
 def of_chips(chips: topology.Topology, compiled: compiling.Compiled) -> str:
   """Returns the table of a step compiled for chips that are not there."""
   count, rates, costs = len(chips.devices), CHIPS[chips.chip], compiled.costs
-  bounds = roofline.roofline(compiled.step, compiled.needs, costs, chip=chips.chip, devices=count)
+  bounds = roofline.roofline(compiled.step, compiled.needs, costs, chips)
   gib = lambda value: f"{value / 2**30:10.3f} GiB"
   lines = [
     needs.report(compiled.needs, devices=count, compiled_for=chips.name),

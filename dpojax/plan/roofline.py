@@ -4,12 +4,15 @@ The roofline model (Williams, Waterman and Patterson 2009) with the links betwee
 step is faster than its matrix products, its traffic with memory or its collectives would take alone.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from dpojax.plan.needs import Needs, Step, parts_of, seen_keys
 from dpojax.plan.program import Costs
+from dpojax.plan.topology import Topology
 from dpojax.training.chips import CHIPS
 
 PRODUCTS = {"_forward_kernel": 2, "_query_kernel": 3, "_key_kernel": 4}
@@ -41,16 +44,15 @@ class Roofline(NamedTuple):
     return max(("products", "memory", "links"), key=lambda name: getattr(self, name))
 
 
-def roofline(step: Step, needs: Needs, costs: Costs, *, chip: str, devices: int) -> Roofline:
+def roofline(step: Step, needs: Needs, costs: Costs, topology: Topology) -> Roofline:
   """Returns what a chip's rates allow.
 
   Args:
     step: of `needs.step_of`.
     needs, costs: of its program.
-    chip: of `CHIPS`.
-    devices: how many there are.
+    topology: the chips it was compiled for.
   """
-  rates = CHIPS[chip]
+  rates, devices = CHIPS[topology.chip], len(topology.devices)
   batch_size, lengths, model = step.config.batch_size, step.batches.lengths, step.setup.model
   # Kernels of our own are no dots in the program: their products are counted from the lengths.
   a_product = 2 * model.heads * model.head_size * seen_keys(lengths) * batch_size / devices
@@ -59,9 +61,21 @@ def roofline(step: Step, needs: Needs, costs: Costs, *, chip: str, devices: int)
   )
   products = (costs.flops + attention) / rates.flops
   memory = costs.memory_bytes / rates.memory_rate
-  links = sum(each.bytes for each in costs.collectives) / rates.link_rate
+  linked = lambda each: rates.link_rate * share_of_links(each.devices, topology.torus)
+  links = sum(each.bytes / linked(each) for each in costs.collectives)
   seconds = max(products, memory, links)
   tokens = float(np.mean(lengths[:, 1:].sum(1) + lengths[:, 0] * (lengths.shape[1] - 1))) * batch_size
   return Roofline(
     products, memory, links, tokens / seconds / devices, needs.flops / seconds / (rates.flops * devices)
   )
+
+
+def share_of_links(devices: int, torus: tuple[int, ...]) -> float:
+  """Returns the share of a chip's links that an exchange among so many devices goes over.
+
+  In a torus of n directions those along one ring use one n-th, those in a plane of it two.
+  """
+  for directions in range(1, len(torus)):
+    if devices in map(math.prod, itertools.combinations(torus, directions)):
+      return directions / len(torus)
+  return 1.0

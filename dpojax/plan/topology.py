@@ -39,6 +39,7 @@ class Topology(NamedTuple):
     platform: what kernels are built for, 'tpu' or 'gpu'.
     devices: jax's, in the order of the compiler; they hold no arrays.
     compiler: its versions, a part of what results are kept by.
+    torus: how many chips stand in each direction; () where each is linked to all others.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Topology(NamedTuple):
   platform: str
   devices: list[jax.Device]
   compiler: str
+  torus: tuple[int, ...] = ()
 
 
 def described(name: str) -> Topology:
@@ -78,7 +80,8 @@ def described(name: str) -> Topology:
         f"--topology={name} needs the TPU's own compiler, libtpu; pip install 'dpojax[plan]'"
       ) from error
     raise ConfigError(f"--topology={name} is none that libtpu knows: {str(error).splitlines()[0]}") from error
-  return Topology(name, chip, "tpu", list(devices), f"jax {jax.__version__}, {_version('libtpu')}")
+  torus = tuple(int(size) for size in shape.split("x") if int(size) > 1)
+  return Topology(name, chip, "tpu", list(devices), f"jax {jax.__version__}, {_version('libtpu')}", torus)
 
 
 def _gpus(name: str, count: int, chip: str) -> Topology:

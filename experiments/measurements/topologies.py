@@ -78,7 +78,7 @@ def measured(model: str, kind: str, name: str, folder: pathlib.Path) -> dict:
     found = compiling.compile_for(config, chips, lengths, say=say)
   except ConfigError as error:
     return {"error": str(error)}
-  bounds = roofline.roofline(found.step, found.needs, found.costs, chip=chips.chip, devices=count)
+  bounds = roofline.roofline(found.step, found.needs, found.costs, chips)
   return {
     "peak": found.needs.peak,
     "bytes": found.costs.bytes_by_kind(),
