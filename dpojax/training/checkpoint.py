@@ -502,7 +502,7 @@ def fingerprint(params: Any) -> str:
   return digest.hexdigest()
 
 
-_CHECKSUM_BLOCK = 2**22
+_CHECKSUM_BLOCK = 2**16  # its few arrays lie in a core's cache
 
 
 @jax.jit
@@ -511,36 +511,27 @@ def _checksum(leaf: jax.Array) -> jax.Array:
   place = jnp.zeros(leaf.shape, jnp.uint32)
   for axis, size in enumerate(leaf.shape):
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-  return _mixed_sums(leaf, place)
-
-
-@jax.jit
-def _block_checksum(block: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:
-  """What the first `length` values of a block at `start` add to the checksum of a flat array."""
-  place = jnp.arange(block.size, dtype=jnp.uint32)
-  return _mixed_sums(block, start + place, where=place < length)
-
-
-def _mixed_sums(leaf, place, where=None):
   bits = jax.lax.bitcast_convert_type(leaf, f"uint{leaf.dtype.itemsize * 8}").astype(jnp.uint32)
+  return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in _mixed(bits, place)])
+
+
+def _mixed(bits, place):
+  """Bits and their places as two arrays, whose sums are the checksum; of jax or NumPy, as those given are."""
   # By an odd number of the place, so that no value drops out and equal values in other places count
   # otherwise; then by 2^32 over the golden ratio (Knuth), which spreads neighbours. Sums do not hang on the
   # order of devices.
-  mixed = (bits ^ (bits >> 15)) * (2 * place + 1) * jnp.uint32(2654435761)
-  total = lambda x: jnp.sum(x, dtype=jnp.uint32, where=where)
-  return jnp.stack([total(mixed), total(mixed ^ (mixed >> 13))])
+  mixed = (bits ^ (bits >> 15)) * (2 * place + 1) * np.uint32(2654435761)
+  return mixed, mixed ^ (mixed >> 13)
 
 
 def _host_checksum(leaf: np.ndarray) -> np.ndarray:
-  """`_checksum` of an array of the host, block by block: one program for arrays of any shape."""
+  """`_checksum` of an array of the host, without a program: many of a model's arrays are small."""
   flat, sums = leaf.reshape(-1), np.zeros(2, np.uint32)
   for start in range(0, flat.size, _CHECKSUM_BLOCK):
     block = flat[start : start + _CHECKSUM_BLOCK]
-    length = block.size
-    # The last block is filled up to the one compiled shape; `length` keeps its zeros out.
-    if length < _CHECKSUM_BLOCK:
-      block = np.concatenate([block, np.zeros(_CHECKSUM_BLOCK - length, block.dtype)])
-    sums += np.asarray(_block_checksum(block, np.uint32(start), np.uint32(length)))
+    bits = block.view(f"uint{8 * block.itemsize}").astype(np.uint32)
+    place = np.arange(start, start + block.size, dtype=np.int64).astype(np.uint32)
+    sums += np.array([x.sum(dtype=np.uint32) for x in _mixed(bits, place)])
   return sums
 
 
