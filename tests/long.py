@@ -6,6 +6,7 @@ function: the cases that a plain run keeps.
 """
 
 LONG = {
+  "test_chaos": {"test_runs_that_are_killed_and_rivals_over_one_place_come_to_the_same_bits": ()},
   "test_benchmark": {
     "test_both_sides_of_a_trajectory_start_from_one_folder_one_adapter_and_the_same_ids": (),
     "test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs": (),
