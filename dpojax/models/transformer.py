@@ -350,10 +350,31 @@ class Transformer(nn.Module):
     # Under scan XLA cannot merge the recomputation with the first pass anyway; outside it has to be kept from
     # it.
     block = rematerialised(prevent_cse=True)
+    once = block is Block and not self.is_initializing()
     for i in range(scanned, config.layers):
-      x, cache = block(config, windows[i % period], name=f"layer_{i}")(x, ids, rotary_tables, caches[i])
+      name, window = f"layer_{i}", windows[i % period]
+      if once:
+        variables = {
+          kind: self.variables[kind][name] for kind in self.variables if name in self.variables[kind]
+        }
+        x, cache, seen = _block(
+          config, window, self.is_mutable_collection(SEEN), variables, x, ids, rotary_tables, caches[i]
+        )
+        for kind, found in seen.items():
+          self.put_variable(kind, name, found)
+      else:
+        x, cache = block(config, window, name=name)(x, ids, rotary_tables, caches[i])
       written.append(cache)
     return x, written
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _block(config: ModelConfig, window: int, with_seen: bool, variables, x, ids, rotary_tables, cache):
+  """A block as a function of its variables: of layers that are alike Python goes through one only."""
+  (x, cache), seen = Block(config, window, parent=None).apply(
+    variables, x, ids, rotary_tables, cache, mutable=[SEEN] if with_seen else []
+  )
+  return x, cache, seen
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
