@@ -623,7 +623,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(g
   assert [line["step"] for line in lines(tmp_path, "train")] == [1]
 
 
-def test_a_reference_that_disagrees_before_step_1_stops_the_run(given, sft, tmp_path):
+def test_a_reference_that_disagrees_before_step_1_stops_the_run(given, sft, tmp_path, monkeypatch):
   other = tmp_path / "other"
   train.run(worlds.run_config("sft", **given, steps=2, seed=1), other)
   config = worlds.run_config(
@@ -635,6 +635,16 @@ def test_a_reference_that_disagrees_before_step_1_stops_the_run(given, sft, tmp_
   config.reference.may_differ = False
   with pytest.raises(train.TrainingError, match="differ by .* nats .* reference.may_differ=True"):
     train.check_agreement(result, config)
+  # Without evaluations the first step tells it, before anything is kept. The config is refused before any
+  # step for naming another reference: what is left are those that differ by mistake.
+  mistaken, check = config.copy_and_resolve_references(), train.check_agreement
+  monkeypatch.setattr(train, "check_agreement", lambda metrics, _: check(metrics, mistaken))
+  config.eval_every, config.checkpoint_every, config.reference.may_differ = 0, 1, True
+  with pytest.raises(train.TrainingError, match="before step 1 .* differ by .* nats"):
+    train.run(config, tmp_path / "by_mistake")
+  assert not lines(tmp_path / "by_mistake", "train")
+  with pytest.raises(checkpoint.CheckpointError):
+    checkpoint.load_policy(tmp_path / "by_mistake")
 
 
 @pytest.mark.parametrize("stacked", [True, False])

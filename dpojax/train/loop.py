@@ -54,7 +54,8 @@ def run(
     CheckpointError: a checkpoint is missing, or belongs to another run.
     DiskError: the disk is full or cannot be written.
     InUseError: another run owns the workdir.
-    TrainingError: policy and reference disagree before step 1, or the loss is not finite.
+    TrainingError: policy and reference disagree before step 1 (said after it, where nothing is evaluated),
+      or the loss is not finite.
   """
   # What the config alone shows cannot run is refused before the workdir exists.
   config = weights.with_tokenizer(config)
@@ -225,14 +226,13 @@ class Loop:
     )
 
   def measure_start(self) -> None:
-    """Evaluates before step 1, where policy and reference have to agree."""
-    batches = (
-      self.batches.held_out.evaluation() if self.config.eval_every else self.batches.train.training(0, 1)
-    )
-    metrics = self.programs.evaluate(self.state.params, self.reference, batches, self.state.step)
-    if self.objective.needs_reference:
-      check_agreement(metrics, self.config)
+    """Evaluates and samples before step 1, as far as the run does so later."""
     if self.config.eval_every:
+      metrics = self.programs.evaluate(
+        self.state.params, self.reference, self.batches.held_out.evaluation(), self.state.step
+      )
+      if self.objective.needs_reference:
+        check_agreement(metrics, self.config)
       self.log.write(0, "eval", metrics)
     if self.watch is not None:
       self.log.write(0, "samples", self.watch(0, self.programs.evaluated(self.state), self.reference))
@@ -265,6 +265,10 @@ class Loop:
       self.check_finite()
     if logging_now:
       metrics = {name: float(value) for name, value in self.devices.collect(self.metrics).items()}
+      # A step tells what held before it. A run that evaluates has asked already; another need not compile and
+      # wait for an evaluation of its own.
+      if step == 1 and self.objective.needs_reference and not config.eval_every:
+        check_agreement(metrics, config)
       log.write(step, "train", metrics | self.throughput.rates())
     if due(config.eval_every):
       log.write(
@@ -372,7 +376,7 @@ def join_processes(config: ml_collections.ConfigDict) -> None:
 
 
 def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict) -> None:
-  """Refuses to start when policy and reference give different log-probs before step 1.
+  """Refuses to go on when policy and reference give different log-probs before step 1.
 
   Where they agree every log-ratio is 0 and the DPO loss is log 2.
 
