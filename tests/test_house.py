@@ -1,6 +1,7 @@
 """The house rules that a machine can hold: who imports whom, what an import loads, what a text says."""
 
 import ast
+import functools
 import subprocess
 import sys
 
@@ -151,13 +152,16 @@ def modules():
       yield name, path
 
 
+@functools.cache
 def imported(path):
-  """Names a file imports, those of `from package import module` with the module."""
+  """Returns the names a file imports, those of `from package import module` with the module."""
+  names = []
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
-      yield from (alias.name for alias in node.names)
+      names += [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+      names += [f"{node.module}.{alias.name}" for alias in node.names]
+  return names
 
 
 def rank(name):
