@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax.training import parallel, step
+from dpojax.models import transformer
+from dpojax.training import parallel, reference, step
+from dpojax.training.micro_batches import MicroBatches
 from tests import conftest, sgd_step
 
 LIFTS = [("pmap", 0, 1, 1), ("mesh", 8, 1, 1), ("mesh", 1, 8, 1), ("mesh", 2, 2, 2)]
@@ -78,6 +80,29 @@ def test_losses_over_the_whole_step_are_those_of_one_device(loss):
   for devices in (parallel.Replicas(), parallel.Mesh(data=2, fsdp=2, tensor=2)):
     state, metrics = sgd_step.lifted(devices, loss=loss)
     assert_same_step(*jax.device_get(devices.collect((state.params, metrics["loss"]))), want)
+
+
+def test_an_evaluation_and_a_stored_reference_on_a_mesh_are_those_of_one_device():
+  examples, params, other = sgd_step.pieces(3)
+  rows, objective = sgd_step.rows_of(examples), sgd_step.objective("kto")
+  evaluated = jax.jit(step.make_eval_step(objective))(params, other, rows)
+  scores_of = lambda **more: reference.make_score_step(
+    transformer.make_apply(sgd_step.CONFIG), num_responses=3, chunk_size=None, **more
+  )
+  scored, _ = jax.jit(scores_of())(params, rows)
+
+  devices = parallel.Mesh(data=2, fsdp=2, tensor=2)
+  parts = MicroBatches(2, devices.global_shards)
+  placed, others = devices.place(params), devices.place(other)
+  there = devices.place_rows(rows, sgd_step.ROWS)
+  # KTO's objective reads a mean over the rows of all devices, of all rows at once.
+  evaluate = devices.lift(step.make_eval_step(objective, sum_rows=devices.sum_rows), donate_state=False)
+  got = evaluate(placed, others, there)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-5), got, evaluated)
+  score = devices.lift(devices.map_rows(scores_of(micro_batches=parts)), donate_state=False)
+  values, where = devices.collect_rows(score(placed, there))
+  np.testing.assert_array_equal(where, rows.example)
+  np.testing.assert_allclose(values, scored, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy, data, fsdp, tensor", [LIFTS[0], LIFTS[1], LIFTS[3]])

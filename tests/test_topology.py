@@ -8,9 +8,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from dpojax.kernels.platform import at_most, built_for, platform
+from dpojax.models import transformer
 from dpojax.plan import compiling, needs, program, roofline, topology
 from dpojax.training import config as config_lib
-from dpojax.training import parallel, resolve, step
+from dpojax.training import parallel, reference, resolve, step
 from dpojax.training.chips import CHIPS
 from tests import worlds
 
@@ -59,7 +60,11 @@ def exchanged_by(config, chips):
   stored = config.reference.mode == "stored"
   rows = needs.largest_rows(batches, 2, devices, stored=stored and not config.lora.rank)
   reference = None if stored else devices.placed(setup.reference)
-  traced = train_step.trace(state, reference, rows)
+  return setup, *counted(train_step.trace(state, reference, rows), chips)
+
+
+def counted(traced, chips):
+  """Returns the numbers gathered and scattered by a traced program of so many chips."""
   totals = collections.Counter()
   for name, dtype, shape, times in exchanged(traced.jaxpr.jaxpr):
     if name == "all_gather" and dtype != "int32":
@@ -68,7 +73,7 @@ def exchanged_by(config, chips):
     if name == "reduce_scatter":
       assert dtype == "float32"
       totals["scattered"] += int(np.prod(shape)) * times
-  return setup, totals["gathered"], totals["scattered"]
+  return totals["gathered"], totals["scattered"]
 
 
 def weights_of(tree):
@@ -95,6 +100,21 @@ def test_a_stored_reference_is_not_gathered_and_of_an_adapter_no_base_is_scatter
   base, adapter = weights_of(setup.reference), sum(leaf.size for leaf in jax.tree.leaves(setup.params))
   assert 3 * base < gathered < 3 * base + 2 * adapter
   assert 0 < scattered < adapter < base / 10
+
+
+def test_an_evaluation_and_a_stored_reference_gather_each_weight_once_and_scatter_nothing():
+  config, devices = config_of(16, rows_at_once=0, batch_size=16), parallel.Mesh(fsdp=16, devices=16)
+  setup = resolve.make_setup_of_shapes(config)
+  params, weights = devices.placed(setup.params), weights_of(setup.params)
+  rows = needs.largest_rows(
+    resolve.make_loader(config, needs.Lengths(LENGTHS), devices), 2, devices, stored=False
+  )
+  evaluate = step.make_eval_step(setup.objective, sum_rows=devices.sum_rows)
+  traced = devices.lift(evaluate, donate_state=False).trace(params, params, rows)
+  assert counted(traced, 16) == (2 * weights, 0)  # of policy and reference
+  score = reference.make_score_step(transformer.make_apply(setup.model), num_responses=2, chunk_size=None)
+  traced = devices.lift(devices.map_rows(score), donate_state=False).trace(params, rows)
+  assert counted(traced, 16) == (weights, 0)
 
 
 def hlo():

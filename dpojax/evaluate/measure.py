@@ -175,10 +175,10 @@ def score_held_out(
     alike = several and name == "policy"
     if (config, alike) not in lifted:  # models of one config compile once
       score = _with_similarity if alike else reference_lib.make_score_step
-      lifted[config, alike] = devices.lift(
-        score(transformer.make_apply(config), num_responses=batches.lengths.shape[1] - 1, chunk_size=None),
-        donate_state=False,
+      of_rows = score(
+        transformer.make_apply(config), num_responses=batches.lengths.shape[1] - 1, chunk_size=None
       )
+      lifted[config, alike] = devices.lift(devices.map_rows(of_rows), donate_state=False)
     columns = batches.lengths.shape[1] - 1 + 2 * alike
     values[name] = scorers.response_values(
       batches, lifted[config, alike], devices.place(model.params), devices, columns=columns
@@ -335,10 +335,9 @@ def _of_reward_model(policy, held_out, devices) -> dict[str, Any]:
     objectives.response_rewards(apply(params, rows), rows, num_responses=2),
     rows.example,
   )
+  lifted = devices.lift(devices.map_rows(score), donate_state=False)
   return _preferences(
-    scorers.response_values(
-      held_out.batches, devices.lift(score, donate_state=False), devices.place(policy.params), devices
-    )
+    scorers.response_values(held_out.batches, lifted, devices.place(policy.params), devices)
   )
 
 

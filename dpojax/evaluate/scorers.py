@@ -101,7 +101,7 @@ class RewardModel:
     def score(params, rows):
       return objectives.response_rewards(apply(params, rows), rows, num_responses=1), rows.example
 
-    self._score = devices.lift(score, donate_state=False)
+    self._score = devices.lift(devices.map_rows(score), donate_state=False)
 
   def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
     """Returns the reward of each response, [N] float64.

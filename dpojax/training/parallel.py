@@ -31,7 +31,7 @@ class Replicas:
   """Every local device holds everything; gradients are summed by `pmap` over all devices."""
 
   axis_name = AXIS
-  over_rows = None  # `pmap` sums
+  over_rows = sum_rows = None  # `pmap` sums
   global_shards = 1  # a device sees its own rows only
 
   def __init__(self):
@@ -41,6 +41,11 @@ class Replicas:
     # As `pmap` cuts its arguments: what is placed so goes in without a copy.
     mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
     self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+  def map_rows(self, function: Callable, *, trees: int = 1) -> Callable:
+    """Returns the function itself: `pmap` gives each device its rows."""
+    del trees
+    return function
 
   def place(self, tree: Any, *, donated: bool = True) -> Any:
     """Returns the tree with a leading axis of devices."""
@@ -146,45 +151,90 @@ class Mesh:
   def _sharding(self, name: str, leaf: Any) -> NamedSharding:
     return NamedSharding(self.mesh, sharding.spec_of(name, leaf.shape, self.mesh.shape))
 
+  def bytes_together(self, weights: Any, itemsize: int) -> int:
+    """Returns the bytes a device takes for weights that are brought together over fsdp in a dtype."""
+    total = 0
+    for path, leaf in sharding.leaves_by_path(weights):
+      spec = sharding.spec_of(path, leaf.shape, self.mesh.shape)
+      if sharding.WEIGHTS in spec:
+        parts = math.prod(self.mesh.shape[axis] for axis in spec if axis and axis != sharding.WEIGHTS)
+        total += math.prod(leaf.shape) // parts * itemsize
+    return total
+
   def over_rows(self, sums: Callable) -> Callable:
     """Returns a function that gives sums over the rows of all devices of one that gives those of its rows.
-
-    What devices exchange is said in `models.sharding`, but over the tensor axis, where the compiler decides.
 
     Args:
       sums: (params, reference, rows, at) -> (gradients of params, then trees of sums).
     """
-    sizes, rings = dict(self.mesh.shape), _rings(self.mesh)
-    # An axis of one device has nothing for the compiler to decide, and inside the map kernels run as on one
-    # device.
-    inside = set(ROWS) | ({"tensor"} if sizes["tensor"] == 1 else set())
 
-    def specs(tree):
-      def of(path, leaf):
-        name = sharding.path_of(path)
-        axes = sharding.spec_of(name, leaf.shape, sizes)
-        return PartitionSpec(*(axis if axis in inside else None for axis in axes))
+    def over_all(params, *others):
+      whole, sizes = _shapes_of(params), dict(self.mesh.shape)
 
-      return jax.tree_util.tree_map_with_path(of, tree)
+      def of_device(*args):
+        gradients, *rest = sums(*args)
+        return sharding.summed_over_rows(gradients, whole, sizes), jax.lax.psum(rest, ROWS)
 
-    def over_all(params, reference, rows, at):
-      whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, reference))
-
-      def of_device(params, reference, rows, at):
-        with sharding.cut(*whole, sizes=sizes, rings=rings):
-          gradients, *others = sums(params, reference, rows, at)
-        return sharding.summed_over_rows(gradients, whole[0], sizes), *jax.lax.psum(others, ROWS)
-
-      by_rows, everywhere = PartitionSpec(ROWS), PartitionSpec()
-      in_specs = (specs(params), specs(reference), jax.tree.map(lambda _: by_rows, rows), everywhere)
-      shapes = jax.eval_shape(sums, *whole, rows, at)
-      out_specs = (in_specs[0], *jax.tree.map(lambda _: everywhere, tuple(shapes[1:])))
-      # check_vma would have every function say over which axes it varies; custom VJPs do not.
-      return jax.shard_map(
-        of_device, in_specs=in_specs, out_specs=out_specs, axis_names=inside, check_vma=False
-      )(params, reference, rows, at)
+      gradients, rest = self._by_device(of_device, 2, (self._specs(params), PartitionSpec()))(params, *others)
+      return gradients, *rest
 
     return over_all
+
+  def sum_rows(self, sums: Callable) -> Callable:
+    """`over_rows` without gradients: sums is (params, reference, rows, at) -> trees of sums."""
+    return self._by_device(lambda *args: jax.lax.psum(sums(*args), ROWS), 2, PartitionSpec())
+
+  def map_rows(self, function: Callable, *, trees: int = 1) -> Callable:
+    """Returns a function that gives values of all rows of one that gives those of a device's.
+
+    Args:
+      function: (trees of weights, rows, what all devices have) -> values [R, ...] of its rows.
+      trees: how many of its arguments, the first ones, are weights.
+    """
+    return self._by_device(function, trees, PartitionSpec(ROWS))
+
+  def _by_device(self, function: Callable, trees: int, out_specs: Any) -> Callable:
+    """Returns a function that every device computes for its own rows.
+
+    What devices exchange is said in `models.sharding`, but over the tensor axis, where the compiler decides.
+    """
+    sizes, rings = dict(self.mesh.shape), _rings(self.mesh)
+
+    def over_all(*args):
+      weights, rows, others = args[:trees], args[trees], args[trees + 1 :]
+      whole = _shapes_of(weights)
+
+      def of_device(*args):
+        with sharding.cut(*whole, sizes=sizes, rings=rings):
+          return function(*args)
+
+      everywhere = jax.tree.map(lambda _: PartitionSpec(), others)
+      # check_vma would have every function say over which axes it varies; custom VJPs do not.
+      return jax.shard_map(
+        of_device,
+        in_specs=(*map(self._specs, weights), jax.tree.map(lambda _: PartitionSpec(ROWS), rows), *everywhere),
+        out_specs=out_specs,
+        axis_names=self._inside(),
+        check_vma=False,
+      )(*args)
+
+    return over_all
+
+  def _inside(self) -> set[str]:
+    """The axes that functions of one device's rows are mapped over."""
+    # An axis of one device has nothing for the compiler to decide, and inside the map kernels run as on one
+    # device.
+    return set(ROWS) | ({"tensor"} if self.mesh.shape["tensor"] == 1 else set())
+
+  def _specs(self, tree: Any) -> Any:
+    """Returns what weights are cut over, of the axes that functions are mapped over."""
+    inside = self._inside()
+
+    def of(path, leaf):
+      axes = sharding.spec_of(sharding.path_of(path), leaf.shape, self.mesh.shape)
+      return PartitionSpec(*(axis if axis in inside else None for axis in axes))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
   def place_shard(self, path: str, leaf: jax.ShapeDtypeStruct, read: Callable) -> jax.Array:
     """Returns a parameter as a global array, of which each local device's part is read in turn.
@@ -300,6 +350,8 @@ class EnsembleMesh(Mesh):
     """Returns `sums` itself: a run is on one device, with all of its rows."""
     return sums
 
+  sum_rows = over_rows
+
   def __init__(self, count: int):
     """Takes as many devices as `count` runs need where all devices have one, or as few more, each."""
     devices = jax.devices()
@@ -396,6 +448,10 @@ def _rings_of(places: np.ndarray) -> tuple[int, ...]:
   return tuple(sizes) if len(sizes) > 1 and np.array_equal(walked, steps) else ()
 
 
+def _shapes_of(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def _shapes(tree: Any) -> tuple:
   return tuple(np.shape(leaf) for leaf in jax.tree.leaves(tree))
 
@@ -442,6 +498,14 @@ def memory_limit() -> int:
     with contextlib.suppress(OSError, ValueError):
       limits.append(int(pathlib.Path(path).read_text()))
   return min(limits) // jax.local_device_count()
+
+
+def free_memory() -> int:
+  """Returns the bytes that a local device has left beside the arrays that live; of processes the least."""
+  left = memory_limit() - device_bytes([array for array in jax.live_arrays() if not array.is_deleted()])
+  if jax.process_count() > 1:  # all have to come to the same answer
+    left = int(np.min(multihost_utils.process_allgather(np.float32(left))))
+  return left
 
 
 def bytes_on_one(tree: Any) -> int:

@@ -134,7 +134,9 @@ def make_evaluate(
   `step` is placed, as that of a state; an objective that moves is evaluated as it is there.
   """
   eval_step = devices.lift(
-    step_lib.make_eval_step(objective, micro_batches=micro_batches, axis_name=devices.axis_name),
+    step_lib.make_eval_step(
+      objective, micro_batches=micro_batches, axis_name=devices.axis_name, sum_rows=devices.sum_rows
+    ),
     donate_state=False,
   )
 

@@ -295,15 +295,13 @@ def use_stored_reference(
     loaders: those whose rows are to carry the log-probs.
     devices: what everything is placed on.
   """
-  score = devices.lift(
-    reference_lib.make_score_step(
-      transformer.make_apply(setup.model),
-      num_responses=setup.objective.num_responses,
-      chunk_size=config.chunk_size or None,
-      micro_batches=micro_batches_of(config, devices),
-    ),
-    donate_state=False,
+  score = reference_lib.make_score_step(
+    transformer.make_apply(setup.model),
+    num_responses=setup.objective.num_responses,
+    chunk_size=config.chunk_size or None,
+    micro_batches=micro_batches_of(config, devices),
   )
+  score = devices.lift(devices.map_rows(score), donate_state=False)
   of_batch = lambda batch: devices.collect_rows(
     score(reference, devices.place_rows(batch.rows, batch.total_rows))
   )

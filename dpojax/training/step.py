@@ -340,15 +340,23 @@ def make_reference_step(*, alpha: float) -> Callable:
 
 
 def make_eval_step(
-  objective: Objective, *, micro_batches: MicroBatches = MicroBatches(), axis_name: str | None = None
+  objective: Objective,
+  *,
+  micro_batches: MicroBatches = MicroBatches(),
+  axis_name: str | None = None,
+  sum_rows: Callable[[Callable], Callable] | None = None,
 ) -> Callable:
   """Returns `eval_step(params, reference, rows, step=0) -> metrics`, a dict of `Mean`s to be added up.
 
-  The step matters to an objective that moves with it.
+  The step matters to an objective that moves with it. `sum_rows` is to metrics what `over_rows` is to
+  gradients, see `make_train_step`.
   """
 
+  def of_rows(params, reference, rows, step):
+    return micro_batches.sum(lambda part: objective.at(step)(params, reference, part)[1], rows)
+
   def eval_step(params, reference, rows, step=0):
-    metrics = micro_batches.sum(lambda part: objective.at(step)(params, reference, part)[1], rows)
+    metrics = (sum_rows or (lambda f: f))(of_rows)(params, reference, rows, step)
     return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
   return eval_step
