@@ -88,6 +88,7 @@ LONG = {
     "test_an_example_prints_its_curve": ("logits_only",),
     "test_an_example_starts_at_log_2_and_learns_to_rank_its_pairs": ("bare_jax", "logits_only"),
   },
+  "test_sampling": {"test_params_cut_over_a_mesh_give_the_same_samples": ("together", "in_place")},
   "test_sentiment": {
     "test_a_prefix_ends_with_a_word_and_has_2_to_8_tokens": (),
     "test_choices_are_made_one_at_a_time_and_rounds_go_on_from_their_own_samples": (),

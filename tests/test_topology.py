@@ -92,6 +92,13 @@ def test_a_step_for_many_chips_is_traced_in_seconds_and_gathers_each_weight_once
   assert scattered == weights
 
 
+def test_without_rematerialisation_weights_are_gathered_again_and_not_kept():
+  setup, gathered, scattered = exchanged_by(
+    config_of(16, rows_at_once=0, batch_size=16, **{"model.remat": "none"}), 16
+  )
+  assert (gathered, scattered) == (3 * weights_of(setup.params), weights_of(setup.params))
+
+
 def test_a_stored_reference_is_not_gathered_and_of_an_adapter_no_base_is_scattered():
   shapes = {"rows_at_once": 0, "batch_size": 16}
   setup, gathered, scattered = exchanged_by(config_of(16, **shapes, **{"reference.mode": "stored"}), 16)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpojax.kernels.gathering import MeshAxis, all_gather, gather, scatter_sum
-from dpojax.kernels.head import Head, shaped
+from dpojax.kernels.gathering import MeshAxis, all_gather, gather, scatter_sum, summed_products
+from dpojax.kernels.head import Head, logits_of, shaped
 from dpojax.kernels.platform import at_most
 from dpojax.kernels.precision import wide_of
 
@@ -53,6 +53,14 @@ def without_gradient(head: jax.Array | Head | CutHead) -> jax.Array | Head | Cut
 def whole_head(head: jax.Array | Head | CutHead, dtype: Any) -> jax.Array | Head:
   """Returns a head as all devices have it, for what reads the whole next-token distribution at once."""
   return head.gathered(dtype) if isinstance(head, CutHead) else head
+
+
+def logits_of_few(hidden: jax.Array, head: jax.Array | Head | CutHead) -> jax.Array:
+  """Returns the logits [T, V] of a few hidden states [T, D]; a `CutHead` stays where it is."""
+  if not isinstance(head, CutHead):
+    return logits_of(hidden, head)
+  logits = summed_products(hidden, head.weights.astype(hidden.dtype).T, head.over)
+  return shaped(logits, Head(head.weights, head.bias, head.soft_cap))
 
 
 class _Form(NamedTuple):

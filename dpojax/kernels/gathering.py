@@ -56,6 +56,16 @@ def scatter_sum(whole: jax.Array, over: MeshAxis, axis: int) -> jax.Array:
   return jnp.expand_dims(whole, axes_of_1)
 
 
+def summed_products(x: jax.Array, matrix: jax.Array, over: MeshAxis) -> jax.Array:
+  """Returns x [T, I] times a matrix of which each device holds some rows, [I / devices, O].
+
+  Inside a `shard_map`. Each device multiplies its rows with those columns of the x of all; the products are
+  summed in float32 at least.
+  """
+  columns = jax.lax.all_to_all(x, over.name, split_axis=1, concat_axis=0, tiled=True)
+  return scatter_sum(jnp.matmul(columns, matrix, preferred_element_type=wide_of(x.dtype)), over, 0)
+
+
 def gather(weight: jax.Array, over: MeshAxis, axis: int, dtype: Any) -> jax.Array:
   """Returns a weight whole, in a dtype, inside a `shard_map`.
 

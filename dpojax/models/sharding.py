@@ -10,10 +10,14 @@ compiler's choice:
   the table itself never travels;
 - the output head is walked over in blocks of the vocabulary, see `kernels.cut_head`.
 
+So do evaluations and all other passes that score rows. What decodes a few tokens at a time has its weights
+brought together once for all of them, or leaves them where they are, see `sample.decoding` and `product`.
+
 The `tensor` axis is left to the compiler: heads and inner widths stay where they are cut.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dpojax.kernels.cut_head import CutHead
-from dpojax.kernels.gathering import MeshAxis
+from dpojax.kernels.gathering import MeshAxis, all_gather, summed_products
 from dpojax.kernels.gathering import gather as gather_whole
 from dpojax.kernels.head import Head
 from dpojax.kernels.platform import ROWS
@@ -64,6 +68,9 @@ The `a` and `b` of an adapter are cut as the inputs and outputs of the kernel th
 
 _cuts = jax.make_user_context(None)
 """By the end of a weight's path the axis, counted from the last, that is cut, while a step is traced."""
+
+_stays = jax.make_user_context(False)
+"""Whether the weights of layers stay where they are and vectors travel to them, while a step is traced."""
 
 _rings = jax.make_user_context(())
 """The rings of chips along which the `fsdp` axis goes, while a step is traced; see `MeshAxis`."""
@@ -122,9 +129,24 @@ def over_weights() -> MeshAxis:
   return MeshAxis(WEIGHTS, _rings.value)
 
 
+def uncut() -> contextlib.AbstractContextManager:
+  """Returns the context of what is computed with weights that `whole` has brought together."""
+  return _cuts(())
+
+
+def in_place() -> contextlib.AbstractContextManager:
+  """Returns the context in which layers leave their weights where they are, see `product`."""
+  return _stays(True)
+
+
 def is_cut() -> bool:
   """Whether weights are cut where the caller is: its rows are those of one device."""
   return bool(_cuts.value)
+
+
+def gathers() -> bool:
+  """Whether a layer brings its weights together, where the caller is."""
+  return is_cut() and not _stays.value
 
 
 def held(end: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,8 +159,30 @@ def held(end: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(parts)
 
 
+def held_in_layer(end: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """`held` of a layer's weight: the whole where layers bring theirs together before they begin."""
+  return held(end, shape) if _stays.value else shape
+
+
+def product(x: jax.Array, kernel: jax.Array, end: str, inputs: int) -> jax.Array:
+  """Returns x [T, I] times a kernel of `inputs` axes of together I, in the dtype of x, [T, O].
+
+  Of a kernel that is cut and stays where it is, each device multiplies its part with the tokens of all:
+  what travels are vectors, columns of x and sums of products, the latter in float32 (Pope et al. 2022,
+  Sec. 3.2). Where tokens are few, as in a step of decoding, those are less than the kernel.
+  """
+  matrix = kernel.astype(x.dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
+  axis = dict(_cuts.value or ()).get(end) if _stays.value else None
+  if axis is None:
+    return x @ matrix
+  if kernel.ndim + axis < inputs:
+    return summed_products(x, matrix, over_weights()).astype(x.dtype)
+  outputs = all_gather(x, over_weights(), 0) @ matrix
+  return jax.lax.all_to_all(outputs, WEIGHTS, split_axis=0, concat_axis=1, tiled=True)
+
+
 def whole(tree: Any, dtype: Any) -> Any:
-  """Returns a layer's weights, those that are cut brought together in the compute dtype."""
+  """Returns weights, a layer's or all, those that are cut brought together in the compute dtype."""
   cuts = dict(_cuts.value or ())
 
   def one(path, leaf):
@@ -154,6 +198,19 @@ def gather(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
   Its gradient is summed in float32 at least, each device its part of it.
   """
   return checkpoint_name(gather_whole(weight, over_weights(), weight.ndim + axis, dtype), GATHERED)
+
+
+def keep_but_gathered(primitive: Any, *args: Any, **params: Any) -> bool:
+  """The policy of rematerialisation that keeps everything but weights that were brought together.
+
+  jax's own `save_anything_except_these_names` keeps what has a name too.
+  """
+  if primitive.name == "custom_vjp_call":
+    return not any(each.primitive.name == "all_gather" for each in params["call_jaxpr"].jaxpr.eqns)
+  # As large as the weight, and would be kept in its place; of activations they cost nothing to make again.
+  if primitive.name in ("reshape", "convert_element_type"):
+    return False
+  return params.get("name") != GATHERED
 
 
 def embedded(table: jax.Array, ids: jax.Array, end: str, dtype: Any) -> jax.Array:

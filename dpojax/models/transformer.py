@@ -99,14 +99,17 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
+    end = f"{self.name}/kernel"
     kernel = self.param(
-      "kernel", nn.initializers.normal(self.scale * fan_in**-0.5), self.inputs + self.outputs
+      "kernel",
+      nn.initializers.normal(self.scale * fan_in**-0.5),
+      sharding.held_in_layer(end, self.inputs + self.outputs),
     )
     leading = x.shape[: x.ndim - len(self.inputs)]
     # As a product of two matrices: XLA's CPU backend multiplies those two to three times as fast as
     # it does the gradients of products with more axes.
     x = x.reshape(-1, fan_in)
-    y = x @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+    y = sharding.product(x, kernel, end, len(self.inputs))
     if self.has_variable(ADAPTER, "a"):
       a, b = (self.get_variable(ADAPTER, name).astype(x.dtype) for name in "ab")
       y = y + (x @ a.reshape(fan_in, -1)) @ b.reshape(-1, fan_out)
@@ -324,11 +327,11 @@ class Transformer(nn.Module):
       block, policy = Block, REMAT_POLICIES.get(config.remat)
       # Without rematerialisation too a gathered weight is let go of and gathered again in the backward pass:
       # to keep those of all layers would be to hold the model whole.
-      if sharding.is_cut():
+      if sharding.gathers():
         whole = partial(sharding.whole, dtype=config.dtype)
         block = nn.map_variables(Block, ["params", ADAPTER], trans_in_fn=whole)
         if config.remat == "none":
-          policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+          policy = sharding.keep_but_gathered
       elif config.remat == "none":
         return block
       return nn.remat(block, prevent_cse=prevent_cse, policy=policy)

@@ -53,7 +53,7 @@ from dpojax.runtime import paths
 from dpojax.runtime.command import say
 from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.stopping import stop_signal
-from dpojax.sample import rollouts, sampler
+from dpojax.sample import decoding, rollouts
 from dpojax.sample.rollouts import Reward
 from dpojax.train.loop import TrainingError
 from dpojax.training import checkpoint, parallel, resolve, weights
@@ -125,29 +125,30 @@ class Trainer:
       states.append(devices.place(step_lib.init_state(jax.tree.map(np.asarray, first), tx)))
       self._steps.append(
         devices.lift(
-          step_lib.make_train_step(objective, tx, schedule=schedule, micro_batches=micro_batches),
+          step_lib.make_train_step(
+            objective, tx, schedule=schedule, micro_batches=micro_batches, over_rows=devices.over_rows
+          ),
           donate_state=True,
         )
       )
     self.state = PPOState(
       *states, devices.place(Control(jnp.float32(settings.beta), ppo_losses.no_moments()))
     )
-    self._sample = devices.lift(
-      sampler.make_sampler(
-        config, max_new_tokens=settings.max_new_tokens, num_samples=settings.num_samples, stop_id=stop_id
-      ),
-      donate_state=False,
+    self._sample = decoding.make_sampler(
+      devices,
+      config,
+      max_new_tokens=settings.max_new_tokens,
+      num_samples=settings.num_samples,
+      stop_id=stop_id,
     )
-    self._score = devices.lift(
-      rollouts.make_score(
-        apply,
-        critic,
-        num_samples=settings.num_samples,
-        chunk_size=settings.chunk_size or None,
-        micro_batches=micro_batches,
-      ),
-      donate_state=False,
+    score = rollouts.make_score(
+      apply,
+      critic,
+      num_samples=settings.num_samples,
+      chunk_size=settings.chunk_size or None,
+      micro_batches=micro_batches,
     )
+    self._score = devices.lift(devices.map_rows(score, trees=3), donate_state=False)
     self._targets = devices.lift(ppo_step.make_targets(settings), donate_state=False)
 
   def step(self, number: int, prompts: np.ndarray, lengths: np.ndarray) -> dict[str, float]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dpojax.models.config import ModelConfig
-from dpojax.sample import rollouts, sampler
+from dpojax.sample import decoding, rollouts
 from dpojax.training import parallel
 
 
@@ -149,9 +149,8 @@ def draw(
   rollouts.check_prompts(prompts, lengths)
   devices = parallel.Mesh() if devices is None else devices
   size = -(-min(prompts_at_once, len(prompts)) // devices.row_multiple) * devices.row_multiple
-  sample = devices.lift(
-    sampler.make_sampler(config, max_new_tokens=max_new_tokens, num_samples=num_samples, stop_id=stop_id),
-    donate_state=False,
+  sample = decoding.make_sampler(
+    devices, config, max_new_tokens=max_new_tokens, num_samples=num_samples, stop_id=stop_id
   )
   params, key, parts = devices.place(params, donated=False), jax.random.key(seed), []
   for first in range(0, len(prompts), size):

@@ -12,7 +12,7 @@ from dpojax.data import packing
 from dpojax.models import transformer
 from dpojax.models.config import ModelConfig
 from dpojax.runtime.errors import ConfigError
-from dpojax.sample import sampler
+from dpojax.sample import decoding
 from dpojax.sample.draws import Draw
 from dpojax.training import parallel, weights
 from dpojax.training import reference as reference_lib
@@ -86,22 +86,17 @@ class Generator:
       )
 
   def _placed(self, config: ModelConfig, params: Any) -> "_Placed":
-    lift, draw = self._devices.lift, self.draw
+    devices, draw = self._devices, self.draw
+    score = reference_lib.make_score_step(
+      transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None
+    )
     return _Placed(
       config,
-      self._devices.place(params),
-      lift(
-        sampler.make_sampler(
-          config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples, stop_id=self._stops
-        ),
-        donate_state=False,
+      devices.place(params),
+      decoding.make_sampler(
+        devices, config, max_new_tokens=draw.max_new_tokens, num_samples=draw.num_samples, stop_id=self._stops
       ),
-      lift(
-        reference_lib.make_score_step(
-          transformer.make_apply(config), num_responses=draw.num_samples, chunk_size=None
-        ),
-        donate_state=False,
-      ),
+      devices.lift(devices.map_rows(score), donate_state=False),
     )
 
   def of_reference(self) -> "Generator":

@@ -202,12 +202,10 @@ class LearnedReward:
     self._width, self._room = prompt_width, max_new_tokens
     self._params = devices.place(params)
     apply = transformer.make_apply(config)
-    self._score = devices.lift(
-      lambda params, rows: objectives.response_rewards(apply(params, rows), rows, num_responses=num_samples)[
-        :, 0
-      ],
-      donate_state=False,
-    )
+    rewards = lambda params, rows: objectives.response_rewards(
+      apply(params, rows), rows, num_responses=num_samples
+    )[:, 0]
+    self._score = devices.lift(devices.map_rows(rewards), donate_state=False)
 
   def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
     starts, lengths = padded(prompts[:: self._samples], self._width)

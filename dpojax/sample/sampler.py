@@ -6,14 +6,16 @@ stands before a token. What changes from one draw to the next, temperature, top-
 traced: a sweep over it compiles once.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpojax.kernels.head import logits_of
-from dpojax.models import transformer
+from dpojax.kernels.cut_head import logits_of_few
+from dpojax.kernels.platform import arrays_are_cut, at_most, row_axes
+from dpojax.models import sharding, transformer
 from dpojax.models.config import ModelConfig
 
 _FIRST_STAGE = 32
@@ -40,6 +42,7 @@ def make_sampler(
   max_new_tokens: int,
   num_samples: int = 1,
   stop_id: int | Sequence[int] | None = None,
+  in_place: bool = False,
 ) -> Callable[..., Samples]:
   """Returns `sample(params, prompts, lengths, key, temperature, top_p, top_k)`, to be jitted.
 
@@ -49,6 +52,8 @@ def make_sampler(
     max_new_tokens: `T`, tokens a sample has at most.
     num_samples: `K`, samples of each prompt.
     stop_id: the id, or ids, that end a sample.
+    in_place: of weights that are cut where the sampler is traced, whether they stay where they are, and are
+      not brought together at its beginning; see `decoding`.
 
   Args of the sampler, of which all but the first four may be left out:
     params: the model's, on one device or cut over a mesh.
@@ -64,7 +69,17 @@ def make_sampler(
   """
   stops = jnp.atleast_1d(jnp.asarray(() if stop_id is None else stop_id, jnp.int32))
 
-  def sample(
+  def sample(params: Any, *args: Any, **knobs: Any) -> Samples:
+    if in_place or not sharding.is_cut():
+      return decoded(config, params, *args, **knobs)
+    # Layers by themselves first: a stack that was brought together would be copied to be cut apart.
+    alone, params = transformer.unrolled(config, params)
+    params = sharding.whole(params, config.dtype)
+    with sharding.uncut():
+      return decoded(alone, params, *args, **knobs)
+
+  def decoded(
+    config: ModelConfig,
     params: Any,
     prompts: jax.Array,
     lengths: jax.Array,
@@ -86,14 +101,20 @@ def make_sampler(
     # Cast before the loop: a step reads every weight once and would cast it as often.
     decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
     decoder = transformer.Transformer(decoder_config)
+    together = in_place or arrays_are_cut()
     head = transformer.make_head(config, params)
     starts = repeat(lengths)
     # Beforehand, of key, sample and place alone: the loop carries no keys.
     uniform = _uniform_of_samples(key, batch, num_samples, max_new_tokens)
 
+    def going(done):
+      # A batch goes on until its last sample is done; devices that exchange vectors, until all of them are.
+      left = ~jnp.all(done)
+      return jax.lax.psum(left.astype(jnp.int32), row_axes()) > 0 if together and row_axes() else left
+
     def extend(carry):
-      step, done, hidden, cache, tokens, counts, log_probs = carry
-      token, log_prob = draw(logits_of(hidden, head), uniform[step], temperature, top_p, top_k)
+      step, _, done, hidden, cache, tokens, counts, log_probs = carry
+      token, log_prob = draw(logits_of_few(hidden, head), uniform[step], temperature, top_p, top_k)
       # A sample that is done goes on through the loop with token 0, and counts nowhere.
       log_probs += jnp.where(done, 0.0, log_prob)
       token = jnp.where(done, 0, token)
@@ -104,11 +125,12 @@ def make_sampler(
       hidden, cache = decoder.apply(
         {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache
       )
-      return step + 1, done, hidden[:, 0], cache, tokens, counts, log_probs
+      return step + 1, going(done), done, hidden[:, 0], cache, tokens, counts, log_probs
 
     seen = [part]
     carry = (
       0,
+      True,
       jnp.zeros(rows, bool),
       repeat(last),
       None,
@@ -119,14 +141,13 @@ def make_sampler(
     # What a stage has written is only read by the next: later, longer rooms do not slow the first tokens.
     for start, end in _stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
-      step, done, hidden, cache, *drawn = jax.lax.while_loop(
-        # A batch goes on until its last sample is done.
-        lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1]),
-        extend,
-        (*carry[:3], cache, *carry[4:]),
-      )
+      with at_most(end - start), sharding.in_place() if in_place else contextlib.nullcontext():
+        *first, cache, tokens, counts, log_probs = jax.lax.while_loop(
+          lambda carry, end=end: (carry[0] < end) & carry[1], extend, (*carry[:4], cache, *carry[5:])
+        )
       seen = [*cache.seen, cache.written]
-      carry = step, done, hidden, None, *drawn
+      carry = *first, None, tokens, counts, log_probs
+    drawn = carry[5:]
     return Samples(*(x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
 
   return sample
