@@ -73,6 +73,7 @@ LONG = {
   "test_ppo": {
     "test_a_fixed_beta_approaches_the_closed_form_optimum": (),
     "test_a_run_learns_and_continues_after_a_kill_to_the_same_numbers": (),
+    "test_a_step_on_weights_that_are_cut_is_that_of_one_device": (),
     "test_under_a_reward_model_scores_rise_and_an_adaptive_beta_holds_its_kl": (),
   },
   "test_preference": {

@@ -1,6 +1,7 @@
 """A step for chips that are not there: what devices exchange in it, and what it is said to cost."""
 
 import collections
+import dataclasses
 
 import jax
 import numpy as np
@@ -10,6 +11,9 @@ from jax.extend.core import jaxprs_in_params
 from dpojax.kernels.platform import at_most, built_for, platform
 from dpojax.models import transformer
 from dpojax.plan import compiling, needs, program, roofline, topology
+from dpojax.ppo import step as ppo_step
+from dpojax.ppo.config import Settings
+from dpojax.sample import decoding, rollouts
 from dpojax.training import config as config_lib
 from dpojax.training import parallel, reference, resolve, step
 from dpojax.training.chips import CHIPS
@@ -122,6 +126,54 @@ def test_an_evaluation_and_a_stored_reference_gather_each_weight_once_and_scatte
   score = reference.make_score_step(transformer.make_apply(setup.model), num_responses=2, chunk_size=None)
   traced = devices.lift(devices.map_rows(score), donate_state=False).trace(params, rows)
   assert counted(traced, 16) == (weights, 0)
+
+
+def test_a_step_of_ppo_gathers_each_weight_once_a_pass_and_scatters_its_gradients():
+  policy, devices = resolve.make_setup_of_shapes(config_of(16)).model, parallel.Mesh(fsdp=16, devices=16)
+  networks = [policy, dataclasses.replace(policy, reward_head=True)]
+  settings = Settings(prompts_per_step=16, num_samples=2, max_new_tokens=4)
+  rows = rollouts.rows_of(*rolled_out(16, 2, 4))
+  applies = [transformer.make_apply(each) for each in networks]
+  params = [devices.placed(worlds.shapes_of(each)) for each in networks]
+  whole = weights_of(params[0])
+  layers = whole - params[0]["head"].size  # of a critic no logits are asked for
+  score = devices.map_rows(rollouts.make_score(*applies, num_samples=2), trees=3)
+  traced = devices.lift(score, donate_state=False).trace(*params, params[0], devices.placed_rows(rows))
+  assert counted(traced, 16) == (2 * whole + layers, 0)
+  aims = ppo_step.Targets(*[np.zeros((16, 8), np.float32)] * 4)
+  experience = devices.placed_rows(ppo_step.Experience(rows, aims))
+  objectives = ppo_step.policy_objective, ppo_step.critic_objective
+  for make, apply, placed, moved in zip(objectives, applies, params, (whole, layers)):
+    _, tx = ppo_step.make_optimizer(settings, 1e-5)
+    update = step.make_train_step(make(apply, settings), tx, over_rows=devices.over_rows)
+    state = devices.placed(jax.eval_shape(lambda x, tx=tx: step.init_state(x, tx), placed))
+    traced = devices.lift(update, donate_state=True).trace(state, (), experience)
+    assert counted(traced, 16) == (2 * moved, moved)
+
+
+def rolled_out(prompts, samples, room):
+  """Prompts of 8 tokens, their lengths, samples, and theirs."""
+  ids = lambda *shape: np.zeros(shape, np.int32)
+  return ids(prompts, 8), ids(prompts) + 8, ids(prompts, samples, room), ids(prompts, samples) + room
+
+
+def test_sampling_gathers_each_weight_once_a_batch_or_sends_vectors_alone():
+  model, devices = resolve.make_setup_of_shapes(config_of(16)).model, parallel.Mesh(fsdp=16, devices=16)
+  params = devices.placed(worlds.shapes_of(model))
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
+  rows = (*devices.placed_rows(rolled_out(16, 2, 4)[:2]), keys)
+
+  def traced(in_place):
+    sample = decoding.make_program(devices, model, max_new_tokens=4, num_samples=2, in_place=in_place)
+    return counted(sample.trace(params, rows, (1.0, 1.0, 0)), 16)
+
+  whole = weights_of(params)
+  assert traced(False) == (whole + params["embed"]["embedding"].size, 0)
+  # In place prompts are read layer by layer; then, counted once, a step of 32 samples of all devices.
+  width, key_width = model.width, model.kv_heads * model.head_size
+  gathered = 32 * model.layers * (width + model.mlp_width)
+  scattered = 32 * (model.layers * (width + 2 * key_width + 2 * model.mlp_width) + model.vocab_size)
+  assert traced(True) == (whole - params["head"].size + gathered, scattered)
 
 
 def hlo():
