@@ -109,7 +109,11 @@ class Replicas:
 
 
 class Mesh:
-  """Rows cut over data and fsdp, parameters over fsdp and tensor, as `sharding.PARTITION` says."""
+  """Rows cut over data and fsdp, parameters over fsdp and tensor, as `sharding.PARTITION` says.
+
+  What is computed of rows is computed by each device for its own: gradients by `over_rows`, sums by `sum_rows`,
+  values of each row by `map_rows`.
+  """
 
   axis_name = None
   compiles_ahead = True
