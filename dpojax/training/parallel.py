@@ -111,8 +111,8 @@ class Replicas:
 class Mesh:
   """Rows cut over data and fsdp, parameters over fsdp and tensor, as `sharding.PARTITION` says.
 
-  What is computed of rows is computed by each device for its own: gradients by `over_rows`, sums by `sum_rows`,
-  values of each row by `map_rows`.
+  What is computed of rows is computed by each device for its own: gradients by `over_rows`, sums by
+  `sum_rows`, values of each row by `map_rows`.
   """
 
   axis_name = None
@@ -440,8 +440,9 @@ def _rings(mesh: jax.sharding.Mesh | AbstractMesh) -> tuple[int, ...]:
 
 def _rings_of(places: np.ndarray) -> tuple[int, ...]:
   """Returns how many places [N, 4] stand in each direction in which they are walked row by row."""
-  sizes, stride, walked = [], 1, 0
+  sizes: list[int] = []
   steps = places - places[0]
+  stride, walked = 1, np.zeros_like(steps)
   while stride < len(places):
     direction = np.flatnonzero(steps[stride])
     if len(direction) != 1:
