@@ -123,8 +123,15 @@ def _explained(topology: Topology) -> Iterator[None]:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "memory" not in text.lower():
       raise
+    # Told after the program is laid out, or before, where its temporaries alone are more than there is.
     used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", text)
-    why = f"{used[1]} of {used[2]} of {used[3]}" if used else text.splitlines()[0]
+    before = re.search(r"HLO temporaries \(([\d.]+\w)\) exceeds available (\w+) \(([\d.]+\w)\)", text)
+    if used:
+      why = f"{used[1]} of {used[2]} of {used[3]}"
+    elif before:
+      why = f"{before[1]} of {before[3]} of {before[2].lower()} for temporaries alone"
+    else:
+      why = text.splitlines()[0]
     raise ConfigError(
       f"a step does not fit a device of {topology.name}: it takes {why}; {needs_lib.SMALLER}"
     ) from error
