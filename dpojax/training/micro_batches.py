@@ -59,10 +59,14 @@ class MicroBatches(NamedTuple):
     return jax.tree.map(one, values)
 
   def sum(self, function: Callable[[Any], Any], rows: Any) -> Any:
-    """Returns the sum of function(part) over the parts that hold a comparison."""
+    """Returns the sum of function(part) over the parts that hold a comparison, or of the only one."""
     if not self.rows_at_once:
       return function(rows)
     parts = self.split(rows)
+    # A TPU's compiler begins the next round of a loop before it knows that there is one: with a single part it
+    # would compute the forward pass twice.
+    if parts.example.shape[0] == 1:
+      return function(jax.tree.map(lambda x: x[0], parts))
     # Sums start from zeros of the right shapes: parts that hold nothing must not run even once.
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
