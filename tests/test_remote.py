@@ -22,6 +22,7 @@ class Forks:
       "XLA_FLAGS": f"{conftest.QUICK_COMPILES} --xla_force_host_platform_device_count=1",
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "DPOJAX_MIRROR": str(folder / "mirror"),
+      "DPOJAX_CACHE": str(folder / "cache"),
       "AWS_EC2_METADATA_DISABLED": "true",
       "TMPDIR": str(folder),
       "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -185,3 +186,16 @@ def test_a_store_that_is_away_for_ten_seconds_loses_nothing(store, forks, disk, 
   proxy.server_close()
   assert outcome == {name: whole[name] for name in outcome}
   assert proxy.failed
+
+
+@pytest.fixture(scope="module", params=["adapter", "rewarded"])
+def others(request, forks, disk):
+  """Other commands and what they come to in a folder; see `tests.remote_runs`."""
+  given = {"compiled": f"{disk}/compiled"}
+  return request.param, given, forks.outcome(forks.start(request.param, {}, root=disk, **given))
+
+
+@pytest.mark.buckets
+def test_every_other_command_comes_to_the_bits_of_one_on_disk(others, store, forks):
+  name, given, on_disk = others
+  assert forks.outcome(forks.start(name, store.environment(), root=store.root, **given)) == on_disk

@@ -34,6 +34,8 @@ class Subset:
   def lengths(self) -> np.ndarray:
     """[N, 1 + K] tokens of the prompt and of each response, as they stand in the rows."""
     lengths = self.data.lengths[self.index]
+    if not self.swapped.any():  # of ten million comparisons two copies less
+      return lengths
     swapped = np.concatenate([lengths[:, :1], lengths[:, :0:-1]], axis=1)
     return np.where(self.swapped[:, None], swapped, lengths)
 

@@ -260,7 +260,7 @@ def _tokenize(
     stack.callback(scored.close)
     counts, dropped, first, scored_count = collections.Counter(), collections.Counter(), {}, 0
     kept = []
-    for part in _parts(comparisons, Tokenizing(tokenizer, settings), workers):
+    for part in _parts(comparisons, Tokenizing(tokenizer, settings, comparisons), workers):
       ids.append(part.ids)
       scored.append(part.scored)
       scored_count += int(part.scored.sum())
@@ -336,11 +336,8 @@ def _parts(comparisons: Comparisons, tokenizing: Tokenizing, workers: int | None
   """Yields the parts of a data set in order, and shows how far they are."""
   if workers is None:
     workers = pool.cores() if len(comparisons) >= PARALLEL else 0
-  # A generator: records are read as they are needed, for all of them may be more than memory.
-  chunks = (
-    (start, [comparisons[i] for i in range(start, min(start + _CHUNK, len(comparisons)))])
-    for start in range(0, len(comparisons), _CHUNK)
-  )
+  # Read where they are tokenized, as they are needed: all of them may be more than memory.
+  chunks = ((start, start + _CHUNK) for start in range(0, len(comparisons), _CHUNK))
   parts = pool.ordered(tokenizing, chunks, workers) if workers > 1 else (tokenizing(*each) for each in chunks)
   seen = sys.stderr.isatty()
   bar = tqdm.tqdm(

@@ -66,24 +66,28 @@ class Part(NamedTuple):
 
 
 class Tokenizing:
-  """Tokenizes parts of a data set."""
+  """Tokenizes parts of a data set, which it reads itself: one process alone would not read for all cores."""
 
-  def __init__(self, tokenizer: Any, settings: Settings):
+  def __init__(self, tokenizer: Any, settings: Settings, comparisons: Sequence[Example]):
     self._encoder, self._settings = Encoder(tokenizer, settings.reading), settings
+    self._comparisons = comparisons
     self._room = Room(settings.truncation.max_length, settings.truncation.keep)
 
   def __reduce__(self):  # what the encoder has found out is found out again
-    return Tokenizing, (self._encoder.tokenizer, self._settings)
+    return Tokenizing, (self._encoder.tokenizer, self._settings, self._comparisons)
 
-  def __call__(self, first: int, examples: Sequence[Example]) -> Part:
-    """Returns the part that starts with comparison `first`.
+  def __call__(self, first: int, end: int) -> Part:
+    """Returns the part of the comparisons from `first` up to `end`.
 
     Raises:
       DataError: the tokenizer or its template cannot be used, or a text may not have special tokens.
     """
     counts = self._encoder.counts
     counts.clear()
-    examples = [each._replace(responses=each.responses[: self._settings.num_responses]) for each in examples]
+    examples = [
+      each._replace(responses=each.responses[: self._settings.num_responses])
+      for each in self._comparisons[first:end]
+    ]
     dropped, named = collections.Counter(), {}
     lengths, ids, scored, index, prompts, knobs = [], [], [], [], [], []
     for i, (example, encoded) in enumerate(zip(examples, self._encode(first, examples, named)), first):

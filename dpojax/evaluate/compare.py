@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,7 @@ def compare_files(
   """
   prompts, pairs, groups = _pairs_of(ours, theirs, limit, form)
   kept = None
-  if re.match(r"(?i)[a-z]+://", judge):
+  if paths.is_url(judge):
     if not judge_model:
       raise ConfigError("--judge_model is missing; give the model's name at the server")
     endpoint = judging.Endpoint(

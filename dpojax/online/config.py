@@ -1,9 +1,8 @@
 """The keys of a run on its own samples: those of every run and a group of its own; and their checks."""
 
-import re
-
 import ml_collections
 
+from dpojax.runtime import paths
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample.draws import Draw
 from dpojax.training import config as config_lib
@@ -128,17 +127,12 @@ def draw_of(config: ml_collections.ConfigDict) -> Draw:
     raise ConfigError(str(error).replace("--", "config.online.", 1)) from error
 
 
-def is_url(judge: str) -> bool:
-  """Returns whether a judge is a server."""
-  return bool(re.match(r"(?i)[a-z]+://", judge))
-
-
 def compares(judge: str) -> bool:
   """Returns whether a judge is shown two answers, rather than one that it gives a score."""
   from dpojax.evaluate import scorers  # here, for keys and values are checked without jax
 
-  if is_url(judge) or not scorers.is_function(judge):
-    return is_url(judge)
+  if paths.is_url(judge) or not scorers.is_function(judge):
+    return paths.is_url(judge)
   return scorers.arity(scorers.load_function(judge, ("prompt", "response"), ("prompt", "A", "B"))) == 3
 
 
@@ -187,7 +181,7 @@ def _check_judge(config) -> None:
     raise ConfigError(
       "config.online.judge is empty; name the workdir of a reward model, module:function, or a server's URL"
     )
-  if is_url(config.online.judge) and not config.online.judge_model:
+  if paths.is_url(config.online.judge) and not config.online.judge_model:
     raise ConfigError("config.online.judge_model is empty; give the model's name at the server")
 
 

@@ -53,7 +53,7 @@ def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, device
     ConfigError, CheckpointError, JudgeError: there is no such judge, or it cannot be asked.
   """
   settings = config.online
-  if online_config.is_url(settings.judge):
+  if paths.is_url(settings.judge):
     endpoint = judging.Endpoint(
       settings.judge,
       settings.judge_model,

@@ -41,6 +41,11 @@ def is_remote(path: str | os.PathLike) -> bool:
   return os.fspath(path).startswith(tuple(STORES))
 
 
+def is_url(name: str) -> bool:
+  """Returns whether a name is a server's, and not that of a path."""
+  return bool(re.match(r"(?i)[a-z]+://", name)) and not is_remote(name)
+
+
 def of(path: str | os.PathLike) -> Path:
   """Returns a path as an object; `~` is the user's home.
 

@@ -2,13 +2,19 @@
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
+from array_record.python import array_record_module
+from tensorflow_datasets.core import example_serializer
 
 from dpojax.data import knobs as knobs_lib
 from dpojax.data.examples import DataError, Example, LeftOut, RecordError
@@ -28,6 +34,10 @@ class LocalFiles(tfds.core.BuilderConfig):
   on_error: str = "skip"
   form: str = ""
   columns: tuple[tuple[str, str], ...] = ()
+
+
+SHARD = 2**20
+"""Comparisons in a file of prepared ones."""
 
 
 class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -96,6 +106,36 @@ class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
       split: self._generate_examples(split, [str(path) for path in of_split])
       for split, of_split in paths.items()
     }
+
+  def _generate_splits(self, dl_manager: tfds.download.DownloadManager, *args) -> list[tfds.core.SplitInfo]:
+    """Writes each split as its examples come.
+
+    TFDS's own writer puts them aside first, and then reads all of a split into memory to sort it, in the
+    order that it had.
+    """
+    return [self._write(*each) for each in self._split_generators(dl_manager).items()]
+
+  def _write(self, split: str, examples: Iterable[tuple[int, dict]]) -> tfds.core.SplitInfo:
+    features, template = self.info.features, self._get_filename_template(split_name=split)
+    serialize = example_serializer.ExampleSerializer(features.get_serialized_info()).serialize_example
+    bar = tqdm.tqdm(examples, desc=f"preparing {split}", unit="comparisons", disable=not sys.stderr.isatty())
+    unfinished, lengths, size = [], [], 0
+    with contextlib.ExitStack() as stack:
+      for _, example in bar:
+        if not lengths or lengths[-1] == SHARD:
+          stack.close()
+          unfinished.append(os.path.join(template.data_dir, f"unfinished-{split}-{len(lengths)}"))
+          writer = array_record_module.ArrayRecordWriter(unfinished[-1], "group_size:1")
+          stack.callback(writer.close)
+          lengths.append(0)
+        data = serialize(features.encode_example(example))
+        writer.write(data)
+        lengths[-1] += 1
+        size += len(data)
+    # The name of a file says of how many it is one, which is known only now.
+    for i, path in enumerate(unfinished):
+      os.rename(path, template.sharded_filepath(shard_index=i, num_shards=len(unfinished)))
+    return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
 
   def _generate_examples(self, split: str, paths: list[str]) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
