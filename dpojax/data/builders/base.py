@@ -36,8 +36,8 @@ class LocalFiles(tfds.core.BuilderConfig):
   columns: tuple[tuple[str, str], ...] = ()
 
 
-SHARD = 2**20
-"""Comparisons in a file of prepared ones."""
+SHARD = 2**17
+"""Comparisons in a file of prepared ones; each read of ArrayRecord takes time and memory that grow with it."""
 
 
 class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
