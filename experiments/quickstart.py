@@ -31,6 +31,7 @@ from dpojax.runtime.disk import disk_errors
 from dpojax.training import checkpoint
 from experiments import figures
 from experiments import quickstart_world as world
+from experiments.command import folder_argument
 from experiments.measurements import measure
 
 LONGEST_PREFIX = 8
@@ -275,7 +276,7 @@ def show(summary: dict) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/quickstart"))
   parser.add_argument("--small", action="store_true", help="a smoke test, one beta")
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()

@@ -32,7 +32,7 @@ from dpojax.sample.draws import Draw
 from dpojax.train import loop as train
 from dpojax.training.metrics import read_lines, read_metrics
 from experiments import chat_pairs, figures, page, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import sentiment
 
@@ -367,7 +367,7 @@ def show(summary: dict[str, Any]) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--pairs", default="", help="by default Anthropic HH in the folder DPOJAX_DATA")
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/smollm2"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/smollm2"))
   parser.add_argument("--model", default="", help="a folder with a chat template; by default the package's")
   parser.add_argument("--small", action="store_true", help="a smoke test, two steps")
   arguments = parser.parse_args()

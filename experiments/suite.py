@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dpojax.runtime.command import command
 from dpojax.runtime.disk import disk_errors
 from experiments import smollm2
+from experiments.command import folder_argument
 
 
 def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[str]]]:
@@ -88,7 +89,7 @@ def take_share(shares: list[list[int]]) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/suite"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/suite"))
   parser.add_argument("--sentences", default="")
   parser.add_argument("--pairs", required=True)
   parser.add_argument("--real", action="store_true", help="experiments on a published model, and no others")

@@ -39,6 +39,7 @@ from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.metrics import read_lines
 from dpojax.training.micro_batches import MicroBatches
 from experiments import figures
+from experiments.command import local_folder
 
 AXES = ("beta", "optimizer.learning_rate", "loss_options.")
 """Beginnings of the keys a sweep may be over: numbers that the step computes with."""
@@ -91,8 +92,10 @@ def run(
     The table, a dict a line.
 
   Raises:
-    ConfigError: a value cannot be run, or the workdir holds another sweep; and what `train.run` raises.
+    ConfigError: a value cannot be run, or the workdir is in a bucket or holds another sweep; and what
+      `train.run` raises.
   """
+  workdir = local_folder(workdir)
   config = weights.with_tokenizer(config).copy_and_resolve_references()
   members = members_of(config, seeds, axis, values)
   _check_can_sweep(config)
@@ -448,8 +451,8 @@ def _check_can_sweep(config: ml_collections.ConfigDict) -> None:
 
 def main():
   given = flags.FLAGS
-  workdir = pathlib.Path(given.workdir)
   with command():
+    workdir = local_folder(given.workdir)
     table = run(
       given.config,
       workdir,

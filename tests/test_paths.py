@@ -52,6 +52,18 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch):
     paths.of("az://bucket/run")
 
 
+def test_a_bucket_is_no_server():
+  named = (
+    "https://host/v1",
+    "HTTP://host",
+    "gs://bucket/reward",
+    "s3://bucket/reward",
+    "runs/reward",
+    "a.b:c",
+  )
+  assert [name for name in named if paths.is_url(name)] == ["https://host/v1", "HTTP://host"]
+
+
 def test_files_are_written_read_found_moved_and_removed(folder):
   assert paths.is_empty(folder)
   paths.write_whole(folder / "a" / "b.txt", "one")

@@ -121,6 +121,11 @@ def test_another_sweep_in_the_same_folder_is_refused(config, swept):
     sweep.run(config, swept[0], seeds=(0, 1), values=(0.1, 2.0), at_once=2)
 
 
+def test_a_sweep_in_a_bucket_is_refused(config):
+  with pytest.raises(ConfigError, match=r"^--workdir is gs://bucket/sweep, and an experiment writes to a"):
+    sweep.run(config, "gs://bucket/sweep")
+
+
 def test_what_only_a_single_run_can_do_is_refused(config, tmp_path):
   other = config.copy_and_resolve_references()
   other.parallel.fsdp = 2

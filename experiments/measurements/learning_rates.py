@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import beta_ablation
 
@@ -112,7 +112,7 @@ def show(lines: Sequence[dict]) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--pairs", required=True)
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/learning_rates"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/learning_rates"))
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()
   with command(workdir):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.paper import frontier, methods, sentiment
 from experiments.paper.methods import Line
 
@@ -114,7 +114,7 @@ def plot(lines: Sequence[Line], path: pathlib.Path, ppo: Sequence[Line] = ()) ->
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   parser.add_argument("--sentences", required=True)
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()

@@ -24,7 +24,7 @@ from dpojax.data.examples import DataError
 from dpojax.sample import rollouts
 from dpojax.training import resolve, weights
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import sentiment
 
@@ -135,7 +135,7 @@ def chosen_texts(pairs: str) -> list[str]:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--pairs", required=True)
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/beta_ablation"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/beta_ablation"))
   parser.add_argument("--betas", default="0.05,0.1,0.5,1,5")
   parser.add_argument("--seeds", default="0,1,2")
   arguments = parser.parse_args()

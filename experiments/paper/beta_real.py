@@ -23,7 +23,7 @@ from dpojax.sample import rollouts
 from dpojax.training import config as config_lib
 from dpojax.training import resolve, weights
 from experiments import chat_pairs, figures, smollm2, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 
 SHOWN = (
@@ -124,7 +124,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--pairs", default="", help="by default Anthropic HH in the folder DPOJAX_DATA")
   parser.add_argument("--model", default="", help="a folder with a chat template; by default the package's")
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/beta_real"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/beta_real"))
   parser.add_argument("--betas", default="0.01,0.05,0.1,0.2,0.5")
   parser.add_argument("--seeds", default="0,1")
   parser.add_argument("--small", action="store_true", help="a smoke test")

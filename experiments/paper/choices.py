@@ -13,12 +13,11 @@ and prints what each is worth beside PPO.
 
 import argparse
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.paper import frontier, methods, sentiment
 from experiments.paper.methods import Line
 from experiments.paper.tuning import reward_at
@@ -200,7 +199,7 @@ def best_at(lines: Sequence[Line], kl: float) -> float:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   parser.add_argument("--sentences", required=True)
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()

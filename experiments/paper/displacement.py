@@ -33,7 +33,7 @@ from dpojax.runtime.command import say
 from dpojax.training import objectives, weights
 from dpojax.training.metrics import read_lines
 from experiments import figures, smollm2, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 
 PAIRS = (("No", "Never"), ("Yes", "Yeah"), ("Yes", "No"))
@@ -325,7 +325,7 @@ def main():
   parser.add_argument(
     "--model", default="", help="a folder with a chat template; by default SmolLM2's package"
   )
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/displacement"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/displacement"))
   parser.add_argument("--small", action="store_true", help="a smoke test")
   arguments = parser.parse_args()
   workdir = arguments.workdir.absolute()

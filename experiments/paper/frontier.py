@@ -19,7 +19,7 @@ import numpy as np
 from dpojax.ppo import loop as ppo
 from dpojax.training.metrics import read_lines
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.paper import enumerable, methods, sentiment
 from experiments.paper.methods import Line, World
 
@@ -258,7 +258,7 @@ def best_by_true_reward(made: sentiment.Made) -> Curve:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--world", choices=("enumerable", "sentiment"), required=True)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   parser.add_argument("--sentences", default="", help="file of sentences, for the sentiment world")
   arguments = parser.parse_args()
   folder = arguments.workdir.absolute()

@@ -28,7 +28,7 @@ from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.ownership import owned
 from dpojax.training import step as step_lib
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import enumerable, exact, methods, sentiment
 from experiments.paper.methods import Line
@@ -470,7 +470,7 @@ def _slug(name: str) -> str:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/kl_matched"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/kl_matched"))
   parser.add_argument("--sentences", default="", help="file of sentences, for the comparison on text")
   parser.add_argument("--worlds", default="enumerable,text", help="the latter only with --sentences")
   parser.add_argument("--methods", default="", help="train these alone and write no table, by default all")

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpojax import losses
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import enumerable, methods
 from experiments.paper.methods import Line, World
@@ -136,7 +136,7 @@ def plot(lines: Sequence[Line], table: enumerable.Table, path: pathlib.Path) -> 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_ablation"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/loss_ablation"))
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--seeds", default="0")
   arguments = parser.parse_args()

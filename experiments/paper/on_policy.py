@@ -29,7 +29,7 @@ from dpojax.ppo import loop as ppo
 from dpojax.training import resolve
 from dpojax.training.metrics import read_lines, read_metrics
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import enumerable, methods
 from experiments.paper.enumerable import RESPONSES, Table
@@ -334,7 +334,7 @@ def lines_of(paths: Sequence[str]) -> list[Line]:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/on_policy"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/on_policy"))
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--labels", default=",".join(map(str, LABELS)))
   parser.add_argument("--lines", default="", help="files of runs that have ended; nothing else is run")

@@ -29,7 +29,7 @@ from dpojax.runtime.errors import ConfigError
 from dpojax.runtime.ownership import owned
 from dpojax.training.metrics import read_metrics
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.measurements import measure
 from experiments.paper import methods, sentiment
 from experiments.paper.methods import Line
@@ -439,7 +439,7 @@ def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/overoptimization"))
+  parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/overoptimization"))
   parser.add_argument("--sentences", required=True, help="file of sentences")
   parser.add_argument("--sizes", default=SIZES, help="WIDTHxLAYERS, separated by commas")
   parser.add_argument("--losses", default=",".join(LOSSES))

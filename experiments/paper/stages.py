@@ -39,6 +39,7 @@ from dpojax.training import config as config_lib
 from dpojax.training import resolve
 from dpojax.training.metrics import read_metrics
 from experiments import sweep
+from experiments.command import folder_argument
 from experiments.paper import methods, win_rate
 from experiments.paper.methods import Line
 
@@ -332,7 +333,7 @@ def main(
     argv: arguments; None is the command line's.
   """
   parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0], allow_abbrev=False)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   parser.add_argument("--dry_run", action="store_true", help="print the stages, and do nothing")
   for name, help_text in files.items():
     parser.add_argument(f"--{name}", default="", help=help_text)

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments import figures
+from experiments.command import folder_argument
 from experiments.paper import frontier, methods
 from experiments.paper.methods import Line
 
@@ -45,7 +46,7 @@ def plot(lines: Sequence[Line], path: pathlib.Path) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   folder = parser.parse_args().workdir.absolute()
   plot(frontier.read(folder), folder / "training_curve.png")
   print(f"written: {folder}/training_curve.png")

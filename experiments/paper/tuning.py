@@ -13,14 +13,13 @@ prints the table.
 
 import argparse
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments import sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.paper import enumerable, frontier, methods, sentiment
 from experiments.paper.methods import Line, World
 
@@ -124,7 +123,7 @@ def show(lines: Sequence[Line], kl: float) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--world", choices=tuple(SEARCHES), required=True)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   parser.add_argument("--sentences", default="", help="file of sentences, for the sentiment world")
   arguments = parser.parse_args()
   folder, search = arguments.workdir.absolute(), SEARCHES[arguments.world]

@@ -19,7 +19,7 @@ import numpy as np
 from dpojax.data import tokenization
 from dpojax.data.examples import ASSISTANT, HUMAN
 from experiments import figures, sweep
-from experiments.command import command
+from experiments.command import command, folder_argument
 from experiments.paper import beta_ablation, frontier, methods, sentiment
 from experiments.paper.methods import Line
 
@@ -140,7 +140,7 @@ def plot(
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", type=folder_argument, required=True)
   parser.add_argument("--sentences", required=True)
   parser.add_argument("--pairs", default="", help="Anthropic HH, for texts of another kind")
   parser.add_argument("--beta", type=float, default=0.1, help="of the DPO that is judged")

@@ -37,7 +37,7 @@ class LocalFiles(tfds.core.BuilderConfig):
 
 
 SHARD = 2**17
-"""Comparisons in a file of prepared ones; each read of ArrayRecord takes time and memory that grow with it."""
+"""Comparisons in a file of prepared ones: each read takes ArrayRecord time and memory that grow with it."""
 
 
 class ComparisonBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
