@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from dpojax.data import builders
-from dpojax.data.builders import hh, imdb, shp, stack_exchange, tldr
+from dpojax.data.builders import base, hh, imdb, shp, stack_exchange, tldr
 from dpojax.data.examples import DataError, Example
 from tests import made_data
 
@@ -127,6 +128,21 @@ def test_a_second_call_reads_what_the_first_prepared(prepare, tmp_path):
   assert second.report == first.report == {"used": 2, "broken_json": 1, "forms": {"preference": 2}}
   assert second.fingerprint == first.fingerprint
   assert list(second) == list(first)
+
+
+def test_files_hold_so_many_each_in_the_order_of_the_source_and_are_read_in_any(
+  prepare, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(base, "SHARD", 4)
+  data = prepare("jsonl", path=write(tmp_path / "a.jsonl", *map(plain, range(10))))
+  assert sorted(file.name[-15:] for file in (tmp_path / "prepared").rglob("*array_record*")) == [
+    f"-0000{i}-of-00003" for i in range(3)
+  ]
+  prompts = [f"Q{i}" for i in range(10)]
+  assert [example.prompt for example in data] == [data[i].prompt for i in range(10)] == prompts
+  assert [example.prompt for example in data[3:9]] == prompts[3:9] and data[4:4] == []
+  there = pickle.loads(pickle.dumps(data))  # as processes that tokenize get it
+  assert [example.prompt for example in there[8:20]] == prompts[8:]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "empty"])
