@@ -63,8 +63,8 @@ class MicroBatches(NamedTuple):
     if not self.rows_at_once:
       return function(rows)
     parts = self.split(rows)
-    # A TPU's compiler begins the next round of a loop before it knows that there is one: with a single part it
-    # would compute the forward pass twice.
+    # A TPU's compiler begins the next round of a loop before it knows that there is one: with a single part
+    # it would compute the forward pass twice.
     if parts.example.shape[0] == 1:
       return function(jax.tree.map(lambda x: x[0], parts))
     # Sums start from zeros of the right shapes: parts that hold nothing must not run even once.

@@ -421,8 +421,8 @@ def _mesh_of(
   except NotImplementedError:  # such as a tensor axis of 2 on 4 x 4 x 4 chips
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     mesh = jax.sharding.Mesh(placed, names, axis_types=kinds)
-  # jax threads 16 chips of a plane on one line, along which a TPU's compiler sums and does not scatter; on up to
-  # 8 it scatters.
+  # jax threads 16 chips of a plane on one line, along which a TPU's compiler sums and does not scatter; on up
+  # to 8 it scatters.
   if mesh.devices.size > 8 and hasattr(mesh.devices.flat[0], "coords") and not _rings(mesh):
     in_rows = sorted(mesh.devices.flat, key=_place)
     by_row = jax.sharding.Mesh(np.array(in_rows).reshape(sizes), names, axis_types=kinds)
