@@ -265,6 +265,15 @@ def test_a_loop_that_counts_as_it_runs_is_known_by_its_name():
   assert program.costs(text).unbounded == 0
 
 
+def test_a_step_that_was_compiled_and_is_larger_than_a_chip_is_refused():
+  chips = topology.Topology("v5e:16x16", "v5e", "tpu", [], "")
+  compiling.check_fits(15.9 * 2**30, chips)
+  with pytest.raises(
+    config_lib.ConfigError, match="does not fit a device of v5e:16x16: it takes 20.11G of 16.00G"
+  ):
+    compiling.check_fits(20.11 * 2**30, chips)
+
+
 def test_a_name_of_no_chips_is_refused():
   for name in ("v9:2x2", "v5e", "v5e:2", "gpu:8xk80"):
     with pytest.raises(config_lib.ConfigError, match="--topology is"):

@@ -21,6 +21,7 @@ from dpojax.runtime import digests, paths
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
 from dpojax.training import resolve
+from dpojax.training.chips import CHIPS
 
 VERSION = 1
 """Of what is kept: raised when `program` reads more, or otherwise."""
@@ -91,7 +92,22 @@ def compile_for(
       }
       _write(path, found)
   needs = needs_lib.needs_of(step, found["temporaries"], found["peak"], found["counted_flops"])
+  check_fits(needs.peak, topology)
   return Compiled(step, needs, program.from_json(found["costs"]), found["seconds"], kept)
+
+
+def check_fits(peak: float, topology: Topology) -> None:
+  """Refuses a step of which a device would hold more than it has: libtpu compiles some of them.
+
+  Raises:
+    ConfigError: saying what it takes, what there is, and what would make it smaller.
+  """
+  memory = CHIPS[topology.chip].memory
+  if peak > memory:
+    raise ConfigError(
+      f"a step does not fit a device of {topology.name}: it takes {peak / 2**30:.2f}G of "
+      f"{memory / 2**30:.2f}G, arguments and temporaries; {needs_lib.SMALLER}"
+    )
 
 
 @contextlib.contextmanager
