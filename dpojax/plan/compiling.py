@@ -104,10 +104,13 @@ def check_fits(peak: float, topology: Topology) -> None:
   """
   memory = CHIPS[topology.chip].memory
   if peak > memory:
-    raise ConfigError(
-      f"a step does not fit a device of {topology.name}: it takes {peak / 2**30:.2f}G of "
-      f"{memory / 2**30:.2f}G, arguments and temporaries; {needs_lib.SMALLER}"
-    )
+    raise _does_not_fit(topology, f"{peak / 2**30:.2f}G of {memory / 2**30:.2f}G, arguments and temporaries")
+
+
+def _does_not_fit(topology: Topology, taken: str) -> ConfigError:
+  return ConfigError(
+    f"a step does not fit a device of {topology.name}: it takes {taken}; {needs_lib.SMALLER}"
+  )
 
 
 @contextlib.contextmanager
@@ -148,9 +151,7 @@ def _explained(topology: Topology) -> Iterator[None]:
       why = f"{before[1]} of {before[3]} of {before[2].lower()} for temporaries alone"
     else:
       why = text.splitlines()[0]
-    raise ConfigError(
-      f"a step does not fit a device of {topology.name}: it takes {why}; {needs_lib.SMALLER}"
-    ) from error
+    raise _does_not_fit(topology, why) from error
 
 
 def _read(path: paths.Path) -> dict | None:
