@@ -49,6 +49,7 @@ ORDER = {
   "kernels": [
     "platform",
     "precision",
+    "few_tokens",
     "gathering",
     "attention",
     "blockwise",

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 
 from dpojax.data import packing
+from dpojax.kernels import few_tokens
 from dpojax.kernels.head import logits_of
-from dpojax.models import transformer
+from dpojax.kernels.platform import built_for
+from dpojax.models import sharding, transformer
 from dpojax.sample import decoding
 from dpojax.sample import sampler as sampling
 from dpojax.training import objectives, parallel
@@ -47,13 +49,50 @@ def greedy_without_cache(config, params, prompt, count):
   return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("count", [7, 16], ids=["as_they_lie", "turned"])
 @pytest.mark.parametrize("make_config", [worlds.llama, worlds.gpt2, worlds.gptj])
-def test_greedy_sampling_is_argmax_without_a_cache(make_config, rng):
+def test_greedy_sampling_is_argmax_without_a_cache(make_config, count, rng):
   config = make_config()
   params, padded = worlds.params_of(config), prompts(rng)
-  got = sampler(config, max_new_tokens=7)(params, padded, LENGTHS, jax.random.key(0), 0.0)
+  assert few_tokens.are_worth_turning(params, len(LENGTHS), count) == (count == 16)
+  got = sampler(config, max_new_tokens=count)(params, padded, LENGTHS, jax.random.key(0), 0.0)
   for i, length in enumerate(LENGTHS):
-    assert got.tokens[i, 0].tolist() == greedy_without_cache(config, params, padded[i, :length], 7)
+    assert got.tokens[i, 0].tolist() == greedy_without_cache(config, params, padded[i, :length], count)
+
+
+@pytest.mark.parametrize(
+  "tokens, rounds, dtype, where, worth",
+  [
+    (2, 16, "float32", "cpu", True),
+    (64, 1000, "float32", "cpu", True),
+    (1, 1000, "float32", "cpu", False),  # read as it lies
+    (65, 1000, "float32", "cpu", False),  # of many tokens the arithmetic counts
+    (2, 15, "float32", "cpu", False),
+    (2, 16, "bfloat16", "cpu", False),
+    (2, 16, "float32", "tpu", False),
+    (2, 16, "float32", "gpu", False),
+  ],
+)
+def test_weights_are_turned_for_many_steps_of_few_tokens_on_cpus(tokens, rounds, dtype, where, worth):
+  weights = {"kernel": jax.ShapeDtypeStruct((8, 8), dtype)}
+  with built_for(where):
+    assert few_tokens.are_worth_turning(weights, tokens, rounds) == worth
+    large = weights | {"head": jax.ShapeDtypeStruct((2**15, 2**14), dtype)}
+    assert not few_tokens.are_worth_turning(large, tokens, rounds)
+
+
+@pytest.mark.parametrize("make_config", [worlds.llama, worlds.gpt2, worlds.gptj])
+def test_turned_kernels_give_the_products_of_those_as_they_lie(make_config, rng):
+  config, params = transformer.unrolled(make_config(), worlds.params_of(make_config()))
+  ids, one = prompts(rng), jnp.ones((4, 6), jnp.int32)
+  hidden = lambda variables: transformer.Transformer(config).apply(variables, ids, one, one, 0 * one)
+  turned = transformer.turned(config, params)
+  # Of kernels that are not a number nothing but the turned ones can have been read.
+  lost = jax.tree_util.tree_map_with_path(
+    lambda path, x: x * jnp.nan if sharding.path_of(path).endswith("kernel") else x, params
+  )
+  got = hidden({"params": lost, transformer.TURNED: turned})
+  np.testing.assert_allclose(got, hidden({"params": params}), rtol=1e-5, atol=1e-6)
 
 
 def test_what_stands_behind_a_prompt_is_never_read(rng):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpojax.kernels.few_tokens import product
 from dpojax.kernels.platform import arrays_are_cut, at_most, platform
 from dpojax.kernels.precision import wide_of
 
@@ -45,15 +46,11 @@ def as_head(head: jax.Array | Head) -> Head:
 def logits_of(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
   """Returns the logits [..., V] of hidden states [..., D], all at once; for a few tokens.
 
-  The product is of the head with the states and not the other way round: on CPUs that reads the
-  head as it lies, which is most of the work of a few tokens.
+  See `few_tokens.product`: to read the head is most of the work.
   """
   head = as_head(head)
-  logits = jnp.einsum(
-    "vd,...d->v...", head.weights.astype(hidden.dtype), hidden, preferred_element_type=wide_of(hidden.dtype)
-  )
-  # Without the barrier XLA moves the transposition into the product, and copies the head for it.
-  return shaped(jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1), head)
+  weights = head.weights.astype(hidden.dtype)
+  return shaped(product(hidden, weights, dtype=wide_of(hidden.dtype)), head)
 
 
 def wide_zeros(x) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax.kernels import few_tokens
 from dpojax.kernels.attention import KEPT, Keys, TokenIds, cached_attention
 from dpojax.kernels.backends import attend
 from dpojax.kernels.cut_head import CutHead
@@ -24,6 +25,9 @@ SEEN = "seen"
 
 ADAPTER = "adapter"
 """The collection in which projections look for low-rank changes of theirs, see `models.lora`."""
+
+TURNED = "turned"
+"""The collection in which projections look for their kernels as [outputs, inputs], see `turned`."""
 
 
 class Outputs(NamedTuple):
@@ -109,7 +113,10 @@ class Linear(nn.Module):
     # As a product of two matrices: XLA's CPU backend multiplies those two to three times as fast as
     # it does the gradients of products with more axes.
     x = x.reshape(-1, fan_in)
-    y = sharding.product(x, kernel, end, len(self.inputs))
+    if self.has_variable(TURNED, "kernel"):
+      y = few_tokens.product(x, self.get_variable(TURNED, "kernel"))
+    else:
+      y = sharding.product(x, kernel, end, len(self.inputs))
     if self.has_variable(ADAPTER, "a"):
       a, b = (self.get_variable(ADAPTER, name).astype(x.dtype) for name in "ab")
       y = y + (x @ a.reshape(fan_in, -1)) @ b.reshape(-1, fan_out)
@@ -403,6 +410,28 @@ def unrolled(config: ModelConfig, tree: dict) -> tuple[ModelConfig, dict]:
     layers[f"layer_{i}"] = jax.tree.map(lambda x: x[i // period], stacked)
   rest = {name: part for name, part in tree.items() if name != "layers"}
   return dataclasses.replace(config, scan_layers=False, remat="none"), rest | layers
+
+
+def turned(config: ModelConfig, tree: dict) -> dict:
+  """Returns `TURNED`: the kernels of layers by themselves as [outputs, inputs], for steps of few tokens.
+
+  Args:
+    config: the model's, `unrolled`.
+    tree: its params.
+  """
+  layers = (f"layer_{i}" for i in range(config.layers))
+  of_layer = lambda modules: {
+    name: {"kernel": _turned(modules[name]["kernel"], 2 if name == "attention_out" else 1)}
+    for name in modules
+    if "kernel" in modules[name]
+  }
+  return {name: of_layer(tree[name]) for name in layers}
+
+
+def _turned(kernel: jax.Array, inputs: int) -> jax.Array:
+  # Turned before it is flattened: the other way round XLA copies it twice.
+  fan_in = math.prod(kernel.shape[:inputs])
+  return jnp.moveaxis(kernel, range(inputs), range(-inputs, 0)).reshape(-1, fan_in)
 
 
 def laid_out(config: ModelConfig, tree: dict, scan_layers: bool) -> dict:

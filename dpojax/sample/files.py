@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -82,13 +83,13 @@ def run(
 def _run(
   model, prompts, out, draw, step, reference, batch_size, max_prompt_length, limit, devices, form, on_error
 ) -> dict[str, float]:
-  policy = weights.load(model, step)
-  other = (
-    None
-    if reference == "none"
-    else (weights.load(reference, dtype=policy.config.dtype) if reference else weights.load_reference(policy))
-  )
-  tokenizer = tokenization.load_tokenizer(policy.tokenizer)
+  # What tokenizers are made of takes as long to import as a small model to be read.
+  beside = futures.ThreadPoolExecutor(2)
+  tokenizer = beside.submit(tokenization.load_tokenizer, weights.tokenizer_of(model))
+  policy, other = _load(model, step, reference)
+  digests = [beside.submit(checkpoint.fingerprint, each.params) if each else None for each in (policy, other)]
+  beside.shutdown(wait=False)
+  tokenizer = tokenizer.result()
   texts = read_prompts(prompts, limit, form, on_error)
   generator = Generator(
     policy,
@@ -120,8 +121,7 @@ def _run(
   )
   settings = dataclasses.asdict(draw) | {
     "model": policy.name,
-    "weights": checkpoint.fingerprint(policy.params),
-    "reference": other and checkpoint.fingerprint(other.params),
+    **{name: each and each.result() for name, each in zip(("weights", "reference"), digests)},
     "batch_size": generator.batch_size,
     "max_prompt_length": longest,
     "keep": keep,
@@ -130,6 +130,15 @@ def _run(
   }
   policy = other = None  # the placed copies are the only ones now
   return _fill(out, settings, generator, texts, ids, tokenizer)
+
+
+def _load(model: str, step: int | None, reference: str) -> tuple[weights.Loaded, weights.Loaded | None]:
+  policy = weights.load(model, step)
+  if reference == "none":
+    return policy, None
+  if reference:
+    return policy, weights.load(reference, dtype=policy.config.dtype)
+  return policy, weights.load_reference(policy)
 
 
 def _identity(example: Example) -> str | list[dict] | dict:

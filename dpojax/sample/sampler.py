@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpojax.kernels import few_tokens
 from dpojax.kernels.cut_head import logits_of_few
 from dpojax.kernels.platform import arrays_are_cut, at_most, row_axes
 from dpojax.models import sharding, transformer
@@ -100,7 +101,9 @@ def make_sampler(
     last, part = transformer.read_prompts(config, params, prompts, lengths)
     # Cast before the loop: a step reads every weight once and would cast it as often.
     decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
-    decoder = transformer.Transformer(decoder_config)
+    decoder, variables = transformer.Transformer(decoder_config), {"params": params}
+    if few_tokens.are_worth_turning(params, rows, max_new_tokens):
+      variables[transformer.TURNED] = transformer.turned(decoder_config, params)
     together = in_place or arrays_are_cut()
     head = transformer.make_head(config, params)
     starts = repeat(lengths)
@@ -122,9 +125,7 @@ def make_sampler(
       counts += ~done
       done |= jnp.any(jnp.equal(*jnp.broadcast_arrays(token[:, None], stops[None])), axis=1)
       one = jnp.ones((rows, 1), jnp.int32)
-      hidden, cache = decoder.apply(
-        {"params": params}, token[:, None], (starts + step)[:, None], one, 0 * one, cache
-      )
+      hidden, cache = decoder.apply(variables, token[:, None], (starts + step)[:, None], one, 0 * one, cache)
       return step + 1, going(done), done, hidden[:, 0], cache, tokens, counts, log_probs
 
     seen = [part]

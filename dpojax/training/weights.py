@@ -159,8 +159,17 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   name = config.model.checkpoint
   if config.tokenizer or not name:
     return config
-  path = os.path.expanduser(name)
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.tokenizer = name if hf.is_model(path) else checkpoint.load_settings(path).tokenizer
+    config.tokenizer = tokenizer_of(name)
   return config
+
+
+def tokenizer_of(name: str) -> str:
+  """Returns the tokenizer of a run's workdir, a Hugging Face folder or a hub name: a folder or hub name.
+
+  Raises:
+    CheckpointError: there is neither a model nor a run.
+  """
+  path = os.path.expanduser(name)
+  return name if hf.is_model(path) else checkpoint.load_settings(path).tokenizer
