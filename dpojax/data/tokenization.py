@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from dpojax.data import pool, tokenized
-from dpojax.data.builders import Comparisons
+from dpojax.data.comparisons import Comparisons
 from dpojax.data.encoder import Encoder
 from dpojax.data.examples import DataError, Example, RecordError
 from dpojax.data.shortening import Room

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpojax.data import builders, loader, tokenization
+from dpojax.data import loader, tokenization
 from dpojax.data import report as data_report
 from dpojax.data.examples import DataError, Example
 from dpojax.data.truncation import end_kept
@@ -69,6 +69,8 @@ class Setup(NamedTuple):
 
 def load_data(config: ml_collections.ConfigDict) -> Data:
   """Prepares, tokenizes and splits the comparisons; says what was used, cut and dropped."""
+  from dpojax.data import builders  # TFDS: what trains nothing need not wait for it
+
   settings = config.data
   cache = cache_dir(config)
   tokenizer = tokenization.load_tokenizer(config.tokenizer)

@@ -11,7 +11,6 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
 
 import requests
 import tensorflow_datasets as tfds
@@ -20,7 +19,8 @@ from absl import logging
 from dpojax.data import knobs as knobs_lib
 from dpojax.data import records as records_lib
 from dpojax.data.builders import base, hh, imdb, jsonl, shp, stack_exchange, tldr
-from dpojax.data.examples import DataError, Example
+from dpojax.data.comparisons import Comparisons
+from dpojax.data.examples import DataError
 from dpojax.data.files import Path, digest, local_files
 from dpojax.runtime import mirror, paths
 from dpojax.runtime.disk import DiskError
@@ -34,52 +34,6 @@ BUILDERS = {
 
 DATA_DIR = "~/.cache/dpojax/prepared"
 """Where prepared data stand unless told otherwise."""
-
-
-_AT_ONCE = 1024
-
-
-class Comparisons(Sequence[Example]):
-  """The comparisons of one split, read from ArrayRecord as they are asked for.
-
-  Attributes:
-    source: the builder's name.
-    fingerprint: SHA-256 over the builder's name and version and the source files' contents.
-    report: how many examples are used, how many records were dropped, by reason, and of local files in
-      how many records something was so: "forms", "ignored_keys", "converted", "dropped_values",
-      "left_out".
-    problems: of each reason the first record that was dropped for it: its place and what is wrong.
-  """
-
-  def __init__(
-    self, records: Any, *, source: str, fingerprint: str, report: dict, problems: dict[str, str] | None = None
-  ):
-    self._records = records
-    self.source = source
-    self.fingerprint = fingerprint
-    self.report = report
-    self.problems = problems or {}
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  @overload
-  def __getitem__(self, i: int) -> Example: ...
-
-  @overload
-  def __getitem__(self, i: slice) -> list[Example]: ...
-
-  def __getitem__(self, i: int | slice) -> Example | list[Example]:
-    if isinstance(i, slice):
-      # In one call: record by record ArrayRecord takes forty times as long.
-      return list(map(base.decode, self._records.__getitems__(range(*i.indices(len(self))))))
-    if not -len(self) <= i < len(self):
-      raise IndexError(f"comparison {i} of {len(self)}")
-    return base.decode(self._records[i % len(self)])
-
-  def __iter__(self) -> Iterator[Example]:
-    for start in range(0, len(self), _AT_ONCE):
-      yield from self[start : start + _AT_ONCE]
 
 
 def prepare(

@@ -4,7 +4,6 @@ import abc
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer
 
 from dpojax.data import knobs as knobs_lib
+from dpojax.data.comparisons import encode
 from dpojax.data.examples import DataError, Example, LeftOut, RecordError
 from dpojax.data.files import digest, read_records
 from dpojax.data.records import Reading
@@ -214,31 +214,6 @@ class Report:
     """Returns counts by reason, and by kind the counts of records in which something was so."""
     parts = {kind: dict(counts) for kind, counts in self._parts.items() if counts}
     return dict(self.counts) | parts
-
-
-def encode(example: Example) -> dict:
-  """Returns an example as features: those of a conversation, and what a template gets, as JSON text."""
-  conversational = not isinstance(example.prompt, str)
-  text = json.dumps if conversational else str
-  return {
-    "prompt": text(example.prompt),
-    "responses": list(map(text, example.responses)),
-    "conversational": conversational,
-    "tools": json.dumps(example.tools),
-    "arguments": json.dumps(example.arguments),
-  } | ({"knobs": json.dumps(example.knobs)} if example.knobs else {})
-
-
-def decode(features: dict) -> Example:
-  """Returns the example of its features."""
-  text = json.loads if features["conversational"] else str
-  return Example(
-    text(features["prompt"].decode()),
-    tuple(text(response.decode()) for response in features["responses"]),
-    json.loads(features["tools"]),
-    json.loads(features["arguments"]),
-    json.loads(features["knobs"]) if "knobs" in features else None,
-  )
 
 
 FIX = "drop the record or set data.on_error='skip'"
