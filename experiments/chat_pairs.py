@@ -94,6 +94,24 @@ def _fits(record: dict, tokenizer: Any, longest_prompt: int, longest: int) -> bo
   return all(count(record["prompt"] + record[side]) <= longest for side in ("chosen", "rejected"))
 
 
+def lengthened(records: Sequence[dict], tokenizer: Any, tokens: int) -> list[dict]:
+  """Returns records whose answers go on with those of the records behind them, up to so many tokens each.
+
+  What they say makes no sense then; how long a step of them takes does.
+  """
+
+  def answer(i: int, side: str) -> list[dict[str, str]]:
+    ids: list[int] = []
+    while len(ids) < tokens:
+      ids += tokenizer(" " + text_of(records[i % len(records)][side]), add_special_tokens=False)["input_ids"]
+      i += 1
+    return [{"role": "assistant", "content": tokenizer.decode(ids[:tokens]).strip()}]
+
+  return [
+    record | {side: answer(i, side) for side in ("chosen", "rejected")} for i, record in enumerate(records)
+  ]
+
+
 def split(records: Sequence[dict], sizes: dict[str, int]) -> dict[str, list[dict]]:
   """Returns named parts of about those sizes, and of the rest; all pairs of a prompt are in one part.
 

@@ -11,7 +11,7 @@ from dpojax.models import peft
 from dpojax.plan import needs
 from experiments import chat_pairs
 from experiments.benchmark import dpojax_side, inputs, report, trajectory
-from tests import worlds
+from tests import chats, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -74,6 +74,22 @@ def test_the_side_of_dpojax_runs_and_all_sides_get_the_same_pairs(words, tmp_pat
   assert (sides["torch"]["slowest"], sides["torch"]["fastest"]) == (1.0, 4.0)
   text = report.write(summary, tmp_path)
   assert "| torch | 2.00 (1.00 to 4.00) |" in text and (tmp_path / "test.png").stat().st_size > 5000
+
+
+def test_lengthened_answers_begin_as_they_did_and_have_as_many_tokens():
+  tokenizer = chats.tokenizer("byte_level", chats.TEMPLATES["trim"])
+  say = lambda text: [{"role": "assistant", "content": text}]
+  records = [{"prompt": "a", "chosen": say(f"so {i}"), "rejected": say(f"no {i}")} for i in range(3)]
+  for count in (1, 2, 40):
+    made = chat_pairs.lengthened(records, tokenizer, count)
+    for before, after in zip(records, made, strict=True):
+      assert after["prompt"] == "a"
+      for side in ("chosen", "rejected"):
+        (text,) = (message["content"] for message in after[side])
+        ids = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+        assert abs(len(ids) - count) <= 1  # a space at either end is no part of a message
+        short, long = sorted((text, before[side][0]["content"]), key=len)
+        assert long.startswith(short)
 
 
 def test_both_sides_of_a_trajectory_start_from_one_folder_one_adapter_and_the_same_ids(chat_model, tmp_path):

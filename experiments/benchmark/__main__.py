@@ -59,6 +59,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--peer-steps", type=int, default=2, help="of a run of a peer")
   parser.add_argument("--batch-size", type=int, default=64)
   parser.add_argument("--max-length", type=int, default=512)
+  parser.add_argument("--longest-prompt", type=int, default=0, help="of chat pairs; 0: half of --max-length")
+  parser.add_argument("--answer-tokens", type=int, default=0, help="of chat pairs, each made as long")
   parser.add_argument("--row-length", type=int, default=1152)
   parser.add_argument("--rows-at-once", type=int, default=1)
   parser.add_argument("--chunk-size", type=int, default=0, help="see config.chunk_size")
@@ -106,11 +108,15 @@ def chat_file(args: argparse.Namespace) -> pathlib.Path:
   from dpojax.data import tokenization
   from experiments import chat_pairs, sweep
 
-  path = args.out / f"chat_{args.max_length}.jsonl"
+  longest_prompt = args.longest_prompt or args.max_length // 2
+  path = args.out / f"chat_{args.max_length}_{longest_prompt}_{args.answer_tokens}.jsonl"
   if not path.exists():
     tokenizer = tokenization.load_tokenizer(args.model)
-    longest = dict(longest_prompt=args.max_length // 2, longest=args.max_length)
-    sweep.write_lines(path, chat_pairs.read(args.data, tokenizer, args.out / "cache", **longest)[0])
+    longest = dict(longest_prompt=longest_prompt, longest=args.max_length)
+    records = chat_pairs.read(args.data, tokenizer, args.out / "cache", **longest)[0]
+    if args.answer_tokens:
+      records = chat_pairs.lengthened(records, tokenizer, args.answer_tokens)
+    sweep.write_lines(path, records)
   return path
 
 
