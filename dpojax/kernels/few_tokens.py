@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from dpojax.kernels.platform import arrays_are_cut, platform
 
-MOST = 64
-"""Tokens from which on the arithmetic takes longer than the reading."""
+_TOKENS = 64
+"""Of more of them the arithmetic takes longer than the reading."""
 
 _ROUNDS = 16
 """Products after which a transposition has paid for itself, twice."""
@@ -37,7 +37,7 @@ def are_worth_turning(weights: Any, tokens: int, rounds: int) -> bool:
 
   Of one token a CPU reads a matrix as it lies, either way.
   """
-  if platform() != "cpu" or arrays_are_cut() or not 1 < tokens <= MOST or rounds < _ROUNDS:
+  if platform() != "cpu" or arrays_are_cut() or not 1 < tokens <= _TOKENS or rounds < _ROUNDS:
     return False
   leaves = jax.tree.leaves(weights)
   return (
