@@ -24,8 +24,8 @@ def attention_backend(asked: str, *, platform: str, length: int = 0, fits: bool 
   """
   if asked == "fused" and platform not in fused.PLATFORMS:
     raise ValueError(
-      f"model.attention is 'fused', which runs on {' and '.join(fused.PLATFORMS)}, not on "
-      f"{platform}; set model.attention='auto'"
+      f"model.attention is 'fused', which under jax {jax.__version__} runs on "
+      f"{' and '.join(fused.PLATFORMS)}, not on {platform}; set model.attention='auto'"
     )
   if asked == "fused" and not fits:
     raise ValueError(

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as mosaic
-from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
 from dpojax.kernels import platform as platform_lib
@@ -25,7 +24,13 @@ from dpojax.kernels.attention import TokenIds, kept, visible
 from dpojax.kernels.blockwise import NEVER, visible_blocks, visits
 from dpojax.kernels.precision import wide_of
 
-PLATFORMS = ("gpu", "tpu")
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # deprecated since jax 0.12, which says that it will go
+  triton = None
+
+PLATFORMS = ("gpu", "tpu") if triton else ("tpu",)
+"""What the kernels run on, under the jax that is installed."""
 
 
 class Form(NamedTuple):
