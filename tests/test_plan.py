@@ -198,3 +198,9 @@ def test_a_second_process_finds_what_the_first_has_compiled(words, tmp_path):
     counts.append((int(words_of[1]), int(words_of[3])))
   (_, compiled), (found, again) = counts
   assert compiled > 10 and found == compiled and again == 0
+
+
+def test_what_a_compiler_does_not_count_is_not_told():
+  counted = plan.Needs(**dict.fromkeys(plan.Needs._fields, 1))
+  assert "XLA counts" in plan.report(counted, devices=1)
+  assert "XLA" not in plan.report(counted._replace(counted_flops=float("nan")), devices=1)

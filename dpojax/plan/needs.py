@@ -3,6 +3,7 @@
 Weights are neither read nor made: of a Hugging Face model only the config.json has to be there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ class Needs(NamedTuple):
     temporaries: bytes of what lives within the step, activations and gradients.
     peak: bytes at once, arguments and results included.
     flops: multiplications and additions a step cannot do without, see `necessary_flops`.
-    counted_flops: XLA's count for one device, in which the body of a loop counts once.
+    counted_flops: XLA's count for one device, in which the body of a loop counts once; NaN where it has none,
+      as for GPUs.
     step_rows: rows of the largest step.
   """
 
@@ -252,6 +254,9 @@ def report(
 ) -> str:
   """Returns the table that the command prints."""
   gib = lambda value: f"{value / 2**30:10.2f} GiB"
+  counted = ""
+  if not math.isnan(needs.counted_flops):
+    counted = f" (XLA counts {needs.counted_flops / 1e12:.3f} a device, bodies of loops once)"
   lines = [
     f"params          {needs.trained:>14,} trained, {needs.frozen:,} frozen or of the reference",
     f"compiled for    {devices} {compiled_for or jax.default_backend()} device(s), "
@@ -263,8 +268,7 @@ def report(
     f"  rows          {gib(needs.rows)}",
     f"  temporaries   {gib(needs.temporaries)}  activations, gradients",
     f"  peak          {gib(needs.peak)}",
-    f"a step takes    {needs.flops / 1e12:10.3f} TFLOP that are necessary (XLA counts "
-    f"{needs.counted_flops / 1e12:.3f} a device, bodies of loops once)",
+    f"a step takes    {needs.flops / 1e12:10.3f} TFLOP that are necessary{counted}",
   ]
   if chip:
     flops, memory, *_ = CHIPS[chip]

@@ -12,7 +12,7 @@ def of_chips(chips: topology.Topology, compiled: compiling.Compiled) -> str:
   lines = [
     needs.report(compiled.needs, devices=count, compiled_for=chips.name),
     f"  of            {gib(rates.memory)}",
-    "collectives of a step, received by each device",
+    "collectives of a step, received by each device" + ("" if costs.collectives else ": none"),
   ]
   for kind, total in sorted(costs.bytes_by_kind().items(), key=lambda each: -each[1]):
     places = [each for each in costs.collectives if each.kind == kind]
