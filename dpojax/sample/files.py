@@ -85,11 +85,11 @@ def _run(
 ) -> dict[str, float]:
   # What tokenizers are made of takes as long to import as a small model to be read.
   beside = futures.ThreadPoolExecutor(2)
-  tokenizer = beside.submit(tokenization.load_tokenizer, weights.tokenizer_of(model))
+  loading = beside.submit(tokenization.load_tokenizer, weights.tokenizer_of(model))
   policy, other = _load(model, step, reference)
   digests = [beside.submit(checkpoint.fingerprint, each.params) if each else None for each in (policy, other)]
   beside.shutdown(wait=False)
-  tokenizer = tokenizer.result()
+  tokenizer = loading.result()
   texts = read_prompts(prompts, limit, form, on_error)
   generator = Generator(
     policy,

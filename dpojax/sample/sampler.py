@@ -102,7 +102,8 @@ def make_sampler(
     # Cast before the loop: a step reads every weight once and would cast it as often.
     decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
     decoder, variables = transformer.Transformer(decoder_config), {"params": params}
-    if few_tokens.are_worth_turning(params, rows, max_new_tokens):
+    # Weights that stay cut where they are go through `sharding.product` alone.
+    if not sharding.is_cut() and few_tokens.are_worth_turning(params, rows, max_new_tokens):
       variables[transformer.TURNED] = transformer.turned(decoder_config, params)
     together = in_place or arrays_are_cut()
     head = transformer.make_head(config, params)
