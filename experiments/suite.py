@@ -1,10 +1,10 @@
 """All experiments of the paper that a CPU can run, as many side by side as there are cores.
 
 python -m experiments.suite --sentences=FILE --pairs=FILE [--workdir=runs/suite] [--jobs=N]
-python -m experiments.suite --real --pairs=FILE [--model=FOLDER] [...]
+python -m experiments.suite --real --sentences=FILE --pairs=FILE [--model=FOLDER] [...]
 
-With --real those of a published model instead, SmolLM2-135M-Instruct from its package, or any folder with a
-chat template. Each one continues where it was killed and is skipped where it is finished; the pictures and
+With --real what users ask about instead: beta and displacement on a published model, SmolLM2-135M-Instruct from
+its package or any folder with a chat template, the second quickstart, and overoptimization. Each one continues where it was killed and is skipped where it is finished; the pictures and
 tables are drawn again. What an experiment prints goes into NAME.log, its tables here as well, with the time
 it took. Where one fails the others of its chain are left out, and the same command continues.
 """
@@ -40,17 +40,15 @@ def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[
   ]
 
 
-def real_chains(workdir: pathlib.Path, pairs: str, model: str) -> list[list[list[str]]]:
-  """Returns the experiments on a published model, as `chains` does."""
+def real_chains(workdir: pathlib.Path, sentences: str, pairs: str, model: str) -> list[list[list[str]]]:
+  """Returns what is asked about real weights, and overoptimization, as `chains` does; the first takes half."""
   given = [f"--pairs={pairs}", f"--model={model}"]
   return [
+    [["paper.beta_real", f"--workdir={workdir / 'beta_real'}", *given]],
     [
       ["smollm2", f"--workdir={workdir / 'smollm2'}", *given],
-      ["paper.beta_real", f"--workdir={workdir / 'beta_real'}", *given],
-    ],
-    [
       ["paper.displacement", f"--workdir={workdir / 'displacement'}", f"--model={model}"],
-      ["measurements.time_to_first", f"--out={workdir / 'time_to_first'}", *given],
+      ["paper.overoptimization", f"--workdir={workdir / 'overoptimization'}", f"--sentences={sentences}"],
     ],
   ]
 
@@ -90,15 +88,15 @@ def take_share(shares: list[list[int]]) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
   parser.add_argument("--workdir", type=folder_argument, default=pathlib.Path("runs/suite"))
-  parser.add_argument("--sentences", default="")
+  parser.add_argument("--sentences", required=True)
   parser.add_argument("--pairs", required=True)
-  parser.add_argument("--real", action="store_true", help="experiments on a published model, and no others")
+  parser.add_argument("--real", action="store_true", help="what is asked about real weights, and no others")
   parser.add_argument("--model", default="", help="with --real: a folder; by default made of the package")
   parser.add_argument("--jobs", type=int, default=0, help="chains at once; 0: one a core")
   arguments = parser.parse_args()
-  for path in ([] if arguments.real else [arguments.sentences]) + [arguments.pairs]:
-    if not path or not pathlib.Path(path).exists():
-      sys.exit(f"error: {path or '--sentences'} is not there; give files of sentences and of pairs")
+  for path in (arguments.sentences, arguments.pairs):
+    if not pathlib.Path(path).exists():
+      sys.exit(f"error: {path} is not there; give files of sentences and of pairs")
   workdir = arguments.workdir.absolute()
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   jobs = arguments.jobs or len(cores) or os.cpu_count()
@@ -108,7 +106,7 @@ def main():
   if arguments.real:
     with command():
       model = arguments.model or smollm2.model_folder(workdir / "model")
-    todo = real_chains(workdir, arguments.pairs, model)
+    todo = real_chains(workdir, arguments.sentences, arguments.pairs, model)
   else:
     todo = chains(workdir, arguments.sentences, arguments.pairs)
   with concurrent.futures.ThreadPoolExecutor(jobs, initializer=take_share, initargs=(shares,)) as pool:

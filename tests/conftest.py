@@ -23,9 +23,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dpojax import train
 from dpojax.models import hf
+from dpojax.runtime import xla
 from dpojax.training import programs as programs_lib
 from tests import chats, fast, long, made_data, servers, worlds
 
+xla.keep_sums_right()  # as every command does
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 

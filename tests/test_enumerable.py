@@ -114,7 +114,9 @@ def test_the_loss_ablation_knows_every_loss_between_two_responses():
 
 
 def test_every_command_of_the_suite_is_a_module_with_these_flags(tmp_path):
-  every = suite.chains(tmp_path, "sentences", "pairs") + suite.real_chains(tmp_path, "pairs", "model")
+  every = suite.chains(tmp_path, "sentences", "pairs") + suite.real_chains(
+    tmp_path, "sentences", "pairs", "model"
+  )
   for name, *arguments in itertools.chain(*every):
     text = (conftest.ROOT / "experiments" / f"{name.replace('.', '/')}.py").read_text()
     assert "def main()" in text

@@ -41,6 +41,7 @@ ORDER = {
     "stderr_filter",
     "processes",
     "memory",
+    "xla",
     "command",
     "command_line",
     "commands",

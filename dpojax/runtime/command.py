@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 import jax
 
-from dpojax.runtime import processes
+from dpojax.runtime import processes, xla
 from dpojax.runtime.errors import UserError
 from dpojax.runtime.memory import keep_freed_memory
 
 
 @contextlib.contextmanager
 def command() -> Iterator[None]:
-  """Makes the process keep the memory it frees, and turns what a user can mend into one line and exit 1.
+  """Settles how the process holds memory and how XLA adds; makes of what a user can mend one line and exit 1.
 
   Of several processes all end when one does. To be entered before any use of jax.
   """
   keep_freed_memory()
+  xla.keep_sums_right()
   try:
     yield
     processes.leave()

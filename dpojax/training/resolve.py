@@ -19,7 +19,7 @@ from dpojax.kernels.platform import platform
 from dpojax.models import config as model_config
 from dpojax.models import hf, lora, transformer
 from dpojax.models.config import ModelConfig
-from dpojax.runtime import paths
+from dpojax.runtime import paths, xla
 from dpojax.runtime.command import say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
@@ -194,6 +194,8 @@ def make_devices(
     ConfigError: its axes do not fit the devices, or its form of attention does not run on them.
   """
   settings = config.parallel
+  if devices is None and not xla.sums_are_right():
+    say(f"warning: {xla.WRONG_SUMS}")
   try:
     backends.attention_backend(config.model.attention, platform=platform())
     return make_parallel(

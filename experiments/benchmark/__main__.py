@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--peer-steps", type=int, default=2, help="of a run of a peer")
   parser.add_argument("--batch-size", type=int, default=64)
   parser.add_argument("--max-length", type=int, default=512)
+  parser.add_argument("--pairs", type=int, default=0, help="chat pairs that are read; 0: all of the data's")
   parser.add_argument("--longest-prompt", type=int, default=0, help="of chat pairs; 0: half of --max-length")
   parser.add_argument("--answer-tokens", type=int, default=0, help="of chat pairs, each made as long")
   parser.add_argument("--row-length", type=int, default=1152)
@@ -109,11 +110,12 @@ def chat_file(args: argparse.Namespace) -> pathlib.Path:
   from experiments import chat_pairs, sweep
 
   longest_prompt = args.longest_prompt or args.max_length // 2
-  path = args.out / f"chat_{args.max_length}_{longest_prompt}_{args.answer_tokens}.jsonl"
+  path = args.out / f"chat_{args.max_length}_{longest_prompt}_{args.answer_tokens}_{args.pairs}.jsonl"
   if not path.exists():
     tokenizer = tokenization.load_tokenizer(args.model)
     longest = dict(longest_prompt=longest_prompt, longest=args.max_length)
     records = chat_pairs.read(args.data, tokenizer, args.out / "cache", **longest)[0]
+    records = records[: args.pairs or None]  # a stored reference is of all that is read
     if args.answer_tokens:
       records = chat_pairs.lengthened(records, tokenizer, args.answer_tokens)
     sweep.write_lines(path, records)

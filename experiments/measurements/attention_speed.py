@@ -183,6 +183,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=20)
   parser.add_argument("--check", action="store_true", help="only compare, on toy rows")
   options = parser.parse_args()
+  xla.keep_sums_right()  # as every command of dpojax does
   accelerated = jax.default_backend() in PLATFORMS
   dtype = jnp.dtype(jnp.bfloat16 if accelerated else jnp.float32)
   for case in cases(toy=options.check or not accelerated):
