@@ -3,10 +3,11 @@
 python -m experiments.suite --sentences=FILE --pairs=FILE [--workdir=runs/suite] [--jobs=N]
 python -m experiments.suite --real --sentences=FILE --pairs=FILE [--model=FOLDER] [...]
 
-With --real what users ask about instead: beta and displacement on a published model, SmolLM2-135M-Instruct from
-its package or any folder with a chat template, the second quickstart, and overoptimization. Each one continues where it was killed and is skipped where it is finished; the pictures and
-tables are drawn again. What an experiment prints goes into NAME.log, its tables here as well, with the time
-it took. Where one fails the others of its chain are left out, and the same command continues.
+With --real what users ask about instead: beta and displacement on a published model, SmolLM2-135M-Instruct
+from its package or any folder with a chat template, the second quickstart, and overoptimization. Each one
+continues where it was killed and is skipped where it is finished; the pictures and tables are drawn again.
+What an experiment prints goes into NAME.log, its tables here as well, with the time it took. Where one fails
+the others of its chain are left out, and the same command continues.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def chains(workdir: pathlib.Path, sentences: str, pairs: str) -> list[list[list[
 
 
 def real_chains(workdir: pathlib.Path, sentences: str, pairs: str, model: str) -> list[list[list[str]]]:
-  """Returns what is asked about real weights, and overoptimization, as `chains` does; the first takes half."""
+  """Returns what is asked about real weights, and overoptimization, as `chains` does."""
   given = [f"--pairs={pairs}", f"--model={model}"]
   return [
     [["paper.beta_real", f"--workdir={workdir / 'beta_real'}", *given]],

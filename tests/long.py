@@ -121,7 +121,7 @@ LONG = {
       "bdpo,mappo,gpo_exponential,gpo_truncated_quadratic,gpo_savage,f_dpo_forward_kl",
     ),
     "test_three_kills_change_nothing": (),
-    "test_two_processes_of_replicas_train_as_one": (),
+    "test_two_processes_train_and_sample_as_one": (),
     "test_two_processes_train_evaluate_and_continue_as_one": (),
   },
   "test_watching": {

@@ -413,6 +413,25 @@ def test_where_the_only_checkpoint_is_damaged_the_run_stops(given, sft, tmp_path
     train.run(config, tmp_path)
 
 
+def in_two_processes(tmp_path, settings):
+  """Runs a run of two processes, with four devices each, to its end, in "two"; returns what each says."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  place = {"parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2}
+  processes = [
+    start_run(
+      tmp_path,
+      "two",
+      {"kind": "dpo", **settings, **place, "parallel.process_id": i},
+      settings_name=f"two{i}",
+      devices=4,
+    )
+    for i in range(2)
+  ]
+  return [finish(process) for process in processes]
+
+
 def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
   changes = {
     "model.checkpoint": sft,
@@ -425,30 +444,7 @@ def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
   }
   train.run(worlds.run_config("dpo", **given, steps=6, **changes), tmp_path / "one")
   for steps in (4, 6):
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      port = free.getsockname()[1]
-    processes = [
-      start_run(
-        tmp_path,
-        "two",
-        dict(
-          kind="dpo",
-          **given,
-          steps=steps,
-          **changes,
-          **{
-            "parallel.coordinator": f"127.0.0.1:{port}",
-            "parallel.num_processes": 2,
-            "parallel.process_id": i,
-          },
-        ),
-        settings_name=f"two{i}",
-        devices=4,
-      )
-      for i in range(2)
-    ]
-    told = [finish(process) for process in processes]
+    told = in_two_processes(tmp_path, dict(**given, steps=steps, **changes))
     if steps == 4:
       assert len(json.loads((tmp_path / "two/checkpoints/4/digests.json").read_text())["files"]) > 4
       file = flip(tmp_path / "two", 4, name="ocdbt.process_1")
@@ -461,38 +457,40 @@ def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):
     np.testing.assert_allclose(a["logps/chosen"], b["logps/chosen"], rtol=1e-4)
 
 
-def test_two_processes_of_replicas_train_as_one(given, sft, tmp_path):
-  """`pmap` is the default strategy: nothing is said of it."""
-  changes = {"model.checkpoint": sft, "row_length": 32, "steps": 3, "checkpoint_every": 0}
+@pytest.mark.parametrize(
+  "cut",
+  [{}, {"lora.rank": 2, "parallel.strategy": "mesh", "parallel.fsdp": 4}],
+  ids=["replicas", "adapter_on_a_mesh"],
+)
+def test_two_processes_train_and_sample_as_one(cut, given, sft, tmp_path):
+  """`pmap` is the default strategy: nothing is said of it. The adapter's base lies over both processes."""
+  prompts = [{"prompt": f"the {noun} is"} for noun in worlds.NOUNS[:3]]
+  changes = {
+    "model.checkpoint": sft,
+    "row_length": 32,
+    "steps": 3,
+    "checkpoint_every": 0,
+    "sample_every": 3,
+    "sample_prompts": worlds.write_jsonl(tmp_path / "prompts.jsonl", prompts),
+    "sample_count": 2,
+    "sample_max_new_tokens": 5,
+    "sample_scorer": "tests.test_watching:kindness",
+    **cut,
+  }
   train.run(worlds.run_config("dpo", **given, **changes), tmp_path / "one")
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  processes = [
-    start_run(
-      tmp_path,
-      "two",
-      dict(
-        kind="dpo",
-        **given,
-        **changes,
-        **{
-          "parallel.coordinator": f"127.0.0.1:{port}",
-          "parallel.num_processes": 2,
-          "parallel.process_id": i,
-        },
-      ),
-      settings_name=f"two{i}",
-      devices=4,
-    )
-    for i in range(2)
-  ]
-  for process in processes:
-    finish(process)
+  in_two_processes(tmp_path, {**given, **changes})
   one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
   assert [(line["step"], line["split"]) for line in one] == [(line["step"], line["split"]) for line in two]
   for a, b in zip(one, two):
-    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+    for name in ("loss", "kl", "score", "tokens"):
+      if name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
+  one, two = (
+    [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+    for name in ("one", "two")
+  )
+  assert len(one) == 2 * 3 * 2 and len({line["response"] for line in one}) > 3
+  assert [line["response"] for line in one] == [line["response"] for line in two]
 
 
 def test_sigterm_saves_and_the_same_command_continues(given, sft, tmp_path):

@@ -12,6 +12,7 @@ from dpojax.data import loader, tokenization
 from dpojax.data.examples import Example
 from dpojax.data.truncation import end_kept
 from dpojax.models import transformer
+from dpojax.runtime import processes
 from dpojax.runtime.errors import ConfigError
 from dpojax.training import objectives, parallel, weights
 
@@ -41,9 +42,15 @@ def make_scorer(name: str, devices: parallel.Mesh, step: int | None = None) -> S
     return RewardModel(weights.load(name, step), devices)
   function = load_function(name, ("prompt", "response"))
   plain = lambda prompt: prompt.prompt if isinstance(prompt, Example) else prompt
-  return lambda prompts, responses: np.array(
-    [float(function(plain(p), r)) for p, r in zip(prompts, responses)], np.float64
-  )
+
+  def score(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+    # Of several processes one calls it: it may ask a server, count its calls, or draw.
+    values = processes.from_first(
+      name, lambda: [float(function(plain(p), r)) for p, r in zip(prompts, responses)]
+    )
+    return np.array(values, np.float64)
+
+  return score
 
 
 def is_function(name: str) -> bool:
@@ -145,7 +152,7 @@ def response_values(
   # nan, so that a comparison that no row held would show.
   values = np.full((len(batches.subset), columns or batches.lengths.shape[1] - 1), np.nan)
   for batch in batches.evaluation():
-    of_rows, examples = devices.collect_rows(score(params, devices.place_rows(batch.rows, batch.total_rows)))
+    of_rows, examples = devices.collect_rows(score(params, devices.place_all_rows(batch.rows)))
     for where in zip(*np.nonzero(examples >= 0)):
       values[position[int(examples[where])]] = of_rows[where]
   return values

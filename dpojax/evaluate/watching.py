@@ -9,7 +9,6 @@ import contextlib
 import json
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -19,7 +18,7 @@ from dpojax.data.truncation import end_kept
 from dpojax.evaluate import scorers
 from dpojax.models.config import ModelConfig
 from dpojax.runtime import appending, paths
-from dpojax.runtime.command import say
+from dpojax.runtime.command import is_main, say
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
 from dpojax.sample import files
@@ -74,10 +73,11 @@ class Watcher:
     )
     self._score = config.sample_scorer and scorers.make_scorer(config.sample_scorer, self._current.mesh)
     self._path = workdir / "samples.jsonl"
-    with disk_errors(workdir):
-      # What comes after the checkpoint is drawn again, and would stand there twice.
-      kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
-      appending.Appended(self._path, "".join(f"{_json(line)}\n" for line in kept)).close()
+    if is_main():
+      with disk_errors(workdir):
+        # What comes after the checkpoint is drawn again, and would stand there twice.
+        kept = [line for line in read_lines(self._path) if line["step"] <= after_step]
+        appending.Appended(self._path, "".join(f"{_json(line)}\n" for line in kept)).close()
 
   def __call__(self, step: int, params: Any, reference: Any | None) -> dict[str, float]:
     """Answers the prompts, writes the answers, and returns their means.
@@ -105,8 +105,9 @@ class Watcher:
       )
       for line, score in zip(lines, scores):
         line["score"] = float(score)
-    with disk_errors(self._path.parent), contextlib.closing(appending.Appended(self._path)) as file:
-      file.write("".join(f"{_json(line)}\n" for line in lines))
+    if is_main():
+      with disk_errors(self._path.parent), contextlib.closing(appending.Appended(self._path)) as file:
+        file.write("".join(f"{_json(line)}\n" for line in lines))
     return means(lines)
 
   def _read(self, subset: loader.Subset) -> tuple[list[Example], list[list[int]]]:
@@ -194,11 +195,6 @@ def make_watcher(
   """Returns the watcher of a run, or None where it draws no samples."""
   if not config.sample_every:
     return None
-  if jax.process_count() > 1:
-    raise ConfigError(
-      f"config.sample_every is {config.sample_every} and the run has {jax.process_count()} processes; "
-      "samples are drawn in one: set sample_every=0, and python -m dpojax.sample its checkpoints"
-    )
   if config.reference.mode == "stored" and not config.lora.rank:
     say("samples will have no KL: of a stored reference no model is kept")
   return Watcher(config, model, subset, workdir, devices, after_step=after_step)

@@ -6,6 +6,8 @@ to, with the leaves `a` and `b` in place of `kernel`; a part of the model that i
 reward head, keeps its own path.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -119,17 +121,20 @@ def make_apply(config: ModelConfig, lora: Lora):
   return apply
 
 
-def merge(base: dict, adapter: dict, lora: Lora) -> dict:
+def merge(base: dict, adapter: dict, lora: Lora, *, xp: Any = np) -> dict:
   """Returns the params of the model that base and adapter are together.
 
   Args:
-    base: params, NumPy arrays or alike.
-    adapter: as of `init_adapter`, NumPy arrays or alike.
+    base: params.
+    adapter: as of `init_adapter`.
     lora: what the adapter is made of.
+    xp: numpy, or jax.numpy where it is traced.
 
   Returns:
-    NumPy arrays: float32 where there is an adapter, and as they were elsewhere.
+    Arrays of `xp`: float32 where there is an adapter, and as they were elsewhere.
   """
+  # An accelerator multiplies float32 at less than its precision unless it is asked to.
+  product = np.matmul if xp is np else functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
   def merged(path, kernel):
     *above, last = (part.key for part in path)
@@ -137,15 +142,15 @@ def merge(base: dict, adapter: dict, lora: Lora) -> dict:
     for name in above:
       node = node.get(name, {})
     if last != "kernel" or not node:
-      return np.asarray(kernel)
+      return xp.asarray(kernel)
     layers, inputs, outputs = _split(above, kernel.shape)
-    a = np.asarray(node["a"]).reshape(*layers, np.prod(inputs), lora.rank)
-    b = np.asarray(node["b"]).reshape(*layers, lora.rank, np.prod(outputs))
+    a = xp.asarray(node["a"]).reshape(*layers, math.prod(inputs), lora.rank)
+    b = xp.asarray(node["b"]).reshape(*layers, lora.rank, math.prod(outputs))
     # In float32 whatever the base is in: a change of a bfloat16 kernel is mostly below its last bit.
-    change = (a @ b).reshape(kernel.shape) * np.float32(lora.scale)
-    return np.asarray(kernel, np.float32) + change
+    change = product(a, b).reshape(kernel.shape) * np.float32(lora.scale)
+    return xp.asarray(kernel, np.float32) + change
 
-  whole = {WHOLE: np.asarray(adapter[WHOLE])} if WHOLE in adapter else {}
+  whole = {WHOLE: xp.asarray(adapter[WHOLE])} if WHOLE in adapter else {}
   return jax.tree_util.tree_map_with_path(merged, base) | whole
 
 

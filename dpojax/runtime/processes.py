@@ -107,6 +107,24 @@ def agree(what: str, facts: dict[str, Any]) -> None:
         )
 
 
+def from_first(what: str, make: Callable[[], Any]) -> Any:
+  """Returns, in every process, a JSON value that process 0 makes; all of them have to call it.
+
+  Args:
+    what: names the value.
+    make: called in process 0 alone.
+  """
+  client = distributed.global_state.client
+  if client is None or jax.process_count() == 1:
+    return make()
+  place = _place(what)
+  if jax.process_index() == 0:
+    value = make()
+    client.key_value_set(place, json.dumps(value))
+    return value
+  return json.loads(client.blocking_key_value_get(place, _FOREVER))
+
+
 def versions() -> dict[str, str]:
   """Returns the versions that decide a run's numbers."""
   names = ("dpojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -18,8 +18,8 @@ def keep_sums_right() -> None:
 
   jaxlib 0.10.2 to 0.12.0 do, where products with a constant matrix or other sums go into a sum: it comes out
   a fraction of what it is, or at 1e22 (jax-ml/jax issue 39103, of which a part is mended). Derivatives of
-  sums are full of such products: the gradient of a norm's scale was a seventh of itself. Matrix products stay
-  with YNNPACK. To be called before jax is first used; where XLA_FLAGS tells what YNNPACK is given, that stands.
+  sums are full of such products: the gradient of a norm's scale was a seventh of itself. Matrix products
+  stay with YNNPACK. To be called before jax is first used; what XLA_FLAGS says of it stands.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if _FLAG not in flags:
@@ -27,7 +27,7 @@ def keep_sums_right() -> None:
 
 
 def sums_are_right() -> bool:
-  """Whether this process compiles a sum right that YNNPACK adds up wrong; where it was told, it is not tried."""
+  """Whether this process compiles a sum right that YNNPACK adds up wrong; not tried where it was told."""
   if _FLAG in os.environ.get("XLA_FLAGS", "") or jax.default_backend() != "cpu":
     return True
   x = jnp.ones((5, 64, 64))

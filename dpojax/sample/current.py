@@ -1,10 +1,12 @@
 """The policy of a run that is under way, as a generator of samples."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from dpojax.models import lora
 from dpojax.models.config import ModelConfig
@@ -43,6 +45,7 @@ class Current:
     self._draw, self._eos, self._batch_size, self._devices = draw, eos, batch_size, devices
     # A sampler knows meshes only; of a `pmap` run the params are collected and placed anew.
     self.mesh = devices if isinstance(devices, parallel.Mesh) else parallel.Mesh()
+    self._merge = _make_merge(config_lib.lora_of(config), devices)
     self._generator = None
 
   def generator(self, params: Any, reference: Any | None) -> Generator:
@@ -53,10 +56,9 @@ class Current:
       reference: placed, or None where there is none at hand.
     """
     params, reference = (tree and self._devices.collect(tree) for tree in (params, reference))
-    adapter = config_lib.lora_of(self._config)
     # Merged for the draw: a step of decoding then has one product a projection.
-    if adapter is not None:
-      params = lora.merge(jax.tree.map(np.asarray, reference), jax.tree.map(np.asarray, params), adapter)
+    if self._merge is not None:
+      params = self._merge(reference, params)
     if self._generator is None:
       loaded = lambda params: (
         params
@@ -75,3 +77,20 @@ class Current:
     else:
       self._generator.renew(params, reference)
     return self._generator
+
+
+def _make_merge(
+  adapter: lora.Lora | None, devices: parallel.Replicas | parallel.Mesh
+) -> Callable[[Any, Any], Any] | None:
+  """Returns `merge(base, adapter)` of what `devices.collect` gives, or None where there is no adapter."""
+  if adapter is None:
+    return None
+  if isinstance(devices, parallel.Replicas):
+    return functools.partial(lora.merge, lora=adapter)
+
+  def merge(base, params):
+    merged = lora.merge(base, params, adapter, xp=jnp)
+    # Where the base is: no device, and no process, holds a whole model.
+    return jax.lax.with_sharding_constraint(merged, devices.shardings(merged))
+
+  return devices.lift(merge, donate_state=False)

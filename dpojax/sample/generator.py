@@ -155,8 +155,8 @@ class Generator:
     drawn = self._devices.collect_rows(
       policy.sample(
         policy.params,
-        *self._devices.place_rows((padded, lengths), size),
-        seeds,
+        *self._devices.place_all_rows((padded, lengths)),
+        jax.random.wrap_key_data(self._devices.place_all_rows(np.asarray(jax.random.key_data(seeds)))),
         self.draw.temperature,
         self.draw.top_p,
         self.draw.top_k,
@@ -188,7 +188,7 @@ class Generator:
       num_responses=self.draw.num_samples,
       example=range(len(prompts)),
     )
-    rows = self._devices.place_rows(rows, self.batch_size)
+    rows = self._devices.place_all_rows(rows)
     return [
       self._devices.collect_rows(model.score(model.params, rows)[0])[: len(prompts), 0]
       for model in self._models

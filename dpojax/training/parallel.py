@@ -316,6 +316,12 @@ class Mesh:
 
     return jax.tree.map(place, rows)
 
+  def place_all_rows(self, rows: Any) -> Any:
+    """Places rows [R, ...] that every process holds all of, as global arrays."""
+    total = len(jax.tree.leaves(rows)[0])
+    first, count = self.span(total)
+    return self.place_rows(jax.tree.map(lambda x: x[first : first + count], rows), total)
+
   def collect_rows(self, tree: Any) -> Any:
     """Returns values of each row, [R, ...], as NumPy arrays of all rows."""
     if jax.process_count() == 1:

@@ -406,35 +406,12 @@ def preference_objective(
   forms = {term.loss.form for term in terms}
   rows_hold = num_responses + (kto in forms)
   needs_reference = with_reference and any(term.loss.reads_reference for term in terms)
+  score = _Scoring(rows_hold, ld_alpha, sampo, seed, chunk_size)
   asked = dict(length_normalize=length_normalize, ld_alpha=ld_alpha is not None, sampo=sampo)
   reading_of = lambda loss: Reading(
     mean=loss.mean or (asked["length_normalize"] and "length_normalize" in loss.options),
     shared=any(asked[name] and name in loss.options for name in ("ld_alpha", "sampo")),
   )
-
-  def score(outputs, rows, step):
-    tokens = token_log_probs(
-      predicting_states(outputs.hidden, rows.source),
-      outputs.head,
-      rows.target,
-      where=_scored(rows, rows_hold),
-      chunk_size=chunk_size,
-    )
-    sums = _by_response(tokens, rows, rows_hold)
-    shared = None
-    if ld_alpha is not None or sampo:
-      mask = _pair_masks(rows, rows_hold)
-      token_pair = jax.tree.map(lambda m: jnp.broadcast_to(tokens[:, None], m.shape), mask)
-      if sampo or ld_alpha is None:
-        noise = _noise(rows, rows_hold, seed, step)
-        noise = jax.tree.map(lambda m: jnp.broadcast_to(noise[:, None], m.shape), mask)
-        pair = losses.sampo_log_probs(token_pair, mask, noise)
-      else:
-        pair = losses.ld_dpo_log_probs(token_pair, mask, alpha=ld_alpha)
-      shared = jnp.stack(pair, axis=-1)
-    return tokens, sums, shared
-
-  remembers = by_step in forms
 
   def read(params, reference, rows, step, memory) -> Responses:
     across = axis_name or row_axes() or None
@@ -449,23 +426,14 @@ def preference_objective(
       frozen_outputs = jax.lax.stop_gradient(apply(reference, rows))
       _, frozen, frozen_shared = jax.lax.stop_gradient(score(frozen_outputs, rows, step))
     lengths = _by_response(jnp.ones_like(tokens), rows, rows_hold)
-    kl = None
-    if kto in forms:
-      # KTO's z_0 (Ethayarajh et al. 2024, Sec. 4): of responses to other prompts, over the whole step, never
-      # below 0.
-      mismatched = policy[..., -1] - frozen[..., -1]
-      kl = jnp.maximum(step_mean(mismatched, lengths[..., -1] > 0, axis_name=across), 0)
-    weights = jnp.ones(policy.shape[:-1])
-    if wpo:
-      weights = _wpo_weights(outputs, rows, tokens, lengths, chunk_size)
     cut = lambda x: x[..., :num_responses]
     responses = Responses(
       cut(policy),
       cut(frozen),
       cut(lengths),
       None if shared is None else (shared, frozen_shared),
-      weights,
-      kl,
+      _wpo_weights(outputs, rows, tokens, lengths, chunk_size) if wpo else jnp.ones(policy.shape[:-1]),
+      _kl_of_mismatched(policy, frozen, lengths, across) if kto in forms else None,
       *_of_every_token(terms, outputs, frozen_outputs, rows, rows_hold, chunk_size),
       running=None,
       noise=None,
@@ -478,38 +446,34 @@ def preference_objective(
       running=losses.running_margins(memory, margins, where=pairs), noise=_noise_of_examples(rows, seed, step)
     )
 
+  def values_of(term: Term, responses: Responses, of_rows: dict, moved: jax.Array | float) -> jax.Array:
+    taken = (*term.loss.knobs(), *term.loss.of_data)
+    knobs = term.knobs | {name: of_rows[name] for name in taken if name in of_rows}
+    knobs |= {"beta": moved} if term.loss.takes_beta() else {}
+    values = term.loss.form(term.loss.function, responses, reading_of(term.loss), knobs)
+    if dr_dpo is not None and "dr_dpo" in term.loss.options:
+      values *= _dr_dpo_weights(values, responses, dr_dpo)
+    return values
+
   def evaluate(params, reference, rows, step=0, memory=None):
     responses = read(params, reference, rows, step, memory)
-    count = jnp.sum(rows.example >= 0, dtype=jnp.float32)
     of_rows = rows.knobs or {}
-    factor = 1.0 if beta_factor is None else beta_factor(step)
-    moved = factor * of_rows.get("beta", beta)
-    loss, parts = Mean(jnp.zeros((), jnp.float32), count), {}
-    for term in terms:
-      taken = (*term.loss.knobs(), *term.loss.of_data)
-      knobs = term.knobs | {name: of_rows[name] for name in taken if name in of_rows}
-      knobs |= {"beta": moved} if term.loss.takes_beta() else {}
-      values = term.loss.form(term.loss.function, responses, reading_of(term.loss), knobs)
-      if dr_dpo is not None and "dr_dpo" in term.loss.options:
-        values *= _dr_dpo_weights(values, responses, dr_dpo)
-      parts[f"loss/{term.name}"] = Mean(jnp.sum(values), count)
-      loss = loss._replace(total=loss.total + term.weight * jnp.sum(values))
-    metrics = {"loss": loss} | (parts if len(terms) > 1 else {})
+    moved = (1.0 if beta_factor is None else beta_factor(step)) * of_rows.get("beta", beta)
+    count = jnp.sum(rows.example >= 0, dtype=jnp.float32)
+    totals = [jnp.sum(values_of(term, responses, of_rows, moved)) for term in terms]
+    loss = Mean(sum(term.weight * total for term, total in zip(terms, totals)), count)
+    metrics = {"loss": loss}
+    if len(terms) > 1:
+      metrics |= {f"loss/{term.name}": Mean(total, count) for term, total in zip(terms, totals)}
     # Of several losses the first is the one whose rewards are told.
     first = terms[0].loss
     metrics |= _metrics(responses, reading_of(first), moved if first.takes_beta() else 1.0, needs_reference)
-    if responses.kl is not None:
-      # The number of the whole step, weighed so that the mean over devices gives it back.
-      metrics["kl"] = Mean(responses.kl * count, count)
-    if responses.running is not None:
-      metrics |= {
-        f"running_margins/{name}": Mean(value * count, count)
-        for name, value in responses.running._asdict().items()
-      }
+    metrics |= _metrics_of_step(responses, count)
     if beta_factor is not None or "beta" in of_rows:
       metrics["beta"] = mean_of_comparisons(jnp.broadcast_to(moved, rows.example.shape), rows)
     return loss, metrics
 
+  remembers = by_step in forms
   return Objective(
     evaluate,
     num_responses=rows_hold,
@@ -518,6 +482,54 @@ def preference_objective(
     memory=losses.RunningMargins(jnp.float32(0), jnp.float32(0)) if remembers else None,
     remember=_remembered_margins,
   )
+
+
+class _Scoring(NamedTuple):
+  """How what a model gave becomes the log-probs that losses read.
+
+  Attributes:
+    num_responses: `K`, responses of each comparison in the rows.
+    ld_alpha, sampo, seed, chunk_size: those of `preference_objective`.
+  """
+
+  num_responses: int
+  ld_alpha: float | None
+  sampo: bool
+  seed: int
+  chunk_size: int | None
+
+  def __call__(
+    self, outputs, rows: Rows, step: jax.Array | int
+  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns log-probs of tokens [R, S], of responses [R, P, K], and the `shared` of `Responses`."""
+    tokens = token_log_probs(
+      predicting_states(outputs.hidden, rows.source),
+      outputs.head,
+      rows.target,
+      where=_scored(rows, self.num_responses),
+      chunk_size=self.chunk_size,
+    )
+    shared = self._shared(tokens, rows, step) if self.sampo or self.ld_alpha is not None else None
+    return tokens, _by_response(tokens, rows, self.num_responses), shared
+
+  def _shared(self, tokens: jax.Array, rows: Rows, step: jax.Array | int) -> jax.Array:
+    mask = _pair_masks(rows, self.num_responses)
+    of_each = lambda values: jax.tree.map(lambda m: jnp.broadcast_to(values[:, None], m.shape), mask)
+    if self.sampo:
+      noise = _noise(rows, self.num_responses, self.seed, step)
+      pair = losses.sampo_log_probs(of_each(tokens), mask, of_each(noise))
+    else:
+      pair = losses.ld_dpo_log_probs(of_each(tokens), mask, alpha=_made(self.ld_alpha))
+    return jnp.stack(pair, axis=-1)
+
+
+def _kl_of_mismatched(policy: jax.Array, reference: jax.Array, lengths: jax.Array, across) -> jax.Array:
+  """Returns KTO's z_0 (Ethayarajh et al. 2024, Sec. 4): of responses to other prompts, never below 0.
+
+  It is one of the whole step. Those responses stand last in [R, P, K].
+  """
+  ratios = policy[..., -1] - reference[..., -1]
+  return jnp.maximum(step_mean(ratios, lengths[..., -1] > 0, axis_name=across), 0)
 
 
 def _remembered_margins(before: losses.RunningMargins, metrics: dict[str, Mean]) -> losses.RunningMargins:
@@ -544,6 +556,14 @@ def _metrics(responses: Responses, reading: Reading, beta, needs_reference: bool
       "log_ratios/abs": mean_where(jnp.abs(ratios), responses.there),
     }
   return metrics
+
+
+def _metrics_of_step(responses: Responses, count: jax.Array) -> dict[str, Mean]:
+  """Returns numbers of the whole step, weighed so that the mean over devices gives them back."""
+  told = {} if responses.kl is None else {"kl": responses.kl}
+  if responses.running is not None:
+    told |= {f"running_margins/{name}": value for name, value in responses.running._asdict().items()}
+  return {name: Mean(value * count, count) for name, value in told.items()}
 
 
 def step_mean(values: jax.Array, where: jax.Array, *, axis_name: str | tuple[str, ...] | None) -> jax.Array:

@@ -23,6 +23,7 @@ from dpojax.data import packing
 from dpojax.kernels.attention import TokenIds, attention, visible
 from dpojax.kernels.blockwise import blockwise_attention
 from dpojax.kernels.fused import PLATFORMS, fused_attention
+from dpojax.runtime import xla
 from experiments.measurements import planning
 
 DENSE_BYTES = 2**34
