@@ -1,5 +1,6 @@
 """The preference objective: every loss, read from packed rows, is its formula on single sequences."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -69,9 +70,16 @@ def objective(*names, weights=(), knobs=None, apply=apply, **options):
   )
 
 
-def of_outputs(*names):
-  """The objective over what the model gave: each loss is a program of its own, the model is one."""
-  return objective(*names, apply=lambda outputs, rows: outputs)
+def evaluate_outputs(name):
+  """`evaluate` of a loss, for what models gave in place of their params."""
+  return objective(name, apply=lambda outputs, rows: outputs).evaluate
+
+
+@functools.cache
+def of_outputs(name):
+  """A loss of what models gave, and its gradient: a program of its own, while the model is one for all."""
+  evaluate = evaluate_outputs(name)
+  return jax.jit(jax.value_and_grad(lambda outputs, *others: evaluate(outputs, *others)[0].value()))
 
 
 def evaluate(objective, params, reference, rows):
@@ -195,7 +203,7 @@ def test_a_packed_loss_is_the_formula_on_single_sequences(name, rng):
   params, reference = worlds.params_of(CONFIG, 0), worlds.params_of(CONFIG, 1)
   examples = worlds.comparisons(rng, 9, num_responses_of(name))
   rows = worlds.packed(examples, 64)
-  got, _ = evaluate(of_outputs(name), apply(params, rows), apply(reference, rows), rows)
+  got, _ = of_outputs(name)(apply(params, rows), apply(reference, rows), rows)
   want = by_formula(name, *(single_sequences(p, examples) for p in (params, reference)))
   np.testing.assert_allclose(got, jnp.mean(want), rtol=2e-4)
 
@@ -205,12 +213,11 @@ def test_a_step_down_the_gradient_lowers_every_loss(name, rng):
   params = worlds.params_of(CONFIG, 0)
   rows = worlds.packed(worlds.comparisons(rng, 9, num_responses_of(name)), 64)
   reference = apply(params, rows)
-  total = jax.jit(jax.value_and_grad(lambda out: of_outputs(name).evaluate(out, reference, rows)[0].value()))
-  before, cotangents = total(reference)
+  before, cotangents = of_outputs(name)(reference, reference, rows)
   grads = gradient_of(params, rows, cotangents)
   norm = float(optax.tree.norm(grads))
   moved = jax.tree.map(lambda p, g: p - np.float32(1e-3 / norm) * g, params, grads)
-  assert norm > 0 and total(apply(moved, rows))[0] < before
+  assert norm > 0 and of_outputs(name)(apply(moved, rows), reference, rows)[0] < before
 
 
 def two_models(rng, count=9):
@@ -316,7 +323,7 @@ def test_every_comparison_may_bring_a_beta_of_its_own(name, rng):
   if name in ("kto", "bco"):  # their point is of the whole step: the same examples at one beta each
     examples = examples[:1] * 6
   betas = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2], np.float32)
-  compiled = jax.jit(of_outputs(name).evaluate)  # once, for rows of one shape
+  compiled = jax.jit(evaluate_outputs(name))  # once, for rows of one shape
 
   def loss_of(examples, betas):
     rows = _packed_with(examples, {"beta": betas})
