@@ -47,6 +47,7 @@ LONG = {
     "test_an_adapter_on_a_mesh_samples_what_the_model_does_and_learns": (),
     "test_rankings_of_all_answers_are_trained_on_as_far_as_labels_reach": (),
     "test_shuffled_labels_destroy_the_gain": (),
+    "test_two_processes_make_the_rounds_of_one": ("kindness-best_worst",),
   },
   "test_overoptimization": {"test_a_second_call_trains_nothing_again": ()},
   "test_packing": {"test_packed_rows_equal_single_sequences": ("2-llama", "4-gpt2")},

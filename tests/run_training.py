@@ -1,4 +1,4 @@
-"""Trains as a JSON file of dotted keys says; a script that tests start, kill and start again.
+"""Trains as a JSON file of dotted keys says, in rounds where its kind is online; tests start it and kill it.
 
 python -m tests.run_training SETTINGS WORKDIR
 """
@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 
+import configs.online
+from dpojax.online import loop as online
 from dpojax.runtime import processes
 from dpojax.runtime.command import command
 from dpojax.train import loop as train
@@ -37,9 +39,14 @@ def main(settings, workdir):
     real = processes.versions
     processes.versions = lambda: real() | versions
   with command():
-    config = worlds.run_config(**settings)
+    if settings["kind"] == "online":
+      config, loop = configs.online.get_config(), online
+      with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({k: v for k, v in settings.items() if k != "kind"})
+    else:
+      config, loop = worlds.run_config(**settings), train
     train.join_processes(config)
-    train.run(config, workdir)
+    loop.run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from dpojax.runtime.errors import ConfigError
 from dpojax.sample.generator import Generator
 from dpojax.train import loop as train
 from dpojax.training import checkpoint, resolve, throughput
+from dpojax.training import config as config_lib
 from dpojax.training.checkpoint import Checkpoints
 from dpojax.training.metrics import read_metrics
-from tests import worlds
+from tests import runs, worlds
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -198,6 +199,31 @@ def test_every_comparison_is_kept_as_data_that_train_reads(whole, words, tmp_pat
       assert ids.tolist() == sampled.get(text, ids.tolist())
       found += text in sampled
   assert len(data) == len(usable) and found >= 10
+
+
+@pytest.mark.parametrize("judge, pairing", [("kindness", "best_worst"), ("kinder", "choice")])
+def test_two_processes_make_the_rounds_of_one(judge, pairing, given, tmp_path):
+  """A mesh over both: all sample, the first writes and asks the judge, and all read what came of it."""
+  changes = {
+    "steps": 4,
+    "online.judge": f"tests.test_online:{judge}",
+    "online.pairing": pairing,
+    "online.num_samples": 2,
+    "parallel.strategy": "mesh",
+    "parallel.fsdp": 4,
+  }
+  config = run_config(given, tmp_path, **changes)
+  loop.run(config, tmp_path / "one")
+  runs.in_two_processes(tmp_path, {"kind": "online", **config_lib.flatten(config)})
+  one, two = (files_of(tmp_path / name) for name in ("one", "two"))
+  assert one.keys() == two.keys() and len(one) == 2 + 2 * 2
+  for name in one:
+    if not name.endswith("samples.jsonl"):  # log-probs are rounded otherwise
+      assert one[name] == two[name], name
+  for a, b in zip(*(read_metrics(tmp_path / name) for name in ("one", "two")), strict=True):
+    assert (a["step"], a["split"]) == (b["step"], b["split"])
+    for name in {"loss", "score", "kl", "pairs", "labels", "tokens"} & a.keys():
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
 
 
 class Killed(BaseException):

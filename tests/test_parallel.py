@@ -189,9 +189,9 @@ resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
 memory.keep_freed_memory()
 memory.fit_memory_to({"w": np.broadcast_to(np.float32(0), int(sys.argv[1]))})
 before = resident()
-held = np.ones(2**25)
+held = np.ones(2**26)  # of more than the 256 MiB that may be free at the top
 held = None
-print((resident() - before) / 2**28)
+print((resident() - before) / 2**29)
 """
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from dpojax.training import config as config_lib
 from dpojax.training import workdir as workdir_lib
 from dpojax.training.metrics import read_metrics
 from tests import conftest, worlds
+from tests.runs import finish, in_two_processes, start_run
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -307,26 +307,6 @@ def test_a_fingerprint_sees_one_bit(sft):
   assert before != checkpoint.fingerprint(params | {"embed": {"embedding": rolled}})
 
 
-def start_run(tmp_path, name, settings, *, settings_name="", devices=1):
-  path = tmp_path / f"{settings_name or name}.json"
-  path.write_text(json.dumps(settings))
-  count = f" --xla_force_host_platform_device_count={devices}"
-  return subprocess.Popen(
-    [sys.executable, "-m", "tests.run_training", str(path), str(tmp_path / name)],
-    cwd=conftest.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env=os.environ | {"XLA_FLAGS": conftest.QUICK_COMPILES + count},
-  )
-
-
-def finish(process):
-  output, _ = process.communicate(timeout=240)
-  assert process.returncode == 0, output[-3000:]
-  return output
-
-
 def state_files(workdir, step):
   """The state, bit for bit, and the metrics without the clock's."""
   manager = checkpoint.Checkpoints(workdir, keep=0)
@@ -411,25 +391,6 @@ def test_where_the_only_checkpoint_is_damaged_the_run_stops(given, sft, tmp_path
   file = flip(tmp_path, 2)
   with pytest.raises(checkpoint.CheckpointError, match=f"{file} is damaged.*continue from the start"):
     train.run(config, tmp_path)
-
-
-def in_two_processes(tmp_path, settings):
-  """Runs a run of two processes, with four devices each, to its end, in "two"; returns what each says."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  place = {"parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2}
-  processes = [
-    start_run(
-      tmp_path,
-      "two",
-      {"kind": "dpo", **settings, **place, "parallel.process_id": i},
-      settings_name=f"two{i}",
-      devices=4,
-    )
-    for i in range(2)
-  ]
-  return [finish(process) for process in processes]
 
 
 def test_two_processes_train_evaluate_and_continue_as_one(given, sft, tmp_path):

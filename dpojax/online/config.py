@@ -157,11 +157,6 @@ def _check(config) -> None:
       )
   if not 0 <= settings.offline_share < 1:
     raise ConfigError(f"config.online.offline_share is {settings.offline_share}; it must be in [0, 1)")
-  if config.parallel.coordinator:
-    raise ConfigError(
-      f"config.parallel.coordinator is {config.parallel.coordinator!r}, but dpojax.online runs in one "
-      "process; leave it empty"
-    )
   for knob, column in config_lib.columns_of(config).items():
     raise ConfigError(
       f"config.data.columns.{knob} is {column!r}, but pairs of the policy's own samples have no such key; "

@@ -10,6 +10,7 @@ from dpojax.data.examples import Example
 from dpojax.evaluate import compare, judging, scorers
 from dpojax.online import config as online_config
 from dpojax.runtime import paths
+from dpojax.runtime.command import is_main
 from dpojax.training import parallel
 
 _AT_ONCE = 64
@@ -33,12 +34,15 @@ class Labeller(NamedTuple):
     compares: whether two answers are shown at a time.
     at_once: prompts that are asked about at once: a killed run asks at most about so many again.
     close: to be called in the end.
+    by_all: whether every process of a run asks, as where a reward model stands on their devices; else the
+      first asks, and tells the others.
   """
 
   ask: Callable[..., Sequence[float] | Sequence[str]]
   compares: bool = False
   at_once: int = 1
   close: Callable[[], None] = lambda: None
+  by_all: bool = False
 
 
 def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, devices: parallel.Mesh) -> Labeller:
@@ -54,6 +58,8 @@ def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, device
   """
   settings = config.online
   if paths.is_url(settings.judge):
+    if not is_main():  # the answers that are kept have one owner
+      return Labeller(_compared(_nobody, query=True), True, _AT_ONCE)
     endpoint = judging.Endpoint(
       settings.judge,
       settings.judge_model,
@@ -71,7 +77,12 @@ def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, device
   score = scorers.make_scorer(settings.judge, devices)
   asked = lambda answers: score([each.prompt for each in answers], [each.response for each in answers])
   # A function is asked prompt by prompt, so that a kill costs one; a reward model in batches it can fill.
-  return Labeller(asked, at_once=1 if scorers.is_function(settings.judge) else _AT_ONCE)
+  # Either of them minds the other processes itself.
+  return Labeller(asked, at_once=1 if scorers.is_function(settings.judge) else _AT_ONCE, by_all=True)
+
+
+def _nobody(*_):
+  raise AssertionError("process 0 asks")
 
 
 def _compared(judge: judging.Judge, *, query: bool) -> Callable[..., list[str]]:

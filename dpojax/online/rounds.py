@@ -26,8 +26,8 @@ from dpojax.evaluate import watching
 from dpojax.models.config import ModelConfig
 from dpojax.online import pairs
 from dpojax.online.labels import Answer, Labeller
-from dpojax.runtime import appending, digests, paths
-from dpojax.runtime.command import say
+from dpojax.runtime import appending, digests, paths, processes
+from dpojax.runtime.command import is_main, say
 from dpojax.runtime.digests import DamageError
 from dpojax.runtime.disk import disk_errors
 from dpojax.runtime.errors import ConfigError
@@ -105,7 +105,7 @@ class Rounds:
       paths.make_folder(folder)
     self._check_weights(folder, checkpoint.fingerprint(params))
     # Written last of a round: where it is all is there.
-    if not (folder / "round.json").exists():
+    if not processes.from_first("round", (folder / "round.json").exists):
       began = time.perf_counter()
       lines, new = self._sample(folder, number, params, reference, stop_asked)
       seconds = time.perf_counter() - began
@@ -156,8 +156,7 @@ class Rounds:
     which, size = self._which(number), self._config.online.num_samples
     ids = [self.prompts.ids[i] for i in which]
     generator, new = self._current.generator(params, reference), 0
-    with _appending(folder / "samples.jsonl") as (there, add):
-      known = {(line["index"], line["sample"]) for line in there}
+    with _appending(folder / "samples.jsonl") as (known, add):
       for batch in generator.batches([len(each) for each in ids]):
         if all((i, k) in known for i in batch for k in range(size)):
           continue
@@ -189,8 +188,7 @@ class Rounds:
   def _label(self, folder, number: int, samples: list[list[Line]], stop_asked) -> None:
     """Asks what is not answered yet. Of equal answers to one prompt the first alone gets a score."""
     at_once = self._labeller.at_once
-    with _appending(folder / "labels.jsonl") as (there, add):
-      known = {(line["index"], line["sample"]) for line in there}
+    with _appending(folder / "labels.jsonl") as (known, add):
       for first in range(0, len(samples), at_once):
         asked = [
           (i, k)
@@ -218,7 +216,7 @@ class Rounds:
   def _ask(self, number: int, samples: list[list[Line]], asked: list[tuple[int, int]]) -> Sequence:
     answers = lambda places: [self.answer(samples[i][k]) for i, k in places]
     if not self._labeller.compares:
-      scores = np.asarray(self._labeller.ask(answers(asked)), np.float64)
+      scores = np.asarray(self._asked(answers(asked)), np.float64)
       if not np.isfinite(scores).all():
         i, k = asked[int(np.argmin(np.isfinite(scores)))]
         raise ConfigError(
@@ -229,7 +227,12 @@ class Rounds:
     # Of seed, round and place alone: asked again after a kill the order in which two answers are shown is the
     # same.
     seed = ((self._config.seed * 2**20 + number) * self._count + asked[0][0]) * len(samples[0]) + asked[0][1]
-    return self._labeller.ask(list(zip(answers(asked), answers([(i, k + 1) for i, k in asked]))), seed)
+    return self._asked(list(zip(answers(asked), answers([(i, k + 1) for i, k in asked]))), seed)
+
+  def _asked(self, *question: Any) -> Sequence:
+    """What the labeller says, in every process."""
+    ask = lambda: [each if isinstance(each, str) else float(each) for each in self._labeller.ask(*question)]
+    return ask() if self._labeller.by_all else processes.from_first("labels", ask)
 
   def _said(self, folder: paths.Path, samples: list[list[Line]]) -> list[list]:
     """What was said of each prompt's samples, as `pairs.paired` takes it."""
@@ -248,17 +251,19 @@ class Rounds:
 
   def _check_weights(self, folder: paths.Path, weights: str) -> None:
     """Keeps the digest of the weights that a round is sampled from, or holds them to it."""
-    about = folder / "weights.json"
-    if not about.exists():
-      _write(about, json.dumps({"weights": weights}) + "\n")
-    elif json.loads(about.read_text())["weights"] != weights:
+    if processes.from_first("weights", lambda: _kept(folder / "weights.json", weights)) != weights:
       raise CheckpointError(
         f"{folder} holds samples of other weights than the run has now; bring back the checkpoints it was "
         "made with, or remove that folder, and those of later rounds, to sample again"
       )
 
   def _finish(self, folder: paths.Path, number: int, samples: list[list[Line]], rate: float) -> None:
-    """Writes the comparisons in text, and then counts and digests."""
+    """Writes the comparisons in text, and then counts and digests, from the first process."""
+    if is_main():
+      self._write_round(folder, number, samples, rate)
+    processes.meet("round")
+
+  def _write_round(self, folder: paths.Path, number: int, samples: list[list[Line]], rate: float) -> None:
     said = self._said(folder, samples)
     paired = pairs.paired(self._config.online.pairing, said)
     texts = self._workdir / "comparisons"
@@ -363,12 +368,29 @@ def find_prompts(config: ml_collections.ConfigDict, data: resolve.Data, model: M
 
 
 @contextlib.contextmanager
-def _appending(path: paths.Path) -> Iterator[tuple[list[Line], Callable[[list[Line]], None]]]:
-  """Yields the whole lines of a file, without one that was cut off, and a function that adds to them."""
-  lines = read_lines(path)
-  with disk_errors(path.parent):
-    with contextlib.closing(appending.Appended(path, "".join(map(_line, lines)))) as file:
-      yield lines, lambda more: file.write("".join(map(_line, more)))
+def _appending(path: paths.Path) -> Iterator[tuple[set[tuple[int, int]], Callable[[list[Line]], None]]]:
+  """Yields which (index, sample) a file has a whole line of, and a function that adds lines to it.
+
+  The first process reads and writes; behind it the others may read what was added.
+  """
+  with contextlib.ExitStack() as held:
+    lines, add = [], lambda more: None
+    if is_main():
+      lines = read_lines(path)
+      held.enter_context(disk_errors(path.parent))
+      # One that was cut off by a kill goes.
+      file = held.enter_context(contextlib.closing(appending.Appended(path, "".join(map(_line, lines)))))
+      add = lambda more: file.write("".join(map(_line, more)))
+    known = processes.from_first(path.name, lambda: [[line["index"], line["sample"]] for line in lines])
+    yield {(index, sample) for index, sample in known}, add
+  processes.meet(path.name)
+
+
+def _kept(path: paths.Path, weights: str) -> str:
+  """Returns the digest of weights that a file keeps, of these if there is none yet."""
+  if not path.exists():
+    _write(path, json.dumps({"weights": weights}) + "\n")
+  return json.loads(path.read_text())["weights"]
 
 
 def _write(path: paths.Path, text: str) -> None:

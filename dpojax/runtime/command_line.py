@@ -82,12 +82,18 @@ def start_run(room: str, about: str) -> None:
   flags.mark_flag_as_required("workdir")
 
   def main():
-    importlib.import_module(f"{room}.config").check_values(flags.FLAGS.config)
+    config = flags.FLAGS.config
+    importlib.import_module(f"{room}.config").check_values(config)
+    from dpojax.runtime import processes
     from dpojax.runtime.command import command
 
-    loop = importlib.import_module(f"{room}.loop")
+    loop, settings = importlib.import_module(f"{room}.loop"), config.parallel
     with command():
-      loop.run(flags.FLAGS.config, flags.FLAGS.workdir)
+      if settings.coordinator:
+        processes.join(
+          settings.coordinator, settings.num_processes, settings.process_id, timeout=settings.lost_after
+        )
+      loop.run(config, flags.FLAGS.workdir)
 
   start(main, about)
 
