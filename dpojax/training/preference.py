@@ -461,7 +461,8 @@ def preference_objective(
     moved = (1.0 if beta_factor is None else beta_factor(step)) * of_rows.get("beta", beta)
     count = jnp.sum(rows.example >= 0, dtype=jnp.float32)
     totals = [jnp.sum(values_of(term, responses, of_rows, moved)) for term in terms]
-    loss = Mean(sum(term.weight * total for term, total in zip(terms, totals)), count)
+    weighed = (term.weight * total for term, total in zip(terms, totals))
+    loss = Mean(sum(weighed, start=jnp.zeros((), jnp.float32)), count)
     metrics = {"loss": loss}
     if len(terms) > 1:
       metrics |= {f"loss/{term.name}": Mean(total, count) for term, total in zip(terms, totals)}
