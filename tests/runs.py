@@ -2,11 +2,10 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
-from tests import conftest
+from tests import conftest, stores
 
 
 def start_run(tmp_path, name, settings, *, settings_name="", devices=1):
@@ -31,10 +30,7 @@ def finish(process):
 
 def in_two_processes(tmp_path, settings):
   """Runs a run of two processes, with four devices each, to its end, in "two"; returns what each says."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  place = {"parallel.coordinator": f"127.0.0.1:{port}", "parallel.num_processes": 2}
+  place = {"parallel.coordinator": f"127.0.0.1:{stores.free_port()}", "parallel.num_processes": 2}
   processes = [
     start_run(
       tmp_path,

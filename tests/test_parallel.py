@@ -1,7 +1,6 @@
 """One device, pmap, every mesh and two processes give the same loss and gradients."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import pytest
 from dpojax.models import transformer
 from dpojax.training import parallel, reference, step
 from dpojax.training.micro_batches import MicroBatches
-from tests import conftest, sgd_step
+from tests import conftest, sgd_step, stores
 
 LIFTS = [("pmap", 0, 1, 1), ("mesh", 8, 1, 1), ("mesh", 1, 8, 1), ("mesh", 2, 2, 2)]
 
@@ -107,9 +106,7 @@ def test_an_evaluation_and_a_stored_reference_on_a_mesh_are_those_of_one_device(
 
 @pytest.mark.parametrize("strategy, data, fsdp, tensor", [LIFTS[0], LIFTS[1], LIFTS[3]])
 def test_two_processes_give_the_step_of_one_device(strategy, data, fsdp, tensor, one_device, tmp_path):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  coordinator = f"127.0.0.1:{stores.free_port()}"
   environment = os.environ | {
     "XLA_FLAGS": f"{conftest.QUICK_COMPILES} --xla_force_host_platform_device_count=4",
     "JAX_NUMPY_RANK_PROMOTION": "raise",

@@ -59,7 +59,7 @@ def make_labeller(config: ml_collections.ConfigDict, workdir: paths.Path, device
   settings = config.online
   if paths.is_url(settings.judge):
     if not is_main():  # the answers that are kept have one owner
-      return Labeller(_compared(_nobody, query=True), True, _AT_ONCE)
+      return Labeller(_nobody, True, _AT_ONCE)
     endpoint = judging.Endpoint(
       settings.judge,
       settings.judge_model,

@@ -11,14 +11,19 @@ from dpojax.runtime.errors import UserError
 from dpojax.runtime.memory import keep_freed_memory
 
 
+def settle() -> None:
+  """Settles how the process holds memory and how XLA adds; before any use of jax."""
+  keep_freed_memory()
+  xla.keep_sums_right()
+
+
 @contextlib.contextmanager
 def command() -> Iterator[None]:
-  """Settles how the process holds memory and how XLA adds; makes of what a user can mend one line and exit 1.
+  """Settles the process, and makes of what a user can mend one line and exit 1.
 
   Of several processes all end when one does. To be entered before any use of jax.
   """
-  keep_freed_memory()
-  xla.keep_sums_right()
+  settle()
   try:
     yield
     processes.leave()

@@ -87,12 +87,9 @@ def start_run(room: str, about: str) -> None:
     from dpojax.runtime import processes
     from dpojax.runtime.command import command
 
-    loop, settings = importlib.import_module(f"{room}.loop"), config.parallel
+    loop = importlib.import_module(f"{room}.loop")
     with command():
-      if settings.coordinator:
-        processes.join(
-          settings.coordinator, settings.num_processes, settings.process_id, timeout=settings.lost_after
-        )
+      processes.join_run(config.parallel)
       loop.run(config, flags.FLAGS.workdir)
 
   start(main, about)

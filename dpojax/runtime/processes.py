@@ -76,6 +76,12 @@ def join(coordinator: str, num_processes: int, process_id: int, *, timeout: floa
     _watch = _Watch(timeout)
 
 
+def join_run(settings: Any) -> None:
+  """Joins the processes that `config.parallel` names, if there are several; see `join`."""
+  if settings.coordinator:
+    join(settings.coordinator, settings.num_processes, settings.process_id, timeout=settings.lost_after)
+
+
 def saves_in(workdir: paths.Path, steps: Callable[[], list[int]]) -> None:
   """Tells where the run's checkpoints are and how to find them, for the line about a lost process."""
   if _watch is not None:

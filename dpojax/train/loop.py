@@ -368,11 +368,7 @@ def dry_run(
 
 def join_processes(config: ml_collections.ConfigDict) -> None:
   """Joins the processes of a run on several hosts, if there are; before any other use of jax."""
-  settings = config.parallel
-  if settings.coordinator:
-    processes.join(
-      settings.coordinator, settings.num_processes, settings.process_id, timeout=settings.lost_after
-    )
+  processes.join_run(config.parallel)
 
 
 def check_agreement(metrics: dict[str, float], config: ml_collections.ConfigDict) -> None:

@@ -14,7 +14,8 @@ import jaxlib
 import numpy as np
 
 from dpojax.models import peft
-from dpojax.runtime import memory, xla
+from dpojax.runtime import memory
+from dpojax.runtime.command import settle
 from dpojax.training import checkpoint, resolve, step
 from dpojax.training import config as config_lib
 from experiments.benchmark import inputs, measure
@@ -71,8 +72,7 @@ def run(settings: dict) -> dict:
 
 
 if __name__ == "__main__":
-  memory.keep_freed_memory()  # as every command of dpojax does
-  xla.keep_sums_right()
+  settle()  # as every command of dpojax does
   with open(sys.argv[1]) as given:
     result = run(json.load(given))
   with open(sys.argv[2], "w") as out:

@@ -19,7 +19,7 @@ import numpy as np
 from dpojax import log_probs
 from dpojax.kernels import head as head_lib
 from dpojax.kernels import head_on_cpu
-from dpojax.runtime import memory, xla
+from dpojax.runtime.command import settle
 
 VOCABULARY = 50_257
 TOKENS, LARGE = 512, 8192
@@ -65,8 +65,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=9)
   options = parser.parse_args()
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before jax counts them
-  memory.keep_freed_memory()
-  xla.keep_sums_right()
+  settle()
   rng, on_cpu = np.random.default_rng(0), jax.default_backend() == "cpu"
   forms, tokens, dtype = (FORMS, TOKENS, "float32") if on_cpu else (ELEMENTS, LARGE, "bfloat16")
   print("| width, ms | " + " | ".join(f"{count} x {block:,}" for count, block in forms) + " |")

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from dpojax.models import hf, transformer
-from dpojax.runtime import memory, xla
+from dpojax.runtime.command import settle
 from dpojax.sample import sampler
 
 PROMPT, NEW = 64, 128
@@ -99,8 +99,7 @@ def main():
   parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
   options = parser.parse_args()
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before jax counts them
-  memory.keep_freed_memory()  # as every command of dpojax does; torch's buffers are kept too
-  xla.keep_sums_right()
+  settle()  # as every command of dpojax does; torch's buffers are kept too
   torch.set_num_threads(options.cores)
   transformers.utils.logging.disable_progress_bar()
   rng = np.random.default_rng(0)

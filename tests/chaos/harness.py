@@ -31,6 +31,7 @@ os.environ |= {
   "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1",
 }
 
+from tests import stores
 from tests.chaos import scenarios
 
 LONGEST = 120.0
@@ -78,9 +79,7 @@ class Run:
 
   def start_two(self, of_one=None, **changes):
     """Returns the pids of two processes of one run; `of_one` are changes to the second's config alone."""
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      port = free.getsockname()[1]
+    port = stores.free_port()
     return [
       self.start(
         i,
