@@ -15,7 +15,7 @@ from dpojax.kernels import few_tokens
 from dpojax.kernels.head import logits_of
 from dpojax.kernels.platform import built_for
 from dpojax.models import sharding, transformer
-from dpojax.sample import decoding
+from dpojax.sample import by_layers, decoding
 from dpojax.sample import sampler as sampling
 from dpojax.training import objectives, parallel
 from tests import worlds
@@ -289,6 +289,58 @@ def test_params_cut_over_a_mesh_give_the_same_samples(data, fsdp, tensor, memory
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=1e-4)
   assert ("where they are cut" if memory else "brought together once a batch") in capsys.readouterr().out
+
+
+BY_LAYERS = {
+  "greedy": (worlds.llama, dict(max_new_tokens=7), (0.0,)),
+  "weights_turned": (worlds.llama, dict(max_new_tokens=16, stop_id=tuple(range(16))), (0.7,)),
+  "top_p_of_top_k": (worlds.gpt2, dict(max_new_tokens=9, num_samples=3), (1.3, 0.8, 5)),
+  "bfloat16": (lambda: worlds.gptj(dtype="bfloat16"), dict(max_new_tokens=8, num_samples=2), (1.0, 0.9)),
+  "scaled_embeddings_and_windows": (
+    lambda: worlds.gemma(layer_windows=(3, 70, 0), layers=3),
+    dict(max_new_tokens=76, num_samples=2, stop_id=3),
+    (1.0, 1.0, 0),
+  ),
+}
+
+
+@pytest.mark.parametrize("make_config, known, knobs", BY_LAYERS.values(), ids=BY_LAYERS)
+def test_programs_of_one_layer_give_the_samples_of_one_of_all(make_config, known, knobs, rng):
+  config, params = transformer.unrolled(make_config(), worlds.params_of(make_config()))
+  padded, keys = prompts(rng), jax.random.split(jax.random.key(4), 4)
+  want = sampler(config, **known)(params, padded, LENGTHS, keys, *knobs)
+  # As a command asks for them: one CPU decodes so.
+  devices = parallel.Mesh(devices=jax.devices()[:1])
+  sample = decoding.make_sampler(devices, config, **known)
+  by_layers._extended.clear_cache()
+  got = sample(devices.place(params), *devices.place_rows((padded, LENGTHS), 4), keys, *knobs)
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_array_equal(got.lengths, want.lengths)
+  np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=1e-4)
+  # Layers that are alike are one program: of each window, and of each stage's room.
+  stages = len(list(sampling.stages(padded.shape[1], known["max_new_tokens"])))
+  assert by_layers._extended._cache_size() == len(set(config.layer_windows)) * stages
+
+
+def test_a_batch_by_layers_ends_with_its_last_sample(rng, monkeypatch):
+  """Every id ends a sample: no layer is asked for a second token, nor for one behind the last."""
+  config, params = transformer.unrolled(worlds.llama(), worlds.params_of(worlds.llama()))
+  calls, by_one_layer = [], by_layers._extended
+  monkeypatch.setattr(by_layers, "_extended", lambda *args: calls.append(args) or by_one_layer(*args))
+  for stops, tokens in ((tuple(range(worlds.VOCAB)), 1), (None, 4)):
+    calls.clear()
+    sample = by_layers.make_sampler(config, max_new_tokens=4, stop_id=stops)
+    drawn = sample(params, prompts(rng), LENGTHS, jax.random.key(0))
+    assert set(np.asarray(drawn.lengths).ravel()) == {tokens} and len(calls) == (tokens - 1) * config.layers
+
+
+@pytest.mark.parametrize(
+  "platform, devices, scan_layers, applies",
+  [("cpu", 1, False, True), ("cpu", 1, True, False), ("cpu", 2, False, False), ("gpu", 1, False, False)],
+)
+def test_one_cpu_decodes_by_layers(platform, devices, scan_layers, applies):
+  with built_for(platform):
+    assert by_layers.applies(worlds.llama(scan_layers=scan_layers), devices) == applies
 
 
 def test_a_sample_ends_with_a_stop_id_and_nothing_follows(rng):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -225,7 +225,7 @@ class Block(nn.Module):
     return (2 * self.config.layers) ** -0.5
 
 
-def _rotary_tables(config: ModelConfig, positions: jax.Array) -> dict[int, rotary.RotaryTable]:
+def rotary_tables_of(config: ModelConfig, positions: jax.Array) -> dict[int, rotary.RotaryTable]:
   """Returns the rotary_tables of tokens in layers of each window; none where positions are learned."""
   if config.positions == "learned":
     return {}
@@ -269,6 +269,28 @@ class Embed(nn.Module):
     return sharding.embedded(table, ids, end, self.config.dtype)
 
 
+def embedded(
+  config: ModelConfig,
+  table_of: Callable[[str, int], Callable[[jax.Array], jax.Array]],
+  tokens: jax.Array,
+  positions: jax.Array,
+) -> jax.Array:
+  """Returns what the first layer reads, [R, L, D].
+
+  Args:
+    config: the model's.
+    table_of: gives the look-up in the table of a name and a size.
+    tokens, positions: [R, L] int32.
+  """
+  x = table_of("embed", config.vocab_size)(tokens)
+  if config.embedding_scale != 1.0:
+    # Rounded to the compute dtype first, as Gemma was trained: in bfloat16 the root of 3072 is 55.5.
+    x = x * jnp.asarray(config.embedding_scale, x.dtype)
+  if config.positions == "learned":
+    x = x + table_of("positions", config.max_positions)(positions)
+  return x
+
+
 class Transformer(nn.Module):
   """A decoder-only Transformer over packed rows.
 
@@ -290,12 +312,7 @@ class Transformer(nn.Module):
     """
     config = self.config
     ids = TokenIds(positions, comparison, branch)
-    x = Embed(config, config.vocab_size, name="embed")(tokens)
-    if config.embedding_scale != 1.0:
-      # Rounded to the compute dtype first, as Gemma was trained: in bfloat16 the root of 3072 is 55.5.
-      x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    if config.positions == "learned":
-      x = x + Embed(config, config.max_positions, name="positions")(positions)
+    x = embedded(config, lambda name, size: Embed(config, size, name=name), tokens, positions)
     # Declared here and applied elsewhere: logits of all tokens are never made, see `dpojax.log_probs`.
     if not config.tie_embeddings:
       self.param(
@@ -328,7 +345,7 @@ class Transformer(nn.Module):
     """The blocks: first the scanned ones, then the others. Returns the caches of the latter too."""
     config = self.config
     windows, scanned = config.layer_windows, config.scanned_layers
-    period, rotary_tables = len(windows), _rotary_tables(config, ids.position)
+    period, rotary_tables = len(windows), rotary_tables_of(config, ids.position)
 
     def rematerialised(prevent_cse):
       block, policy = Block, REMAT_POLICIES.get(config.remat)
@@ -367,7 +384,7 @@ class Transformer(nn.Module):
         variables = {
           kind: self.variables[kind][name] for kind in self.variables if name in self.variables[kind]
         }
-        x, cache, seen = _block(
+        x, cache, seen = apply_block(
           config, window, self.is_mutable_collection(SEEN), variables, x, ids, rotary_tables, caches[i]
         )
         for kind, found in seen.items():
@@ -379,7 +396,7 @@ class Transformer(nn.Module):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _block(config: ModelConfig, window: int, with_seen: bool, variables, x, ids, rotary_tables, cache):
+def apply_block(config: ModelConfig, window: int, with_seen: bool, variables, x, ids, rotary_tables, cache):
   """A block as a function of its variables: of layers that are alike Python goes through one only."""
   (x, cache), seen = Block(config, window, parent=None).apply(
     variables, x, ids, rotary_tables, cache, mutable=[SEEN] if with_seen else []
@@ -420,12 +437,16 @@ def turned(config: ModelConfig, tree: dict) -> dict:
     tree: its params.
   """
   layers = (f"layer_{i}" for i in range(config.layers))
-  of_layer = lambda modules: {
+  return {name: turned_layer(tree[name]) for name in layers}
+
+
+def turned_layer(modules: dict) -> dict:
+  """Returns `TURNED` of one layer, of whose params."""
+  return {
     name: {"kernel": _turned(modules[name]["kernel"], 2 if name == "attention_out" else 1)}
     for name in modules
     if "kernel" in modules[name]
   }
-  return {name: of_layer(tree[name]) for name in layers}
 
 
 def _turned(kernel: jax.Array, inputs: int) -> jax.Array:
@@ -460,16 +481,30 @@ def read_prompts(
     prompts: [B, W] int32 ids, padded on the right.
     lengths: [B] int32 tokens of each prompt, at least 1.
   """
+  ids = ids_of_prompts(prompts, lengths)
+  hidden, variables = Transformer(config).apply({"params": params}, prompts, *ids, mutable=[SEEN])
+  # Only the last token's logits are wanted: of all others no head is ever applied.
+  _, seen = unrolled(config, variables[SEEN])
+  seen = [seen[f"layer_{i}"]["keys_and_values"] for i in range(config.layers)]
+  return last_of_prompts(hidden, lengths), CachePart(by_key_heads(seen), ids)
+
+
+def ids_of_prompts(prompts: jax.Array, lengths: jax.Array) -> TokenIds:
+  """Returns the ids [B, W] of tokens of prompts that are padded on the right to W."""
   positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
   # As comparison 1 and padding 0: the rule of packed rows masks the prompt's padding.
   there = (positions < lengths[:, None]).astype(jnp.int32)
-  ids = TokenIds(positions, there, jnp.zeros_like(there))
-  hidden, variables = Transformer(config).apply({"params": params}, prompts, *ids, mutable=[SEEN])
-  # Only the last token's logits are wanted: of all others no head is ever applied.
-  last = jax.vmap(lambda row, length: row[length - 1])(hidden, lengths)
-  _, seen = unrolled(config, variables[SEEN])
-  seen = [seen[f"layer_{i}"]["keys_and_values"] for i in range(config.layers)]
-  return last, CachePart(jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), seen), ids)
+  return TokenIds(positions, there, jnp.zeros_like(there))
+
+
+def last_of_prompts(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+  """Returns what hidden states [B, W, D] are at the last token of each prompt, [B, D]."""
+  return jax.vmap(lambda row, length: row[length - 1])(hidden, lengths)
+
+
+def by_key_heads(sown: Any) -> Any:
+  """Returns keys and values as caches have them, [R, M, T, H], of those that layers leave, [R, T, M, H]."""
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), sown)
 
 
 def make_cache(config: ModelConfig, seen: Sequence[CachePart], *, rows: int, room: int) -> Cache:
@@ -482,14 +517,19 @@ def make_cache(config: ModelConfig, seen: Sequence[CachePart], *, rows: int, roo
   shared = [part for part in seen if part.ids.position.shape[0] != rows]
   whole = [part for part in seen if part.ids.position.shape[0] == rows]
   start = sum(part.ids.position.shape[1] for part in whole)
+  empty = jax.ShapeDtypeStruct((rows, config.kv_heads, room, config.head_size), dtype)
+  layers = [_with_room(2, (empty, empty), [part.layers[i] for part in whole]) for i in range(config.layers)]
+  no_ids = jax.ShapeDtypeStruct((rows, room), jnp.int32)
   # Comparison 0 marks slots that are not written yet: no query sees them, so no length is needed.
-  empty = jnp.zeros((rows, config.kv_heads, room, config.head_size), dtype)
-  no_ids = jnp.zeros((rows, room), jnp.int32)
-  whole.append(CachePart([(empty, empty)] * config.layers, TokenIds(no_ids, no_ids, no_ids)))
-  together = lambda axis, *parts: jax.tree.map(lambda *x: jnp.concatenate(x, axis=axis), *parts)
-  layers = [together(2, *(part.layers[i] for part in whole)) for i in range(config.layers)]
-  ids = together(1, *(part.ids for part in whole))
+  ids = _with_room(1, TokenIds(no_ids, no_ids, no_ids), [part.ids for part in whole])
   return Cache(shared, CachePart(layers, ids), jnp.asarray(start, jnp.int32))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _with_room(axis: int, room: Any, parts: list) -> Any:
+  """Returns trees of arrays, one behind the other along an axis, and zeros of the shapes of `room` behind."""
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), room)
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=axis), *parts, zeros)
 
 
 def output_head(params: dict) -> jax.Array:

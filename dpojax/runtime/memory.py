@@ -54,6 +54,11 @@ def _set_malloc(settings: Sequence[tuple[int, int]]) -> None:
       libc.mallopt(parameter, value)
 
 
+_OF_JAX, _SHORTEST = 1.0, 0.1
+"""Seconds from which on a program is kept: by default of jax, and in a folder of this machine's. The small
+programs of a start come to seconds together, and a local file costs next to nothing."""
+
+
 def compile_folder(root: paths.Path) -> paths.Path | None:
   """Returns where this process's compiled programs are kept by default, in a folder that machines may share.
 
@@ -93,3 +98,5 @@ def keep_compiled(folder: str | os.PathLike) -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
   if paths.is_remote(folder):  # beside jax's own files XLA would keep some of its own, and knows no buckets
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+  elif jax.config.jax_persistent_cache_min_compile_time_secs == _OF_JAX:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)

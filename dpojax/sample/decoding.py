@@ -8,6 +8,8 @@ A step of decoding reads every weight for a few tokens. Of weights that are cut 
   many tokens, are read layer by layer as in a training step.
 
 To bring each layer together for each token, as a training step would, sends the whole model for every token.
+
+A single CPU decodes by a program of each layer, see `by_layers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ import numpy as np
 
 from dpojax.models.config import ModelConfig
 from dpojax.runtime.command import say
-from dpojax.sample import sampler
+from dpojax.sample import by_layers, sampler
 from dpojax.training import parallel
 
 _LOGITS = 4
@@ -76,9 +78,12 @@ def make_sampler(
   programs = [
     make_program(devices, config, stop_id=stop_id, in_place=in_place, **known) for in_place in (False, True)
   ]
+  of_layers = by_layers.make_sampler(config, stop_id=stop_id, **known)
   in_place: dict[tuple[int, ...], bool] = {}
 
   def sample(params, prompts, lengths, keys, temperature=1.0, top_p=1.0, top_k=0):
+    if by_layers.applies(config, devices.mesh.size):
+      return of_layers(params, prompts, lengths, keys, temperature, top_p, top_k)
     shape = prompts.shape
     if shape not in in_place:
       stays = False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpojax.kernels import few_tokens
 from dpojax.kernels.cut_head import logits_of_few
@@ -68,7 +69,7 @@ def make_sampler(
     top_k: only the k likeliest ids are drawn, and top_p is of their probability; 0 is all of them.
       Ids as likely as the last one that is drawn are drawn too.
   """
-  stops = jnp.atleast_1d(jnp.asarray(() if stop_id is None else stop_id, jnp.int32))
+  stops = stops_of(stop_id)
 
   def sample(params: Any, *args: Any, **knobs: Any) -> Samples:
     if in_place or not sharding.is_cut():
@@ -90,17 +91,13 @@ def make_sampler(
     top_k: int | jax.Array = 0,
   ) -> Samples:
     batch, width = prompts.shape
-    if config.longest is not None and width + max_new_tokens > config.longest:
-      raise ValueError(
-        f"prompts of up to {width} tokens and {max_new_tokens} new ones are longer than the "
-        f"{config.longest} positions the model has; lower max_new_tokens or cut the prompts"
-      )
+    check_lengths(config, width, max_new_tokens)
     rows = batch * num_samples
     repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
     # With the layers as they are, scanned or not: one pass is long enough for a scan. Decoding is not.
     last, part = transformer.read_prompts(config, params, prompts, lengths)
     # Cast before the loop: a step reads every weight once and would cast it as often.
-    decoder_config, params = transformer.unrolled(config, _in_compute_dtype(config, params))
+    decoder_config, params = transformer.unrolled(config, in_compute_dtype(config, params))
     decoder, variables = transformer.Transformer(decoder_config), {"params": params}
     # Weights that stay cut where they are go through `sharding.product` alone.
     if not sharding.is_cut() and few_tokens.are_worth_turning(params, rows, max_new_tokens):
@@ -109,7 +106,7 @@ def make_sampler(
     head = transformer.make_head(config, params)
     starts = repeat(lengths)
     # Beforehand, of key, sample and place alone: the loop carries no keys.
-    uniform = _uniform_of_samples(key, batch, num_samples, max_new_tokens)
+    uniform = uniform_of_samples(key, batch, num_samples, max_new_tokens)
 
     def going(done):
       # A batch goes on until its last sample is done; devices that exchange vectors, until all of them are.
@@ -117,45 +114,98 @@ def make_sampler(
       return jax.lax.psum(left.astype(jnp.int32), row_axes()) > 0 if together and row_axes() else left
 
     def extend(carry):
-      step, _, done, hidden, cache, tokens, counts, log_probs = carry
-      token, log_prob = draw(logits_of_few(hidden, head), uniform[step], temperature, top_p, top_k)
-      # A sample that is done goes on through the loop with token 0, and counts nowhere.
-      log_probs += jnp.where(done, 0.0, log_prob)
-      token = jnp.where(done, 0, token)
-      tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-      counts += ~done
-      done |= jnp.any(jnp.equal(*jnp.broadcast_arrays(token[:, None], stops[None])), axis=1)
+      drawn, _, hidden, cache = carry
+      place = starts + drawn.step
+      token, drawn = drawn.extended(logits_of_few(hidden, head), uniform, temperature, top_p, top_k)
       one = jnp.ones((rows, 1), jnp.int32)
-      hidden, cache = decoder.apply(variables, token[:, None], (starts + step)[:, None], one, 0 * one, cache)
-      return step + 1, going(done), done, hidden[:, 0], cache, tokens, counts, log_probs
+      hidden, cache = decoder.apply(variables, token[:, None], place[:, None], one, 0 * one, cache)
+      return drawn, going(drawn.done), hidden[:, 0], cache
 
-    seen = [part]
-    carry = (
-      0,
-      True,
-      jnp.zeros(rows, bool),
-      repeat(last),
-      None,
-      jnp.zeros((rows, max_new_tokens), jnp.int32),
-      jnp.zeros(rows, jnp.int32),
-      jnp.zeros(rows, jnp.float32),
-    )
+    seen, drawn, left, hidden = [part], nothing_drawn(rows, max_new_tokens, stops), True, repeat(last)
     # What a stage has written is only read by the next: later, longer rooms do not slow the first tokens.
-    for start, end in _stages(width, max_new_tokens):
+    for start, end in stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
       with at_most(end - start), sharding.in_place() if in_place else contextlib.nullcontext():
-        *first, cache, tokens, counts, log_probs = jax.lax.while_loop(
-          lambda carry, end=end: (carry[0] < end) & carry[1], extend, (*carry[:4], cache, *carry[5:])
+        drawn, left, hidden, cache = jax.lax.while_loop(
+          lambda carry, end=end: (carry[0].step < end) & carry[1], extend, (drawn, left, hidden, cache)
         )
       seen = [*cache.seen, cache.written]
-      carry = *first, None, tokens, counts, log_probs
-    drawn = carry[5:]
-    return Samples(*(x.reshape(batch, num_samples, *x.shape[1:]) for x in drawn))
+    return drawn.samples(num_samples)
 
   return sample
 
 
-def _in_compute_dtype(config: ModelConfig, params: Any) -> Any:
+def stops_of(stop_id: int | Sequence[int] | None) -> jax.Array:
+  """Returns the ids that end a sample, [S]."""
+  return jnp.atleast_1d(jnp.asarray(() if stop_id is None else stop_id, jnp.int32))
+
+
+def check_lengths(config: ModelConfig, width: int, max_new_tokens: int) -> None:
+  """Raises ValueError where the model has fewer positions than prompts and new tokens take."""
+  if config.longest is not None and width + max_new_tokens > config.longest:
+    raise ValueError(
+      f"prompts of up to {width} tokens and {max_new_tokens} new ones are longer than the "
+      f"{config.longest} positions the model has; lower max_new_tokens or cut the prompts"
+    )
+
+
+class Drawn(NamedTuple):
+  """What has been drawn of R samples.
+
+  Attributes:
+    step: scalar, tokens that were asked for.
+    stops: [S] ids that end a sample.
+    done: [R] whether one of them has.
+    tokens, lengths, log_probs: [R, T], [R], [R], see `Samples`.
+  """
+
+  step: jax.Array
+  stops: jax.Array
+  done: jax.Array
+  tokens: jax.Array
+  lengths: jax.Array
+  log_probs: jax.Array
+
+  def extended(self, logits: jax.Array, uniform: jax.Array, *knobs: Any) -> tuple[jax.Array, "Drawn"]:
+    """Returns the next id of each sample, [R], and what has been drawn with it.
+
+    Args:
+      logits: [R, V].
+      uniform: [T, R], a random number for each token.
+      knobs: temperature, top_p and top_k.
+    """
+    token, log_prob = draw(logits, uniform[self.step], *knobs)
+    # A sample that is done goes on through the loop with token 0, and counts nowhere.
+    token = jnp.where(self.done, 0, token)
+    ends = jnp.any(jnp.equal(*jnp.broadcast_arrays(token[:, None], self.stops[None])), axis=1)
+    return token, Drawn(
+      self.step + 1,
+      self.stops,
+      self.done | ends,
+      jax.lax.dynamic_update_slice_in_dim(self.tokens, token[:, None], self.step, axis=1),
+      self.lengths + ~self.done,
+      self.log_probs + jnp.where(self.done, 0.0, log_prob),
+    )
+
+  def samples(self, num_samples: int) -> Samples:
+    """Returns them by prompts, each of K consecutive samples."""
+    split = lambda x: x.reshape(-1, num_samples, *x.shape[1:])
+    return Samples(split(self.tokens), split(self.lengths), split(self.log_probs))
+
+
+def nothing_drawn(rows: int, max_new_tokens: int, stops: jax.Array) -> Drawn:
+  """Returns what has been drawn of R samples before their first token."""
+  return Drawn(
+    jnp.zeros((), jnp.int32),
+    stops,
+    jnp.zeros(rows, bool),
+    jnp.zeros((rows, max_new_tokens), jnp.int32),
+    jnp.zeros(rows, jnp.int32),
+    jnp.zeros(rows, jnp.float32),
+  )
+
+
+def in_compute_dtype(config: ModelConfig, params: Any) -> Any:
   """Casts once what every step would cast again: kernels and embeddings."""
 
   def cast(path, leaf):
@@ -164,7 +214,7 @@ def _in_compute_dtype(config: ModelConfig, params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _stages(width: int, max_new_tokens: int) -> Iterator[tuple[int, int]]:
+def stages(width: int, max_new_tokens: int) -> Iterator[tuple[int, int]]:
   """Yields the (start, end) of tokens that are decoded by a loop each, behind prompts of that width.
 
   A step looks through all the room there is, filled or not, and each loop is compiled by itself and
@@ -186,7 +236,7 @@ def draw(
   """Returns one id a row, [R] int32, from logits [R, V], and its log-prob at temperature 1 of all ids.
 
   `uniform` [R] in [0, 1) are the random numbers: the same one takes the same id. The other knobs are
-  the sampler's.
+  the sampler's; of numbers of Python's only what they ask for is compiled.
   """
   largest, most, normaliser = _summary(logits)
 
@@ -197,7 +247,7 @@ def draw(
     return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
 
   # A cond and not a select: a greedy step skips the exponentials, and a division by 0 as well.
-  token, logit = jax.lax.cond(jnp.asarray(temperature) > 0, random, lambda: (largest, most))
+  token, logit = _either(temperature > 0, random, lambda: (largest, most))
   return token, logit - normaliser
 
 
@@ -216,8 +266,15 @@ def likeliest(weights: jax.Array, top_p: jax.Array, top_k: jax.Array, *, few: in
     return _keep(weights, lambda w: w, top_p * jnp.sum(weights, axis=-1), few)
 
   same = lambda weights: weights
-  weights = jax.lax.cond((top_k > 0) & (top_k < weights.shape[-1]), by_count, same, weights)
-  return jax.lax.cond(top_p < 1, by_mass, same, weights)
+  weights = _either((top_k > 0) & (top_k < weights.shape[-1]), by_count, same, weights)
+  return _either(top_p < 1, by_mass, same, weights)
+
+
+def _either(first: bool | jax.Array, one: Callable, other: Callable, *args: jax.Array) -> Any:
+  """Returns what one of two functions gives: chosen here if that is known, and as the program runs if not."""
+  if isinstance(first, (bool, np.bool_)):
+    return (one if first else other)(*args)
+  return jax.lax.cond(first, one, other, *args)
 
 
 def _keep(
@@ -307,7 +364,7 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   return (block * _BLOCK + jnp.minimum(passed(jnp.cumsum(within, axis=-1), rest), last)).astype(jnp.int32)
 
 
-def _uniform_of_samples(key: jax.Array, batch: int, num_samples: int, max_new_tokens: int) -> jax.Array:
+def uniform_of_samples(key: jax.Array, batch: int, num_samples: int, max_new_tokens: int) -> jax.Array:
   """Returns a random number for each token of each sample of each prompt, [T, B K]."""
   each = jax.vmap(jax.random.fold_in, (None, 0))
   keys = each(key, jnp.arange(batch)) if key.ndim == 0 else key
