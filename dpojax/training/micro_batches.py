@@ -67,6 +67,8 @@ class MicroBatches(NamedTuple):
     # it would compute the forward pass twice.
     if parts.example.shape[0] == 1:
       return function(jax.tree.map(lambda x: x[0], parts))
+    # Traced once, for its shapes and for the loop.
+    function = jax.jit(function, inline=True)
     # Sums start from zeros of the right shapes: parts that hold nothing must not run even once.
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -139,10 +139,9 @@ def ours(
         "rows_at_once": 1,
         "optimizer.name": "adamw",
         "optimizer.warmup_steps": 0,
-        "compile_cache": cache,
       }.items()
     ]
-  env = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+  env = {"DPOJAX_CACHE": str(cache)}
   first, whole = waited(
     [sys.executable, "-u", "-c", TIMED, module, str(stages), *arguments], said, out / f"{what}.log", env
   )
