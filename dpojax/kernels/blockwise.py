@@ -145,7 +145,7 @@ def _part(x: jax.Array, at: _Place, order: str) -> jax.Array:
   """
   places = (1, 2, 4)[: x.ndim - 2]
   sizes = [1 if i in places else size for i, size in enumerate(x.shape)]
-  part = jax.lax.dynamic_slice(x, _start(x, at), sizes)
+  part = _slice(x, _start(x, at), sizes)
   return jnp.einsum(order, jnp.squeeze(part, places))
 
 
@@ -157,8 +157,16 @@ def _with_part(x: jax.Array, part: jax.Array, at: _Place, order: str, *, add: bo
   """Returns x [A, N, B, T, C, ...] with the part in its place, or added to what is there."""
   part = jnp.expand_dims(jnp.einsum(order, part), (1, 2, 4)).astype(x.dtype)
   if add:
-    part += jax.lax.dynamic_slice(x, _start(x, at), part.shape)
-  return jax.lax.dynamic_update_slice(x, part, _start(x, at))
+    part += _slice(x, _start(x, at), part.shape)
+  return jax.lax.dynamic_update_slice(x, part, _start(x, at), allow_negative_indices=False)
+
+
+def _entry(x: jax.Array, *index: jax.Array) -> jax.Array:
+  return _slice(x, index, (1,) * x.ndim).reshape(())
+
+
+# An index that might count from the end is compared and chosen in kernels of its own, at every visit.
+_slice = partial(jax.lax.dynamic_slice, allow_negative_indices=False)
 
 
 def _over_queries(q: jax.Array, step: Callable[[_Place, Any], Any], carry: Any) -> Any:
@@ -167,8 +175,8 @@ def _over_queries(q: jax.Array, step: Callable[[_Place, Any], Any], carry: Any) 
 
   def at(i, carry):
     # Blocks vary fastest: the keys of a row and head stay in the cache while its queries go by.
-    row, group, block = jnp.unravel_index(i, (rows, groups, blocks))
-    return step(_Place(row, block, group), carry)
+    rest, block = jax.lax.div(i, blocks), jax.lax.rem(i, blocks)
+    return step(_Place(jax.lax.div(rest, groups), block, jax.lax.rem(rest, groups)), carry)
 
   return jax.lax.fori_loop(0, rows * groups * blocks, at, carry)
 
@@ -217,7 +225,7 @@ def _forward(q, k, v, ids, form):
 
     def visit(carry):
       j, most, total, mixed = carry
-      key = at._replace(block=order[at.row, at.block, j])
+      key = at._replace(block=_entry(order, at.row, at.block, j))
       scores = _scores(q_part, _part(k, key, "rtmh->rmth"), form)
       scores += jnp.broadcast_to(_added(query_ids, _ids_at(ids, key), form), scores.shape)
       new = jnp.maximum(most, jnp.max(scores, axis=2))
@@ -232,7 +240,7 @@ def _forward(q, k, v, ids, form):
     numbers = q_part.shape[:2] + q_part.shape[3:]
     with at_most(q.shape[2]):
       _, most, total, mixed = jax.lax.while_loop(
-        lambda carry: carry[0] < count[at.row, at.block],
+        lambda carry: carry[0] < _entry(count, at.row, at.block),
         visit,
         (0, jnp.full(numbers, NEVER, wide), jnp.zeros(numbers, wide), jnp.zeros(q_part.shape, wide)),
       )
@@ -265,7 +273,7 @@ def _backward(form, residuals, cotangent):
 
     def visit(carry):
       j, query_grad, k_grad, v_grad = carry
-      key = at._replace(block=order[at.row, at.block, j])
+      key = at._replace(block=_entry(order, at.row, at.block, j))
       k_part, v_part = (_part(x, key, "rtmh->rmth") for x in (k, v))
       scores = _scores(q_across, k_part, form)
       added = jnp.broadcast_to(_added(query_ids, _ids_at(ids, key), form), scores.shape)
@@ -286,7 +294,9 @@ def _backward(form, residuals, cotangent):
 
     with at_most(q.shape[2]):
       _, query_grad, *grads = jax.lax.while_loop(
-        lambda carry: carry[0] < count[at.row, at.block], visit, (0, jnp.zeros(q_across.shape, wide), *grads)
+        lambda carry: carry[0] < _entry(count, at.row, at.block),
+        visit,
+        (0, jnp.zeros(q_across.shape, wide), *grads),
       )
     return _with_part(q_grad, query_grad, at, "rmhgt->rtmgh"), *grads
 
