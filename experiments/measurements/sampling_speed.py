@@ -1,9 +1,10 @@
-"""Tokens a second of dpojax.sample.sampler beside transformers.generate: same model, same machine, in turns.
+"""Tokens a second of dpojax.sample beside transformers.generate: same model, same machine, in turns.
 
 python -m experiments.measurements.sampling_speed [--batches 1 16] [--repeats 5] [--cores 1]
+    [--draws greedy 'temperature 1'] [--model=FOLDER]
 
-A Llama-style model of 16M random parameters is written by transformers and read by both. Every
-sample has all its tokens (no stop id), and each side is asked in turn, so that what else the machine
+A Llama-style model of 16M random parameters is written by transformers and read by both, or both read the one
+in a folder. Every sample has all its tokens (no stop id), and each side is asked in turn, so that what else the machine
 does hits both. Needs torch: `pip install -e '.[parity]'`.
 """
 
@@ -21,7 +22,8 @@ import transformers
 
 from dpojax.models import hf, transformer
 from dpojax.runtime.command import settle
-from dpojax.sample import sampler
+from dpojax.sample import decoding
+from dpojax.training import parallel
 
 PROMPT, NEW = 64, 128
 
@@ -52,15 +54,24 @@ def make_model(folder: str) -> transformers.PreTrainedModel:
   return model
 
 
+def read_model(folder: str) -> transformers.PreTrainedModel:
+  """Returns the model of a folder, in float32, without the ids that end its answers."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  model.generation_config.eos_token_id = None
+  return model
+
+
 def dpojax_side(folder: str, num_samples: int = 1) -> Callable:
-  """Returns `generate(prompts, **draw)`, jitted."""
+  """Returns `generate(prompts, **draw)`, by what the commands sample with."""
   config, params = transformer.unrolled(*hf.load(folder))
-  params = jax.device_put(params)
-  sample = jax.jit(sampler.make_sampler(config, max_new_tokens=NEW, num_samples=num_samples))
+  devices = parallel.Mesh()
+  params = devices.place(params)
+  sample = decoding.make_sampler(devices, config, max_new_tokens=NEW, num_samples=num_samples)
 
   def generate(prompts, temperature=1.0, top_p=1.0, top_k=0):
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
-    return np.asarray(sample(params, prompts, lengths, jax.random.key(0), temperature, top_p, top_k).tokens)
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    return np.asarray(sample(params, prompts, lengths, keys, temperature, top_p, top_k).tokens)
 
   return generate
 
@@ -97,6 +108,8 @@ def main():
   parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
+  parser.add_argument("--draws", nargs="+", default=list(DRAWS), choices=DRAWS)
+  parser.add_argument("--model", help="a Hugging Face folder")
   options = parser.parse_args()
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before jax counts them
   settle()  # as every command of dpojax does; torch's buffers are kept too
@@ -104,18 +117,19 @@ def main():
   transformers.utils.logging.disable_progress_bar()
   rng = np.random.default_rng(0)
   print(
-    f"16M parameters, prompts of {PROMPT} tokens, {NEW} new ones; median of {options.repeats} "
-    f"runs each, in turns, {options.cores} CPU core(s)\njax {jax.__version__}, torch "
+    f"{options.model or '16M parameters'}, prompts of {PROMPT} tokens, {NEW} new ones; median of "
+    f"{options.repeats} runs each, in turns, {options.cores} CPU core(s)\njax {jax.__version__}, torch "
     f"{torch.__version__}, transformers {transformers.__version__}\n"
   )
   print("| samples | draw | transformers, tokens/s | dpojax, tokens/s | ratio |\n|---|---|---|---|---|")
   with tempfile.TemporaryDirectory() as folder:
-    model = make_model(folder)
-    cases = [(batch, 1, name) for batch in options.batches for name in DRAWS]
-    cases += [(1, 16, "temperature 1")]
-    sides = {k: [transformers_side(model, k), dpojax_side(folder, k)] for k in (1, 16)}
+    model = read_model(options.model) if options.model else make_model(folder)
+    cases = [(batch, 1, name) for batch in options.batches for name in options.draws]
+    cases += [(1, 16, name) for name in options.draws if name == "temperature 1"]
+    sides = {k: [transformers_side(model, k), dpojax_side(options.model or folder, k)] for k in (1, 16)}
     for batch, num_samples, name in cases:
-      prompts, draw = rng.integers(32000, size=(batch, PROMPT)).astype(np.int32), DRAWS[name]
+      prompts = rng.integers(model.config.vocab_size, size=(batch, PROMPT)).astype(np.int32)
+      draw = DRAWS[name]
       theirs, ours = (side(prompts, **draw) for side in sides[num_samples])  # compiles
       if draw["temperature"] == 0:
         same = np.mean(theirs[:, :16] == ours[:, 0, :16])
