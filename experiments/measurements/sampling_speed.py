@@ -4,8 +4,8 @@ python -m experiments.measurements.sampling_speed [--batches 1 16] [--repeats 5]
     [--draws greedy 'temperature 1'] [--model=FOLDER]
 
 A Llama-style model of 16M random parameters is written by transformers and read by both, or both read the one
-in a folder. Every sample has all its tokens (no stop id), and each side is asked in turn, so that what else the machine
-does hits both. Needs torch: `pip install -e '.[parity]'`.
+in a folder. Every sample has all its tokens (no stop id), and each side is asked in turn, so that what else
+the machine does hits both. Needs torch: `pip install -e '.[parity]'`.
 """
 
 import argparse
