@@ -320,6 +320,10 @@ def test_programs_of_one_layer_give_the_samples_of_one_of_all(make_config, known
   # Layers that are alike are one program: of each window, and of each stage's room.
   stages = len(list(sampling.stages(padded.shape[1], known["max_new_tokens"])))
   assert by_layers._extended._cache_size() == len(set(config.layer_windows)) * stages
+  # Nor is anything of the caller's given away: arrays of no device in particular, twice.
+  sample = by_layers.make_sampler(config, **known)
+  for _ in range(2):
+    np.testing.assert_array_equal(sample(params, padded, LENGTHS, keys, *knobs).tokens, want.tokens)
 
 
 def test_a_batch_by_layers_ends_with_its_last_sample(rng, monkeypatch):

@@ -61,7 +61,7 @@ def make_sampler(
 
     x, part = read(around, layers, prompts, lengths)
     parts = [part]
-    x, starts, drawn = _after_prompts(num_samples, max_new_tokens, x, lengths, stops)
+    x, starts, drawn = _after_prompts(num_samples, max_new_tokens, x, lengths)
     knobs = _asked_for(config, temperature, top_p, top_k)
     uniform = np.zeros((max_new_tokens, rows), np.float32)  # the likeliest token asks for none
     if "temperature" in knobs:
@@ -78,7 +78,7 @@ def make_sampler(
       shared = [[Keys(*part.layers[i], part.ids) for part in cache.seen] for i in range(config.layers)]
       written, written_ids, slot = list(cache.written.layers), cache.written.ids, cache.next - 1
       for _ in range(start, end):
-        x, ids, tables, drawn, left = _next(config, around, x, starts, uniform, drawn, knobs)
+        x, ids, tables, drawn, left = _next(config, around, x, starts, uniform, drawn, stops, knobs)
         if not left:  # a compiled loop would take the last token through all layers before it ends
           return drawn.samples(num_samples)
         written_ids, slot = _noted(written_ids, ids, slot)
@@ -120,10 +120,10 @@ def _embedded(config: ModelConfig, around: Any, tokens: jax.Array, ids: TokenIds
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _after_prompts(num_samples, max_new_tokens, x, lengths, stops):
+def _after_prompts(num_samples, max_new_tokens, x, lengths):
   """Returns the last states of prompts, [R, 1, D], their lengths, [R], and nothing drawn."""
   repeat = lambda x: jnp.repeat(x, num_samples, axis=0)
-  drawn = sampler.nothing_drawn(len(lengths) * num_samples, max_new_tokens, stops)
+  drawn = sampler.nothing_drawn(len(lengths) * num_samples, max_new_tokens)
   return repeat(transformer.last_of_prompts(x, lengths))[:, None], repeat(lengths), drawn
 
 
@@ -133,7 +133,7 @@ def _uniform(batch, num_samples, max_new_tokens, key):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _next(config, around, x, starts, uniform, drawn, knobs):
+def _next(config, around, x, starts, uniform, drawn, stops, knobs):
   """Draws a token of each sample from what the last layer left; returns what the first one reads of it.
 
   Also what has been drawn with it, and whether there is a token to come.
@@ -142,7 +142,7 @@ def _next(config, around, x, starts, uniform, drawn, knobs):
   position = (starts + drawn.step)[:, None]
   logits = logits_of_few(hidden, transformer.make_head(config, around))
   token, drawn = drawn.extended(
-    logits, uniform, knobs.get("temperature", 0.0), knobs.get("top_p", 1.0), knobs.get("top_k", 0)
+    logits, uniform, stops, knobs.get("temperature", 0.0), knobs.get("top_p", 1.0), knobs.get("top_k", 0)
   )
   one = jnp.ones_like(position)
   left = (drawn.step < drawn.tokens.shape[1]) & ~jnp.all(drawn.done)

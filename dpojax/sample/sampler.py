@@ -116,12 +116,12 @@ def make_sampler(
     def extend(carry):
       drawn, _, hidden, cache = carry
       place = starts + drawn.step
-      token, drawn = drawn.extended(logits_of_few(hidden, head), uniform, temperature, top_p, top_k)
+      token, drawn = drawn.extended(logits_of_few(hidden, head), uniform, stops, temperature, top_p, top_k)
       one = jnp.ones((rows, 1), jnp.int32)
       hidden, cache = decoder.apply(variables, token[:, None], place[:, None], one, 0 * one, cache)
       return drawn, going(drawn.done), hidden[:, 0], cache
 
-    seen, drawn, left, hidden = [part], nothing_drawn(rows, max_new_tokens, stops), True, repeat(last)
+    seen, drawn, left, hidden = [part], nothing_drawn(rows, max_new_tokens), True, repeat(last)
     # What a stage has written is only read by the next: later, longer rooms do not slow the first tokens.
     for start, end in stages(width, max_new_tokens):
       cache = transformer.make_cache(config, seen, rows=rows, room=end - start)
@@ -154,33 +154,33 @@ class Drawn(NamedTuple):
 
   Attributes:
     step: scalar, tokens that were asked for.
-    stops: [S] ids that end a sample.
-    done: [R] whether one of them has.
+    done: [R] whether a stop id has ended it.
     tokens, lengths, log_probs: [R, T], [R], [R], see `Samples`.
   """
 
   step: jax.Array
-  stops: jax.Array
   done: jax.Array
   tokens: jax.Array
   lengths: jax.Array
   log_probs: jax.Array
 
-  def extended(self, logits: jax.Array, uniform: jax.Array, *knobs: Any) -> tuple[jax.Array, "Drawn"]:
+  def extended(
+    self, logits: jax.Array, uniform: jax.Array, stops: jax.Array, *knobs: Any
+  ) -> tuple[jax.Array, "Drawn"]:
     """Returns the next id of each sample, [R], and what has been drawn with it.
 
     Args:
       logits: [R, V].
       uniform: [T, R], a random number for each token.
+      stops: [S] ids that end a sample.
       knobs: temperature, top_p and top_k.
     """
     token, log_prob = draw(logits, uniform[self.step], *knobs)
     # A sample that is done goes on through the loop with token 0, and counts nowhere.
     token = jnp.where(self.done, 0, token)
-    ends = jnp.any(jnp.equal(*jnp.broadcast_arrays(token[:, None], self.stops[None])), axis=1)
+    ends = jnp.any(jnp.equal(*jnp.broadcast_arrays(token[:, None], stops[None])), axis=1)
     return token, Drawn(
       self.step + 1,
-      self.stops,
       self.done | ends,
       jax.lax.dynamic_update_slice_in_dim(self.tokens, token[:, None], self.step, axis=1),
       self.lengths + ~self.done,
@@ -193,11 +193,10 @@ class Drawn(NamedTuple):
     return Samples(split(self.tokens), split(self.lengths), split(self.log_probs))
 
 
-def nothing_drawn(rows: int, max_new_tokens: int, stops: jax.Array) -> Drawn:
+def nothing_drawn(rows: int, max_new_tokens: int) -> Drawn:
   """Returns what has been drawn of R samples before their first token."""
   return Drawn(
     jnp.zeros((), jnp.int32),
-    stops,
     jnp.zeros(rows, bool),
     jnp.zeros((rows, max_new_tokens), jnp.int32),
     jnp.zeros(rows, jnp.int32),
