@@ -24,13 +24,19 @@ ARM = (
 )
 
 
+SHORTEST = "jax_persistent_cache_min_compile_time_secs"
+
+
 @pytest.fixture
 def no_folder():
   """As where nobody has named a folder of compiled programs."""
-  before = jax.config.jax_compilation_cache_dir
+  names = ("jax_compilation_cache_dir", SHORTEST)
+  before = {name: getattr(jax.config, name) for name in names}
   jax.config.update("jax_compilation_cache_dir", None)
+  jax.config.update(SHORTEST, 1.0)  # as jax has it
   yield
-  jax.config.update("jax_compilation_cache_dir", before)
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 def kind_of(tmp_path, text):
@@ -73,3 +79,17 @@ def test_a_config_may_keep_none(tmp_path, no_folder):
   config.data.cache_dir, config.compile_cache = str(tmp_path), ""
   resolve.use_compile_cache(config)
   assert jax.config.jax_compilation_cache_dir is None and not (tmp_path / "compiled").exists()
+
+
+@pytest.mark.parametrize(
+  "asked, folder, kept",
+  [(1.0, "here", 0.1), (5.0, "here", 5.0), (0.0, "here", 0.0), (1.0, "gs://there", 1.0)],
+)
+def test_short_programs_are_kept_too_in_a_local_folder(asked, folder, kept, no_folder, tmp_path, monkeypatch):
+  """Unless somebody asked for something else; a bucket's every file is a request."""
+  monkeypatch.setattr(memory.paths, "make_folder", lambda path: None)
+  jax.config.update(SHORTEST, asked)
+  before = jax.config.jax_persistent_cache_enable_xla_caches
+  memory.keep_compiled(folder if "://" in folder else str(tmp_path / folder))
+  jax.config.update("jax_persistent_cache_enable_xla_caches", before)
+  assert getattr(jax.config, SHORTEST) == kept
