@@ -49,8 +49,8 @@ def make_sampler(
     x, ids, tables = _before_prompts(config, around, prompts, lengths)
     seen = []
     for window, layer in zip(windows, layers):
-      x, _, sown = transformer.apply_block(config, window, True, layer, x, ids, tables, None)
-      seen.append(_by_key_heads(sown[transformer.SEEN]["keys_and_values"]))
+      x, keys_and_values = _through(config, window, layer, x, ids, tables)
+      seen.append(keys_and_values)
     return x, transformer.CachePart(seen, ids)
 
   def sample(params, prompts, lengths, key, temperature=1.0, top_p=1.0, top_k=0) -> sampler.Samples:
@@ -76,18 +76,19 @@ def make_sampler(
       if x.committed:  # zeros that lie on no device in particular would compile a first step of their own
         cache = jax.device_put(cache, x.sharding)
       shared = [[Keys(*part.layers[i], part.ids) for part in cache.seen] for i in range(config.layers)]
-      written, written_ids, slot = list(cache.written.layers), cache.written.ids, cache.next - 1
+      written, written_ids = list(cache.written.layers), cache.written.ids
+      before = written_ids.position.shape[1] - end  # of the cache's slots, those of prompts
       for _ in range(start, end):
         x, ids, tables, drawn, left = _next(config, around, x, starts, uniform, drawn, stops, knobs)
         if not left:  # a compiled loop would take the last token through all layers before it ends
-          return drawn.samples(num_samples)
-        written_ids, slot = _noted(written_ids, ids, slot)
+          return _samples(drawn, num_samples)
+        written_ids, slot = _noted(written_ids, ids, drawn.step, np.int32(before))
         for i, (window, layer) in enumerate(zip(windows, layers)):
           x, written[i] = _extended(
             config, window, layer, x, ids, tables, shared[i], written_ids, slot, written[i]
           )
       parts = [*cache.seen, transformer.CachePart(written, written_ids)]
-    return drawn.samples(num_samples)
+    return _samples(drawn, num_samples)
 
   return sample
 
@@ -117,6 +118,13 @@ def _embedded(config: ModelConfig, around: Any, tokens: jax.Array, ids: TokenIds
   )
   x = transformer.embedded(config, table_of, tokens, ids.position)
   return x, ids, transformer.rotary_tables_of(config, ids.position)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _through(config, window, layer, x, ids, tables):
+  """Returns what a layer makes of prompts, and its keys and values."""
+  x, _, sown = transformer.apply_block(config, window, True, layer, x, ids, tables, None)
+  return x, transformer.by_key_heads(sown[transformer.SEEN]["keys_and_values"])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -150,9 +158,9 @@ def _next(config, around, x, starts, uniform, drawn, stops, knobs):
 
 
 @partial(jax.jit, donate_argnums=0)
-def _noted(written_ids, ids, last):
+def _noted(written_ids, ids, step, before):
   """Returns the ids of a cache with those of one token more a sample, and the slot of these."""
-  slot = last + 1
+  slot = before + step - 1
   write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
   return jax.tree.map(write, written_ids, ids), slot
 
@@ -165,5 +173,5 @@ def _extended(config, window, layer, x, ids, tables, shared, written_ids, slot, 
   return x, written
 
 
-_by_key_heads = jax.jit(transformer.by_key_heads)
+_samples = jax.jit(sampler.Drawn.samples, static_argnums=1)
 _turned = jax.jit(transformer.turned_layer)

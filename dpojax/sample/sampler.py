@@ -135,9 +135,9 @@ def make_sampler(
   return sample
 
 
-def stops_of(stop_id: int | Sequence[int] | None) -> jax.Array:
+def stops_of(stop_id: int | Sequence[int] | None) -> np.ndarray:
   """Returns the ids that end a sample, [S]."""
-  return jnp.atleast_1d(jnp.asarray(() if stop_id is None else stop_id, jnp.int32))
+  return np.atleast_1d(np.asarray(() if stop_id is None else stop_id, np.int32))
 
 
 def check_lengths(config: ModelConfig, width: int, max_new_tokens: int) -> None:
@@ -165,7 +165,7 @@ class Drawn(NamedTuple):
   log_probs: jax.Array
 
   def extended(
-    self, logits: jax.Array, uniform: jax.Array, stops: jax.Array, *knobs: Any
+    self, logits: jax.Array, uniform: jax.Array, stops: jax.typing.ArrayLike, *knobs: Any
   ) -> tuple[jax.Array, "Drawn"]:
     """Returns the next id of each sample, [R], and what has been drawn with it.
 
