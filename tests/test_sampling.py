@@ -305,11 +305,11 @@ BY_LAYERS = {
 
 
 @pytest.mark.parametrize("make_config, known, knobs", BY_LAYERS.values(), ids=BY_LAYERS)
-def test_programs_of_one_layer_give_the_samples_of_one_of_all(make_config, known, knobs, rng):
+def test_programs_of_one_layer_give_the_samples_of_one_of_all(make_config, known, knobs, rng, monkeypatch):
   config, params = transformer.unrolled(make_config(), worlds.params_of(make_config()))
   padded, keys = prompts(rng), jax.random.split(jax.random.key(4), 4)
   want = sampler(config, **known)(params, padded, LENGTHS, keys, *knobs)
-  # As a command asks for them: one CPU decodes so.
+  monkeypatch.setattr(by_layers, "_BYTES", 0)  # as a command asks for them, whose layers are large
   devices = parallel.Mesh(devices=jax.devices()[:1])
   sample = decoding.make_sampler(devices, config, **known)
   by_layers._extended.clear_cache()
@@ -339,12 +339,19 @@ def test_a_batch_by_layers_ends_with_its_last_sample(rng, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "platform, devices, scan_layers, applies",
-  [("cpu", 1, False, True), ("cpu", 1, True, False), ("cpu", 2, False, False), ("gpu", 1, False, False)],
+  "platform, devices, width, scan_layers, applies",
+  [
+    ("cpu", 1, 512, False, True),
+    ("cpu", 1, 64, False, False),  # compiled soon, and read sooner than it is called
+    ("cpu", 1, 512, True, False),
+    ("cpu", 2, 512, False, False),
+    ("gpu", 1, 512, False, False),
+  ],
 )
-def test_one_cpu_decodes_by_layers(platform, devices, scan_layers, applies):
+def test_one_cpu_decodes_large_layers_one_by_one(platform, devices, width, scan_layers, applies):
+  config = worlds.llama(width=width, scan_layers=scan_layers)
   with built_for(platform):
-    assert by_layers.applies(worlds.llama(scan_layers=scan_layers), devices) == applies
+    assert by_layers.applies(config, worlds.shapes_of(config), devices) == applies
 
 
 def test_a_sample_ends_with_a_stop_id_and_nothing_follows(rng):

@@ -103,19 +103,19 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-    end = f"{self.name}/kernel"
-    kernel = self.param(
-      "kernel",
-      nn.initializers.normal(self.scale * fan_in**-0.5),
-      sharding.held_in_layer(end, self.inputs + self.outputs),
-    )
     leading = x.shape[: x.ndim - len(self.inputs)]
     # As a product of two matrices: XLA's CPU backend multiplies those two to three times as fast as
     # it does the gradients of products with more axes.
     x = x.reshape(-1, fan_in)
-    if self.has_variable(TURNED, "kernel"):
+    if self.has_variable(TURNED, "kernel"):  # in place of the param, which need not be there
       y = few_tokens.product(x, self.get_variable(TURNED, "kernel"))
     else:
+      end = f"{self.name}/kernel"
+      kernel = self.param(
+        "kernel",
+        nn.initializers.normal(self.scale * fan_in**-0.5),
+        sharding.held_in_layer(end, self.inputs + self.outputs),
+      )
       y = sharding.product(x, kernel, end, len(self.inputs))
     if self.has_variable(ADAPTER, "a"):
       a, b = (self.get_variable(ADAPTER, name).astype(x.dtype) for name in "ab")

@@ -9,7 +9,7 @@ A step of decoding reads every weight for a few tokens. Of weights that are cut 
 
 To bring each layer together for each token, as a training step would, sends the whole model for every token.
 
-A single CPU decodes by a program of each layer, see `by_layers`.
+A single CPU decodes large layers by a program of each, see `by_layers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ def make_sampler(
   in_place: dict[tuple[int, ...], bool] = {}
 
   def sample(params, prompts, lengths, keys, temperature=1.0, top_p=1.0, top_k=0):
-    if by_layers.applies(config, devices.mesh.size):
+    if by_layers.applies(config, params, devices.mesh.size):
       return of_layers(params, prompts, lengths, keys, temperature, top_p, top_k)
     shape = prompts.shape
     if shape not in in_place:
