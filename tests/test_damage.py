@@ -3,6 +3,8 @@
 DPOJAX_EXAMPLES=1000 python -m pytest tests/test_damage.py  tries that many damages of each kind of file.
 """
 
+import asyncio
+import gc
 import os
 import pathlib
 import shutil
@@ -201,3 +203,20 @@ def test_who_reads_a_workdir_leaves_what_is_being_saved(saved, tmp_path):
   assert_is(reader.restore_arrays(2)[0], tree_of(2))
   reader.close()
   assert saving.exists() and (tmp_path / "checkpoints" / "1").exists()
+
+
+@pytest.mark.parametrize("whose, said", [("orbax/handlers.py", False), ("users/handlers.py", True)])
+def test_writes_beside_the_first_that_failed_are_not_told_of_again(whose, said, caplog):
+  """By asyncio, which tells of a task that nobody asked for its error; of others' tasks it goes on to."""
+  code = "async def write():\n  raise ValueError('disk full')"
+  scope = {}
+  exec(compile(code, f"/site-packages/{whose}", "exec"), scope)
+
+  async def left_alone():
+    task = asyncio.ensure_future(scope["write"]())
+    await asyncio.sleep(0.01)
+    del task
+    gc.collect()
+
+  asyncio.run(left_alone())
+  assert ("never retrieved" in caplog.text) == said

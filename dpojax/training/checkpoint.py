@@ -327,11 +327,17 @@ class Checkpoints:
 
 
 class _SaidOnce(logging.Filter):
-  """Leaves out what Orbax logs of a failed save, from each of its threads, and of a signal: we raise both."""
+  """Leaves out what is logged of a failed save, and by Orbax of a signal: we raise both.
+
+  Orbax logs from each of its threads, asyncio each of the writes but the first.
+  """
 
   def filter(self, record: logging.LogRecord) -> bool:
-    said = record.exc_info or "preemption sync point" in record.getMessage()
-    return not (said and "orbax" in record.pathname)
+    text = record.getMessage()
+    if "orbax" in record.pathname:
+      return not (record.exc_info or "preemption sync point" in text)
+    # Whether asyncio comes to say it hangs on when a task is collected.
+    return not ("exception was never retrieved" in text and "orbax" in text)
 
 
 def _show_unless_late(show: Callable) -> Callable:
@@ -346,7 +352,8 @@ def _show_unless_late(show: Callable) -> Callable:
 
 
 # Of the process and not of a run: orbax logs from threads that know of no run.
-logging.getLogger("absl").addFilter(_SaidOnce())
+for _logger in ("absl", "asyncio"):
+  logging.getLogger(_logger).addFilter(_SaidOnce())
 sys.unraisablehook = _show_unless_late(sys.unraisablehook)
 
 
