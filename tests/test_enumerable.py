@@ -1,6 +1,7 @@
 """The enumerable world in small: every method in it, the bench, and what figures are made from."""
 
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -114,14 +115,33 @@ def test_the_loss_ablation_knows_every_loss_between_two_responses():
 
 
 def test_every_command_of_the_suite_is_a_module_with_these_flags(tmp_path):
-  every = suite.chains(tmp_path, "sentences", "pairs") + suite.real_chains(
-    tmp_path, "sentences", "pairs", "model"
-  )
+  every = [
+    *suite.chains(tmp_path, "sentences", "pairs"),
+    *suite.real_chains(tmp_path, "sentences", "pairs", "model"),
+    *suite.longest_of_real(tmp_path, "pairs", "model"),
+  ]
   for name, *arguments in itertools.chain(*every):
     text = (conftest.ROOT / "experiments" / f"{name.replace('.', '/')}.py").read_text()
     assert "def main()" in text
     for argument in arguments:
       assert f'"{argument.partition("=")[0]}"' in text, (name, argument)
+
+
+@pytest.mark.parametrize("chains, shares", [(1, [[0, 1, 2]]), (2, [[0, 2], [1]]), (5, [[0], [1], [2]])])
+def test_chains_share_the_cores_and_the_last_has_all(chains, shares, tmp_path, monkeypatch):
+  taken, started = [], []
+  monkeypatch.setattr(suite.os, "sched_setaffinity", lambda thread, share: taken.append(share), raising=False)
+
+  def run_chain(chain, workdir):
+    started.append(chain)
+    while len(started) < len(shares):  # until every thread has a chain
+      time.sleep(0.001)
+    return chain if chain == "fails" else ""
+
+  monkeypatch.setattr(suite, "run_chain", run_chain)
+  todo = ["fails", *["works"] * (chains - 1)]
+  assert suite.run_chains(todo, tmp_path, cores=[0, 1, 2], jobs=len(shares)) == ["fails"]
+  assert sorted(taken) == sorted(shares)
 
 
 def test_losses_are_compared_at_the_same_kl(small, capsys):
