@@ -483,9 +483,9 @@ def read_prompts(
   """
   ids = ids_of_prompts(prompts, lengths)
   hidden, variables = Transformer(config).apply({"params": params}, prompts, *ids, mutable=[SEEN])
-  # Only the last token's logits are wanted: of all others no head is ever applied.
   _, seen = unrolled(config, variables[SEEN])
   seen = [seen[f"layer_{i}"]["keys_and_values"] for i in range(config.layers)]
+  # Only the last token's logits are wanted: of all others no head is ever applied.
   return last_of_prompts(hidden, lengths), CachePart(by_key_heads(seen), ids)
 
 

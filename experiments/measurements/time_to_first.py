@@ -139,6 +139,7 @@ def ours(
         "rows_at_once": 1,
         "optimizer.name": "adamw",
         "optimizer.warmup_steps": 0,
+        "compile_cache": cache,
       }.items()
     ]
   env = {"DPOJAX_CACHE": str(cache)}
